@@ -19,7 +19,6 @@ from safegen.cli.options import (
     Settings,
     Threads,
     check_outputs,
-    echo_job,
     load_model,
     read_settings,
 )
@@ -63,7 +62,7 @@ def edit(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     no_card: NoCard = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,
@@ -100,8 +99,15 @@ def edit(
             raise FileError(
                 f"{checkpoint_dir} holds an earlier run. Use --resume or remove the folder."
             )
-    loaded = load_model(model, device, dtype, threads, allow_pickle, config)
-    echo_job(f"{method}, preset {prepared.preset_for(loaded)}", loaded)
+    loaded = load_model(
+        model,
+        device,
+        dtype,
+        threads,
+        allow_pickle,
+        config,
+        job=lambda loaded: f"{method}, preset {prepared.preset_for(loaded)}",
+    )
     last: dict[str, float] = {}
     with show_progress() as progress:
 

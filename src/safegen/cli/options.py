@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo, echo_message
+from safegen.cli.console import echo_message, echo_status
 from safegen.core.documents import check_depth, check_plain, reason_of
 from safegen.core.errors import (
     ConfigError,
@@ -34,7 +34,9 @@ ModelArg = Annotated[
         help="mini, a diffusers folder, a single-file checkpoint, or hub:owner/name.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
+Device = Annotated[
+    str, typer.Option(help="Torch device: cpu, cuda, mps ... auto: an accelerator if there is one.")
+]
 Dtype = Annotated[str, typer.Option(help="Weight type: fp32, bf16 or fp16.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads. Default: chosen by torch.")
@@ -60,23 +62,30 @@ Metrics = Annotated[
 
 
 def load_model(
-    name: str, device: str, dtype: str, threads: int | None, allow_pickle: bool, config: Path | None
+    name: str,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    allow_pickle: bool,
+    config: Path | None,
+    *,
+    job: Callable[[Model], str] | None = None,
 ) -> Model:
-    """Return the model that the shared options describe."""
+    """Return the model that the shared options describe, and print one line about it to stderr.
+
+    `job` returns what is done with the model, such as an edit and its preset, for that line.
+    """
     from safegen.models.loading import load
 
     set_threads(threads)
-    return load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
+    model = load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
+    print_model(model, job(model) if job else "")
+    return model
 
 
-def echo_job(what: str, model: Model) -> None:
-    """Print to stderr what runs, on which model, device and dtype, in one line."""
-    size = model.num_parameters / 1e6
-    number = f"{size:.1f} M" if size < 10 else f"{size:,.0f} M"
-    echo(
-        f"{what}; model {model.name} ({number} parameters) on {model.device}, {model.dtype}",
-        err=True,
-    )
+def print_model(model: Model, job: str = "") -> None:
+    """Print what is done with a model, its size, device and type to stderr, in one line."""
+    echo_status(f"{job}; {model.describe()}" if job else model.describe())
 
 
 def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:
