@@ -16,10 +16,12 @@ from safegen.cli.options import (
     ModelArg,
     NoCard,
     Pickle,
+    PlanOnly,
     Settings,
     Threads,
     check_outputs,
     load_model,
+    print_plan,
     read_settings,
 )
 from safegen.cli.progress import show_progress
@@ -59,6 +61,7 @@ def edit(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     no_card: NoCard = False,
+    plan: PlanOnly = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
     threads: Threads = None,
@@ -89,6 +92,12 @@ def edit(
         **changes,
     )
     start = None if from_ is None else Patch.load(from_)
+    if plan:
+        from safegen.workflows.plan import plan_edit
+
+        loaded = load_model(model, device, dtype, threads, allow_pickle, config)
+        print_plan(plan_edit(settings, loaded, rows))
+        return
     if settings.is_trained:
         checkpoint_dir = checkpoint_dir or out.with_name(out.name + ".checkpoints")
         ctx.with_resource(claim_folder(checkpoint_dir))

@@ -85,6 +85,7 @@ class ConceptAblation(TrainedEdit):
     `paper-style`: the released command for styles. `default`: ours, for the miniature model.
     """
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 2, "num_images": 4}
+    prepares: ClassVar[str | None] = "num_images"
     paper: ClassVar[str] = "arXiv:2303.13516"
     code_url: ClassVar[str] = "https://github.com/nupurkmr9/concept-ablation"
     code_commit: ClassVar[str] = "c11fb1b"

@@ -31,6 +31,7 @@ class SDD(TrainedEdit):
     }
     """`paper`: the released script. `default`: ours, for the miniature model."""
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 4, "trajectories": 2}
+    prepares: ClassVar[str | None] = "trajectories"
     paper: ClassVar[str] = "arXiv:2307.05977"
     code_url: ClassVar[str] = "https://github.com/nannullna/safe-diffusion"
     code_commit: ClassVar[str] = "a2e820c"
