@@ -29,6 +29,12 @@ def model():
     return safegen.load("mini", device="cpu")
 
 
+def prepare(method, **settings):
+    """Return the settings of an edit of the miniature, and its triplets."""
+    prepared = prepare_edit(method, "mini", **settings)
+    return prepared.by_preset["mini"], prepared.triplets
+
+
 def counted(config, model, triplets):
     """Return the passes of an edit that runs to its end."""
     with measured(model) as cost:
@@ -42,7 +48,7 @@ def counted(config, model, triplets):
 )
 def test_passes_of_a_training_are_those_of_its_run(model, method, settings):
     training = {"updates": 5, "warmup": 0, "batch": 4, "accumulation": 2}
-    config, rows = prepare_edit(method, concept="skulls", training=training, **settings)
+    config, rows = prepare(method, concept="skulls", training=training, **settings)
     rows = rows and replace(rows, rows=rows.rows[:8])
     before = model.hash_denoiser()
     plan = plan_edit(config, model, rows)
@@ -54,21 +60,21 @@ def test_passes_of_a_training_are_those_of_its_run(model, method, settings):
 
 
 def test_rollouts_of_shielddiff_are_planned_from_few_images(model):
-    config, _ = prepare_edit(
+    config, _ = prepare(
         "shielddiff", concept="skulls", steps=2, groups=4, group=4, training={"updates": 4}
     )
     assert plan_edit(config, model).passes == pytest.approx(counted(config, model, None), rel=0.1)
 
 
 def test_closed_forms_have_no_passes_and_keep_their_settings(model):
-    config, _ = prepare_edit("uce", concept="skulls")
+    config, _ = prepare("uce", concept="skulls")
     plan = plan_edit(config, model)
     assert (plan.passes, plan.images) == (0, 0)
     assert 0 < plan.seconds < 60
 
 
 def test_an_edit_of_two_parts_is_planned_as_both(model):
-    config, rows = prepare_edit("safegen-plus", concept="skulls", triplets="mini:skulls")
+    config, rows = prepare("safegen-plus", concept="skulls", triplets="mini:skulls")
     config = config.model_copy(update={"training": Training(updates=3, batch=2, accumulation=1)})
     plan, images = plan_edit(config, model, rows), plan_edit(config.build_safegen(), model, rows)
     assert plan.passes == images.passes
@@ -80,7 +86,7 @@ def test_batches_that_do_not_fit_into_the_probe_are_scaled(model, monkeypatch):
 
     monkeypatch.setattr(edit, "SLOW_UPDATE", 0.0)
     training = {"updates": 2, "warmup": 0, "batch": 4}
-    config, rows = prepare_edit("safegen", triplets="mini:skulls", training=training)
+    config, rows = prepare("safegen", triplets="mini:skulls", training=training)
     plan = plan_edit(config, model, rows)
     assert plan.passes == counted(config, model, rows)
     assert any("scaled from one of 1" in note for note in plan.notes)
