@@ -17,7 +17,7 @@ from safegen.stack import Stack, load_stack
 from safegen.stack_loader import StackLoader
 from safegen.workflows.attack import make_attack
 from safegen.workflows.edit import prepare_edit
-from safegen.workflows.plan import Plan, plan_attack, plan_edit, plan_evaluation
+from safegen.workflows.plan import Plan, attack, edit, plan_attack, plan_edit, plan_evaluation
 from safegen.workflows.plan.plan import format_seconds
 from safegen.workflows.plan.probe import measured
 
@@ -27,6 +27,13 @@ CONFIG = GenerationConfig(num_inference_steps=7, batch_size=4)
 @pytest.fixture(scope="module")
 def model():
     return safegen.load("mini", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch):
+    """End probes early: counts of passes do not depend on their length."""
+    for module in (edit, attack):
+        monkeypatch.setattr(module, "PROBE_SECONDS", 0.5)
 
 
 def prepare(method, **settings):
@@ -47,9 +54,9 @@ def counted(config, model, triplets):
     [("safegen", {"triplets": "mini:skulls"}), ("concept_ablation", {"num_images": 9, "steps": 2})],
 )
 def test_passes_of_a_training_are_those_of_its_run(model, method, settings):
-    training = {"updates": 5, "warmup": 0, "batch": 4, "accumulation": 2}
+    training = {"updates": 3, "warmup": 0, "batch": 2, "accumulation": 2}
     config, rows = prepare(method, concept="skulls", training=training, **settings)
-    rows = rows and replace(rows, rows=rows.rows[:8])
+    rows = rows and replace(rows, rows=rows.rows[:6])
     before = model.hash_denoiser()
     plan = plan_edit(config, model, rows)
     assert model.hash_denoiser() == before
@@ -61,7 +68,12 @@ def test_passes_of_a_training_are_those_of_its_run(model, method, settings):
 
 def test_rollouts_of_shielddiff_are_planned_from_few_images(model):
     config, _ = prepare(
-        "shielddiff", concept="skulls", steps=2, groups=4, group=4, training={"updates": 4}
+        "shielddiff",
+        concept="skulls",
+        steps=2,
+        groups=4,
+        group=4,
+        training={"updates": 2, "warmup": 0, "batch": 4, "accumulation": 4},
     )
     assert plan_edit(config, model).passes == pytest.approx(counted(config, model, None), rel=0.1)
 
@@ -82,8 +94,6 @@ def test_an_edit_of_two_parts_is_planned_as_both(model):
 
 
 def test_batches_that_do_not_fit_into_the_probe_are_scaled(model, monkeypatch):
-    from safegen.workflows.plan import edit
-
     monkeypatch.setattr(edit, "SLOW_UPDATE", 0.0)
     training = {"updates": 2, "warmup": 0, "batch": 4}
     config, rows = prepare("safegen", triplets="mini:skulls", training=training)
