@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from safegen.cli.console import echo
-from safegen.cli.options import Config, Device, Dtype, Patches, Pickle, Threads, set_threads
+from safegen.cli.options import (
+    Config,
+    Device,
+    Dtype,
+    Patches,
+    Pickle,
+    Threads,
+    print_model,
+    set_threads,
+)
 from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.settings import MAX_BATCH, MAX_SEED, MAX_SIDE, MAX_STEPS
@@ -83,7 +92,7 @@ def generate(
         typer.Option(help="torch: the images that diffusers gives for --seed, equal per prompt."),
     ] = "safegen",
     batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images per batch.")] = 16,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,
@@ -111,7 +120,7 @@ def generate(
         scheduler=scheduler,
         seed_mode=seed_mode,
     )
-    loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
+    loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model)
     samples = _samples(texts, seed, negative_prompt, images_per_prompt)
     withheld = _generate(loader, recipe, samples, generation_config, out)
     note = f", {withheld} withheld ({TRACES} gives the reasons)" if withheld else ""
