@@ -167,7 +167,6 @@ def _generate(
         _warn_of_truncation(loaded.model, samples)
         for start in range(0, len(samples), size):
             part, done = samples[start : start + size], len(images)
-            progress("generating", done, total)
 
             def report(share: float, done: int = done, part: Sequence[Sample] = part) -> None:
                 progress("generating", done + int(share * len(part) * copies), total)
