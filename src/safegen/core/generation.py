@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -99,7 +99,9 @@ class Start(BaseModel):
     An image with `strength` is image-to-image; with a mask it is inpainting.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
     image: str | None = None
     """PNG file of an image, relative to the file that names it."""
@@ -194,7 +196,9 @@ def _file_digest(folder: Path, name: str) -> str:
 class Sample(BaseModel):
     """Request for an image: a prompt, a seed and an index."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
     prompt: str
     seed: Seed
