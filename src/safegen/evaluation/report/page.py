@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -141,16 +142,12 @@ def _render(template: str, data: Mapping[str, Any], **values: Any) -> str:
     values |= {"report": _OptionalKeys(data), "version": __version__}
     page = _environment().get_template(template).render(**values)
     numbers = count(1)
-    return re.sub(
-        r"<svg .*?</svg>",
-        lambda svg: _prefix_ids(svg[0], f"c{next(numbers)}-"),
-        page,
-        flags=re.DOTALL,
-    )
+    chart = re.compile(r"<svg .*?</svg>", re.DOTALL)
+    return chart.sub(lambda svg: _prefix_ids(svg[0], f"c{next(numbers)}-"), page)
 
 
 def _prefix_ids(svg: str, prefix: str) -> str:
-    """Return a chart whose IDs are like those of no other chart of the page."""
+    """Return a chart with a prefix before its IDs, which then differ from those of other charts."""
     return re.sub(r'(\bid="|url\(#|href="#)', lambda start: start[0] + prefix, svg)
 
 
@@ -213,7 +210,7 @@ def loss_charts(log: Sequence[Mapping[str, float]]) -> list[dict[str, str]]:
     """Return the chart of each loss of a training: `title`, `say`, and `svg` or `why` not."""
     return [
         {"title": name, "say": loss_change(log, term)}
-        | draw_curve(lambda rows, term=term: loss_curve(rows, term), log)
+        | draw_curve(partial(loss_curve, term=term), log)
         for term, name in loss_names(log).items()
     ]
 

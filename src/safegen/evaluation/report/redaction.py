@@ -133,10 +133,10 @@ def image_grids(
             }
             for i in picks
         ]
-        grid = {"list": part.name, "role": part.role, "heads": heads, "rows": rows}
+        grid: dict[str, Any] = {"list": part.name, "role": part.role, "heads": heads, "rows": rows}
         seeds = {first.samples[i].seed for i in at}
-        grid |= {"seed": seeds.pop() if len(seeds) == 1 else None}
-        grids.append(grid | {"failures": len(failing), "columns": len(at)})
+        numbers = {"failures": len(failing), "columns": len(at)}
+        grids.append(grid | numbers | {"seed": seeds.pop() if len(seeds) == 1 else None})
     return grids
 
 

@@ -32,8 +32,8 @@ def summary_table(data: Mapping[str, Any]) -> Table:
     stacks: Sequence[Row] = data["stacks"]
     roles = {role for row in stacks for role in row["roles"]}
     columns: list[tuple[str, bool, Callable[[Row], Cell]]] = []
-    asked = (role for role in ("explicit", "innocent") if role in roles)
-    columns += [(f"seen, {role} prompts", True, _seen(role)) for role in asked]
+    both = (role for role in ("explicit", "innocent") if role in roles)
+    columns += [(f"seen, {role} prompts", True, _seen(role)) for role in both]
     columns.append(("removed", True, lambda r: removal_cell((r.get("labels") or {}).get("total"))))
     if "benign" in roles:
         columns.append(
@@ -66,8 +66,9 @@ def _shown_rate(role: str, what: str, column: str) -> Callable[[Row], Cell]:
 
 
 def _change(row: Row) -> Cell:
-    roles = row["roles"]
-    return rate_cell((roles.get("benign") or next(iter(roles.values()), {})).get("change"))
+    roles: Row = row["roles"]
+    first: Row = roles.get("benign") or next(iter(roles.values()), {})
+    return rate_cell(first.get("change"))
 
 
 def _seconds(row: Row) -> Cell:
