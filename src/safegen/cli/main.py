@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from safegen.cli import attack, demo, edit, evaluate, export, generate, patch, prompts, triplets
+from safegen.cli import (
+    attack,
+    demo,
+    edit,
+    evaluate,
+    export,
+    generate,
+    make_safe,
+    patch,
+    prompts,
+    triplets,
+)
 from safegen.cli.console import echo
 from safegen.cli.options import show_warnings, silence_libraries
 
@@ -21,6 +32,7 @@ for command in (
     demo.demo,
     generate.generate,
     edit.edit,
+    make_safe.make_safe,
     attack.attack,
     export.export,
     evaluate.evaluate,
