@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safegen.cli.console import echo
+from safegen.cli.console import echo, echo_status
 from safegen.cli.options import (
     Config,
     Device,
@@ -21,6 +21,7 @@ from safegen.cli.options import (
     set_threads,
 )
 from safegen.cli.progress import show_progress
+from safegen.core.device import AUTO
 from safegen.core.settings import MAX_COUNT
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def make_safe(
     check_images: Annotated[
         int, typer.Option(min=1, max=MAX_COUNT, help="Images of each list of the check.")
     ] = 32,
-    device: Device = "cpu",
+    device: Device = AUTO,
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,
@@ -122,7 +123,7 @@ def make_safe(
             ),
             config=config,
             loader=StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle),
-            notify=echo,
+            notify=echo_status,
             progress=progress,
             **changes,
         )

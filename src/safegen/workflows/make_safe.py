@@ -61,7 +61,7 @@ def make_safe(
         generated: how many images the model generates, and how.
         check: images and limits of the check.
         config: for a one-file checkpoint, a diffusers folder with configuration files.
-        loader: loads the model; on the CPU if not given.
+        loader: loads the model; on an accelerator, or the CPU, if not given.
         notify: called with lines for the user, such as the plan.
         progress: called with (stage, done, total).
         **settings: settings of the edit to change.

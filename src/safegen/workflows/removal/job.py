@@ -134,10 +134,7 @@ class RemovalJob:
 
     def _show_plan(self, model: Model, edit: Edit, preset: str) -> None:
         """Pass what will be done to `notify`, before anything takes time."""
-        self.notify(
-            f"{display_name(self.model)}: {model.size} px, {self.loader.device}, "
-            f"{self.loader.dtype}; {edit.method()}, preset {preset}"
-        )
+        self.notify(f"{model.describe()}; {edit.method()}, preset {preset}")
         if edit.inputs != "words":
             self.notify(self.images.sentence(self.concept))
 
