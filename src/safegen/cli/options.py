@@ -54,6 +54,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Setting to change: NAME=VALUE, training.lr=1e-4. Repeatable."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 NoCard = Annotated[bool, typer.Option("--no-card", help="Do not write a model card.")]
 Metrics = Annotated[
     list[Path] | None,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo
+from safegen.cli.console import echo, echo_json, plural
+from safegen.cli.options import AsJson
 
 if TYPE_CHECKING:
     from safegen.data.prompts.prompt import Prompt
+    from safegen.data.prompts.prompts import PromptSet
 
 app = typer.Typer(no_args_is_help=True, help="Inspect prompt files and lists.")
 
@@ -35,21 +37,40 @@ def show(
     reveal: Annotated[
         bool, typer.Option("--reveal", help="Print the prompts, which may be unsafe.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the format, counts, unusable rows and first prompts of a source."""
     from safegen.data.prompts.prompts import read_prompts
 
     prompts = read_prompts(source, dialect=dialect, column=column)
     counts = prompts.counts()
+    if as_json:
+        echo_json(_plain(prompts, limit, reveal=reveal))
+        return
     echo(f"{prompts.source}: dialect {prompts.dialect}, SHA-256 {prompts.sha256[:16]}")
     rest = f"{counts['without_seed']} without a seed, {counts['skipped']} skipped"
-    echo(f"{counts['prompts']} prompts in {counts['clusters']} clusters, {rest}")
+    prompt_count, cluster_count = (counts[f"{one}s"] for one in ("prompt", "cluster"))
+    echo(f"{plural(prompt_count, 'prompt')} in {plural(cluster_count, 'cluster')}, {rest}")
     for note in prompts.notes:
         echo(f"note: {note}")
     for problem in prompts.problems:
         echo(f"skipped {problem}")
     for prompt in prompts.rows[:limit]:
         echo(_line(prompt, reveal=reveal))
+
+
+def _plain(prompts: PromptSet, limit: int, *, reveal: bool) -> dict[str, Any]:
+    """Return what is known of a source as plain values; without `reveal`, no text of a prompt."""
+    hidden = None if reveal else {"prompt"}
+    return {
+        "source": prompts.source,
+        "dialect": prompts.dialect,
+        "sha256": prompts.sha256,
+        **prompts.counts(),
+        "notes": list(prompts.notes),
+        "problems": list(map(str, prompts.problems)),
+        "rows": [row.model_dump(mode="json", exclude=hidden) for row in prompts.rows[:limit]],
+    }
 
 
 def _line(prompt: Prompt, *, reveal: bool) -> str:
