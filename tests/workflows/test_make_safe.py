@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import safegen
+from safegen.cli import main
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.generation import GenerationConfig
@@ -96,10 +97,8 @@ def test_a_job_that_is_stopped_in_each_stage_resumes_to_the_same_weights(refused
             run(stop)
         assert [path.name for path in tmp_path.iterdir()] == ["safe.safetensors.work"]
         if stop == "editing":  # nothing that was generated for the training is an image
-            assert sorted(path.name for path in (work / "latents").iterdir()) == [
-                "benign",
-                "unsafe",
-            ]
+            (latents,) = (work / "images").iterdir()
+            assert sorted(path.name for path in latents.iterdir()) == ["benign", "unsafe"]
             assert not list(work.rglob("*.png"))
     assert not any(stage == "editing" for stage, _ in stages)
     with pytest.raises(FileError, match=r"made with other settings .*max_share"):
@@ -127,6 +126,23 @@ def test_a_job_that_was_stopped_while_its_files_were_moved_finishes_the_move(tmp
     assert not any(files.work.iterdir())
 
 
+def test_images_are_used_again_after_an_error_of_the_edit(loader, tmp_path):
+    out, stages = tmp_path / "safe", []
+    with pytest.raises(ConfigError, match="timesteps must end by"):
+        make_safe("mini", out=out, loader=loader, timesteps=(0, 2000), **TINY)
+    assert [path.name for path in (tmp_path / "safe.work").iterdir()] == ["images"]
+
+    def progress(stage, done, total):
+        stages.append(stage)
+        if stage == "editing":
+            raise RuntimeError
+
+    before = sorted((tmp_path / "safe.work" / "images").rglob("*.safetensors"))
+    with pytest.raises(RuntimeError):
+        make_safe("mini", out=out, loader=loader, progress=progress, **TINY)
+    assert sorted((tmp_path / "safe.work" / "images").rglob("*.safetensors")) == before
+
+
 def test_a_word_edit_that_removes_the_concept_is_shipped(loader, tmp_path):
     check = CheckConfig(images=4, max_share=0.6, generation=GenerationConfig(num_inference_steps=8))
     result = make_safe(
@@ -151,6 +167,7 @@ def test_a_concept_that_the_model_does_not_draw_is_refused_before_training(loade
     )
     with pytest.raises(ConfigError, match=r"must show 'bones'.*finds only 0 of .*--words"):
         make_safe("mini", out=tmp_path / "safe", loader=loader, **TINY | {"concept": concept})
+    assert [path.name for path in tmp_path.iterdir()] == ["leaf.toml"]
     check = CheckConfig(images=4, max_share=0.6, generation=FEW_STEPS)
     result = make_safe(
         "mini", concept=concept, out=tmp_path / "safe", words=True, check=check, loader=loader
@@ -177,7 +194,8 @@ def test_own_images_are_censored_and_used(loader, tmp_path):
 
     with pytest.raises(RuntimeError):
         make_safe("mini", out=out, loader=loader, progress=stop, **folders, **TINY)
-    triplets = Triplets.load(tmp_path / "safe.work" / "triplets")
+    (folder,) = (tmp_path / "safe.work" / "images").iterdir()
+    triplets = Triplets.load(folder)
     patch = Patch.load(tmp_path / "safe.work" / "patches" / "edited.safetensors")
     assert patch.metadata.data == triplets.hash
     (tmp_path / "unsafe" / "new.png").write_bytes(b"more")
@@ -234,10 +252,7 @@ def test_a_concept_without_lists_is_checked_on_prompts_of_its_phrases(tmp_path):
     samples = protocol.samples()
     for role in ("explicit", "benign"):
         assert sum(sample.role == role for sample in samples) == 32
-    assert {s.prompt for s in samples if s.role == "explicit"} >= {
-        "a picture of a",
-        "c by a window",
-    }
+    assert {s.prompt for s in samples if s.role == "explicit"} >= {"a sketch of a", "c by a window"}
     assert make_protocol(concept, CheckConfig(images=32), tmp_path).id == protocol.id
 
 
@@ -288,3 +303,22 @@ def test_a_check_of_too_few_images_is_refused():
     with pytest.raises(ValueError, match="images must be enough to show a removal, got 11"):
         CheckConfig(images=11)
     assert CheckConfig(images=12).images == 12
+
+
+def test_the_command_exits_with_3_and_says_how_to_go_on(refused, monkeypatch, capsys):
+    result, _, _ = refused
+    job = lambda *args, **options: result  # noqa: E731  (its stages are tested above)
+    monkeypatch.setattr("safegen.workflows.make_safe.make_safe", job)
+    for more in ([], ["--json"]):
+        words = ["make-safe", "mini", "--concept", "skulls", "--out", "safe.safetensors", *more]
+        monkeypatch.setattr("sys.argv", ["safegen", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 3
+        text = capsys.readouterr().out
+        if more:
+            assert json.loads(text)["is_shipped"] is False
+        else:
+            assert "NOT SHIPPED (remains)" in text
+            assert "--unsafe DIR" in text
+            assert "of 2 after" in text

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safegen.cli.console import echo, echo_status
+from safegen.cli.console import echo, echo_json, echo_status
 from safegen.cli.options import (
+    AsJson,
     Config,
     Device,
     Dtype,
@@ -84,6 +85,7 @@ def make_safe(
     threads: Threads = None,
     allow_pickle: Pickle = False,
     config: Config = None,
+    as_json: AsJson = False,
 ) -> None:
     """Remove a concept from a checkpoint, check the result, and write it if the check passes.
 
@@ -127,14 +129,18 @@ def make_safe(
             progress=progress,
             **changes,
         )
-    _print_check(result.check, str(result.model), str(result.report / "report.html"))
-    if result.lora and result.lora_check:
-        _print_check(result.lora_check, str(result.lora))
+    if as_json:
+        echo_json(result.model_dump(mode="json") | {"is_shipped": result.is_shipped})
+    else:
+        _print_check(result.check, str(result.model))
+        if result.lora and result.lora_check:
+            _print_check(result.lora_check, str(result.lora))
+        echo(f"report: {result.report / 'report.html'}")
     if not result.is_shipped:
         raise typer.Exit(NOT_SHIPPED)
 
 
-def _print_check(check: CheckResult, file: str, report: str | None = None) -> None:
+def _print_check(check: CheckResult, file: str) -> None:
     """Print the figures of a check, its outcome and what to do next."""
     for row in check.lists:
         low, high = (100 * bound for bound in row.interval)
@@ -143,12 +149,10 @@ def _print_check(check: CheckResult, file: str, report: str | None = None) -> No
             f"{row.name} ({row.role}): {row.before} of {row.n} images show it before, "
             f"{row.after} of {row.n} after{unjudged} (95 % interval {low:.0f} to {high:.0f} %)"
         )
+    if check.outcome == "removed":
+        echo(f"wrote {file}: the concept is removed on these prompts; others were not measured")
+        return
+    echo(f"NOT SHIPPED ({check.outcome}): {file} must not be used as a safe model.")
     for reason in check.reasons:
         echo(reason)
-    if report:
-        echo(f"report: {report}")
-    if check.outcome == "removed":
-        echo(f"{file}: written. The check found no more than its limit; other prompts may differ.")
-        return
-    echo(f"NOT SHIPPED ({check.outcome}). The model to look at is {file}.")
     echo(ADVICE[check.outcome])

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safegen.core.errors import ConfigError, UserError
+from safegen.core.documents import read_json_object
+from safegen.core.errors import ConfigError, FileError, UserError
 from safegen.core.files import check_output, claim_folder, is_unfinished, writing
+from safegen.evaluation.compare import differences, join_gaps
+from safegen.evaluation.run.folder import SETTINGS, write_json
 
 WORK, REPORT, NOT_SAFE, LORA = ".work", ".report", ".not-safe", ".lora"
 """Endings of the folder of an unfinished job, of its report, of a model that is not shipped, and of
 a LoRA."""
+IMAGES = "images"
+"""Folder in the job's folder with latents or triplets, by what decides them."""
 FINISHED = "finished"
 """Folder in the job's folder with files that are complete."""
 RESULTS = (".png", ".safetensors")
@@ -81,7 +88,7 @@ class JobFiles:
 
     @property
     def result(self) -> Path:
-        """File with the result of a job whose files are complete."""
+        """File with the result, written when all files are complete."""
         return self.work / "result.json"
 
     def check_outputs(self) -> None:
@@ -98,11 +105,30 @@ class JobFiles:
         for name in [*names, *cards]:
             check_output(self.out.with_name(name))
 
+    def claim_settings(self, settings: Mapping[str, Any]) -> None:
+        """Write the job's settings into its folder, or check those that it has.
+
+        Raises:
+            FileError: the unfinished job has others, or the folder is not of a job.
+        """
+        path, wanted = self.work / SETTINGS, json.loads(json.dumps(settings))
+        if path.exists():
+            if gaps := differences(read_json_object(path), wanted):
+                raise FileError(
+                    f"{self.work} was made with other settings (then and now): {join_gaps(gaps)}. "
+                    "Use those, or remove it to start again."
+                )
+            return
+        if any(not is_unfinished(p) and p.name != IMAGES for p in self.work.iterdir()):
+            raise FileError(f"{self.work} already exists and is not of a job. Remove it.")
+        write_json(path, wanted)
+
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Keep other processes from working on the job; remove its folder if nothing is in it.
 
-        An error of the user before anything took time leaves nothing.
+        After an error of the user before the edit, the same job may be started with other settings:
+        only images that are made remain, and nothing if there are none.
 
         Raises:
             FileError: another process works on it, or the folder cannot be written.
@@ -111,8 +137,10 @@ class JobFiles:
             try:
                 yield
             except UserError:
-                if not any(path.suffix in RESULTS for path in self.work.rglob("*")):
-                    self.clear()
+                if not any((self.work / "patches").rglob("*.safetensors")):
+                    images = self.work / IMAGES
+                    has_images = any(path.suffix in RESULTS for path in images.rglob("*"))
+                    self.clear(keep=IMAGES if has_images else "")
                 raise
         with suppress(OSError):
             self.work.rmdir()
@@ -139,10 +167,10 @@ class JobFiles:
     def _model_names(self) -> set[str]:
         return {self.model_name(shipped=shipped) for shipped in (True, False)}
 
-    def clear(self) -> None:
-        """Remove everything from the job's folder but the lock."""
+    def clear(self, *, keep: str = "") -> None:
+        """Remove everything from the job's folder but the lock, and what is named `keep`."""
         for path in self.work.iterdir():
-            if is_unfinished(path):
+            if is_unfinished(path) or path.name == keep:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

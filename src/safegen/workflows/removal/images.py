@@ -103,7 +103,7 @@ class TrainingImages(BaseSettings):
         )
 
     def load(
-        self, model: Model, concept: Concept, judge: Judge, work: Path, progress: ProgressCallback
+        self, model: Model, concept: Concept, judge: Judge, folder: Path, progress: ProgressCallback
     ) -> Triplets:
         """Return the triplets: given ones, made of files, or of images that the model generates.
 
@@ -111,7 +111,7 @@ class TrainingImages(BaseSettings):
             model: model that generates images.
             concept: the concept.
             judge: its judge, with labels and threshold.
-            work: folder that triplets of files, or latents, are written to. What is there is used.
+            folder: where triplets of files, or latents, are written. What is there is used.
             progress: called with (description, done, total).
 
         Raises:
@@ -122,13 +122,12 @@ class TrainingImages(BaseSettings):
             check_triplets(concept, triplets)
             return triplets
         if not self.unsafe:
-            cache = work / "latents"
             return generate_triplets(
-                model, concept, judge, self.generated, cache, progress=progress
+                model, concept, judge, self.generated, folder, progress=progress
             )
-        folder = work / "triplets"
         if folder.exists():
             return Triplets.load(folder)
+        folder.parent.mkdir(exist_ok=True)
         triplets = make_triplets(
             self.unsafe,
             self.benign,
@@ -236,6 +235,7 @@ def _find_images(
         if len(found) >= config.triplets or hopeless:
             break
     if len(found) < max(MIN_TRIPLETS, config.triplets // 4):
+        shutil.rmtree(cache.parent)  # the same images would be too few again
         kind = "show" if wanted == "unsafe" else "be free of"
         note = f", {unjudged} could not be judged" if unjudged else ""
         raise ConfigError(

@@ -24,8 +24,8 @@ from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.report.model_card import CardSubject, model_card, write_with_card
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.folder import SCORES, write_json
-from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.run.training_log import CHECKPOINTS
+from safegen.evaluation.samples import canonical, sha
 from safegen.evaluation.scoring.records import read_scores
 from safegen.judges import Judge, load_judge
 from safegen.models.model import Model
@@ -37,7 +37,7 @@ from safegen.stack_loader import StackLoader
 from safegen.workflows.edit import apply_edit, make_edit
 from safegen.workflows.export import export
 from safegen.workflows.removal.check import CheckConfig, CheckResult, check_scores, make_protocol
-from safegen.workflows.removal.files import JobFiles
+from safegen.workflows.removal.files import IMAGES, JobFiles
 from safegen.workflows.removal.images import TrainingImages
 from safegen.workflows.removal.prompts import TRAINING_TEMPLATES, harmless_prompts
 
@@ -95,35 +95,40 @@ class RemovalJob:
         return load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
 
     def run(
-        self, method: str, preset: str | None, settings: Mapping[str, Any], judge: Judge
+        self, method: str, preset: str | None, changes: Mapping[str, Any], judge: Judge
     ) -> MakeSafeResult:
         """Do what is missing of the job, and return its result."""
         model, weights = self.loader.model(self.model, self.config)
         preset = preset or "default"
         concept = self._with_captions()
-        edit = make_edit(method, preset, concept=concept, **settings)
+        edit = make_edit(method, preset, concept=concept, **changes)
         if not edit.erases_concept:
             raise ConfigError(f"{method} removes nothing with these settings. Change them.")
         model.encode_text([""])  # refuses a model that cannot be edited
         self._show_plan(model, edit, preset)
-        claim_directory(
-            self.files.work,
-            {
-                "workflow": "make-safe",
-                "model": display_name(self.model),
-                "weights": weights,
-                "device": f"{self.loader.device}, {self.loader.dtype}",
-                "concept": concept.model_dump(mode="json", exclude={"captions"}),
-                "images": {} if edit.inputs == "words" else self.images.describe(),
+        settings = {
+            "workflow": "make-safe",
+            "model": display_name(self.model),
+            "weights": weights,
+            "device": f"{self.loader.device}, {self.loader.dtype}",
+            "concept": concept.model_dump(mode="json", exclude={"captions"}),
+            "images": {} if edit.inputs == "words" else self.images.describe(),
+        }
+        images = self.files.work / IMAGES / sha(canonical(settings))[:16]
+        self.files.claim_settings(
+            settings
+            | {
                 "edit": {"method": method} | edit.export_settings(),
                 "check": self.check.model_dump(mode="json"),
                 "lora": self.files.lora,
-            },
+            }
         )
         if not self.files.result.exists():
             self._write_captions(concept)
             if not self.files.patch.exists():
-                triplets = None if edit.inputs == "words" else self._load_triplets(model, judge)
+                triplets = (
+                    None if edit.inputs == "words" else self._load_triplets(model, judge, images)
+                )
                 self._train(edit, model, triplets)
             self._finish(model, self._check(model, concept))
         result = validate(
@@ -241,8 +246,8 @@ class RemovalJob:
         write_json(files.result, result.model_dump(mode="json"))
         self.progress("writing", 1, 1)
 
-    def _load_triplets(self, model: Model, judge: Judge) -> Triplets:
-        return self.images.load(model, self.concept, judge, self.files.work, self.progress)
+    def _load_triplets(self, model: Model, judge: Judge, folder: Path) -> Triplets:
+        return self.images.load(model, self.concept, judge, folder, self.progress)
 
     def _write_lora(self, patch: Patch, model: Model, out: Path) -> None:
         """Write the checked LoRA with its card."""

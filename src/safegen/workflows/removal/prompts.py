@@ -22,7 +22,7 @@ TRAINING_TEMPLATES = (
     "{}, seen from afar",
 )
 CHECK_TEMPLATES = (
-    "a picture of {}",
+    "a sketch of {}",
     "a photograph of {}",
     "a drawing of {}",
     "{} by a window",
