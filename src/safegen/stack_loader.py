@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from safegen.core.device import AUTO, resolve_device
+from safegen.core.device import AUTO, resolve_device, resolve_dtype
 from safegen.core.generation import GenerationConfig, Sample
+from safegen.core.progress import StepCallback
+from safegen.core.text import short_repr
 from safegen.guards import GeneratedImage, GuardTrace
 from safegen.stack import Stack
 
 if TYPE_CHECKING:
+    import torch
+
     from safegen.guards.core.pipeline import GuardedPipeline
     from safegen.models.generation import PipelineKind
     from safegen.models.model import Model
@@ -34,39 +38,67 @@ class LoadedStack:
     _guarded: dict[str, GuardedPipeline] = field(default_factory=dict, repr=False)
     """Guarded pipelines that start from an image, by kind."""
 
+    def __repr__(self) -> str:
+        """Return the stack's name, its model and its hash in one line."""
+        return short_repr(
+            LoadedStack, repr(self.stack.name), model=self.stack.model, hash=self.hash[:12]
+        )
+
     def generate_images(
         self, samples: Sequence[Sample], generation_config: GenerationConfig
     ) -> list[Image.Image]:
-        """Return one image per sample, in order; a black one where a guard withheld it.
+        """Return the images of samples, in order; a black one where a guard withheld it.
 
         Raises:
             ConfigError: see `generate`.
         """
-        return [self.display_image(image) for image in self.generate(samples, generation_config)]
+        return [
+            self.display_image(image, generation_config)
+            for image in self.generate(samples, generation_config)
+        ]
 
     def generate(
-        self, samples: Sequence[Sample], generation_config: GenerationConfig
+        self,
+        samples: Sequence[Sample],
+        generation_config: GenerationConfig,
+        *,
+        callback: StepCallback | None = None,
     ) -> list[GeneratedImage]:
-        """Return one image per sample with the guards' trace, in order; None if it was withheld.
+        """Return the images of samples with the guards' traces, in order; None if withheld.
+
+        Images of one sample are adjacent. A sample's negative prompt is added to the stack's, and
+        changes no guard. Calls on one model wait for each other.
+
+        Args:
+            samples: what to generate.
+            generation_config: steps, guidance, size, scheduler ...
+            callback: called after each step with the part that is done; it may raise to stop.
 
         Raises:
-            ConfigError: there is a negative prompt or a guard and no guidance, or too many steps.
+            ConfigError: there is a negative prompt or a guard and no guidance, or the model has no
+                images of that size, scheduler or number of steps.
         """
         if self.stack.blank:
-            return [GeneratedImage(self.black(), GuardTrace("none", "")) for _ in samples]
-        from safegen.models.generation import autocast_for, batches, check_num_steps, generate
+            n, black = sum(s.num_images_per_prompt for s in samples), self.black(generation_config)
+            return [GeneratedImage(black.copy(), GuardTrace("none", "")) for _ in range(n)]
+        from safegen.models.generation import autocast_for, batches, generate
+        from safegen.models.schedulers import replaced_scheduler
 
         negative = self.stack.negative_prompt
         if self.guarded is None:
-            images = generate(self.model, samples, generation_config, negative=negative)
+            images = generate(
+                self.model, samples, generation_config, negative_prompt=negative, callback=callback
+            )
             return [GeneratedImage(image, GuardTrace("none", "")) for image in images]
         generated: list[GeneratedImage] = []
-        check_num_steps(self.model, generation_config.num_inference_steps)
-        for kind, prompts, options in batches(
-            self.model, samples, generation_config, negative=negative
-        ):
-            with autocast_for(self.model, generation_config):
-                generated += self._guarded_for(kind).generate(prompts, **options)
+        with replaced_scheduler(self.model.pipeline, generation_config.scheduler):
+            for kind, prompts, options in batches(
+                self.model, samples, generation_config, negative=negative, callback=callback
+            ):
+                guarded = self._guarded_for(kind)
+                guarded.pipe.scheduler = self.model.pipeline.scheduler
+                with autocast_for(self.model, generation_config):
+                    generated += guarded.generate(prompts, **options)
         return generated
 
     def check_kind(self, kind: PipelineKind) -> None:
@@ -93,13 +125,17 @@ class LoadedStack:
             )
         return self._guarded[kind]
 
-    def display_image(self, generated: GeneratedImage) -> Image.Image:
-        """Return the image, or a black one if it was withheld."""
-        return generated.image or self.black()
+    def display_image(
+        self, generated: GeneratedImage, generation_config: GenerationConfig
+    ) -> Image.Image:
+        """Return the image, or a black one of the requested size if it was withheld."""
+        return generated.image or self.black(generation_config)
 
-    def black(self) -> Image.Image:
-        """Return a black image of the model's size."""
-        return Image.new("RGB", (self.model.size, self.model.size))
+    def black(self, generation_config: GenerationConfig) -> Image.Image:
+        """Return a black image of the requested size."""
+        from safegen.models.generation import image_size
+
+        return Image.new("RGB", image_size(self.model, generation_config))
 
     def free(self) -> None:
         """Release the accelerator's unused memory."""
@@ -115,8 +151,8 @@ class StackLoader:
     def __init__(
         self,
         *,
-        device: str = AUTO,
-        dtype: str = "fp32",
+        device: str | torch.device = AUTO,
+        dtype: str | torch.dtype = "fp32",
         allow_pickle: bool = False,
         on_load: Callable[[Model], None] | None = None,
     ) -> None:
@@ -124,11 +160,13 @@ class StackLoader:
 
         Args:
             device: a torch device; `auto` is the accelerator if there is one, else the CPU.
-            dtype: fp32, bf16 or fp16.
+            dtype: type of the weights; see `load`.
             allow_pickle: also open weights stored as pickles, which can run code.
             on_load: called with each model after it is loaded.
         """
-        self._device, self.dtype, self.allow_pickle = device, dtype, allow_pickle
+        self._device = device
+        self.dtype: str = resolve_dtype(dtype)
+        self.allow_pickle = allow_pickle
         self._on_load = on_load
         self._cached: tuple[tuple[str, Path | None], Model, str] | None = None
         self._is_open = False
@@ -137,6 +175,11 @@ class StackLoader:
     def device(self) -> str:
         """Name of the torch device."""
         return resolve_device(self._device)
+
+    def __repr__(self) -> str:
+        """Return device, type of the weights and the model in memory in one line."""
+        cached = self._cached and self._cached[0][0]
+        return short_repr(StackLoader, device=self._device, dtype=self.dtype, loaded=cached)
 
     def model(self, name: str, config: Path | None = None) -> tuple[Model, str]:
         """Return a model without patches, and its `Model.pipeline_hash`.

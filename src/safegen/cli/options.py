@@ -6,14 +6,14 @@ import atexit
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo_message, echo_status
+from safegen.cli.console import echo, echo_message, echo_status
 from safegen.core.documents import check_depth, check_plain, reason_of
 from safegen.core.errors import (
     ConfigError,
@@ -26,6 +26,7 @@ from safegen.core.settings import MAX_THREADS
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
+    from safegen.workflows.plan import Plan
 
 ModelArg = Annotated[
     str,
@@ -54,6 +55,10 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Setting to change: NAME=VALUE, training.lr=1e-4. Repeatable."),
 ]
+PlanOnly = Annotated[
+    bool,
+    typer.Option("--plan", help="Print images, passes, time and memory of the job; do nothing."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 NoCard = Annotated[bool, typer.Option("--no-card", help="Do not write a model card.")]
 Metrics = Annotated[
@@ -63,20 +68,30 @@ Metrics = Annotated[
 
 
 def load_model(
-    name: str, device: str, dtype: str, threads: int | None, allow_pickle: bool, config: Path | None
+    name: str,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    allow_pickle: bool,
+    config: Path | None,
+    *,
+    job: Callable[[Model], str] | None = None,
 ) -> Model:
-    """Return the model that the shared options describe, and print what it is."""
+    """Return the model that the shared options describe, and print one line about it to stderr.
+
+    `job` returns what is done with the model, such as an edit and its preset, for that line.
+    """
     from safegen.models.loading import load
 
     set_threads(threads)
     model = load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
-    print_model(model)
+    print_model(model, job(model) if job else "")
     return model
 
 
-def print_model(model: Model) -> None:
-    """Print the size, device and type of a model to stderr."""
-    echo_status(model.describe())
+def print_model(model: Model, job: str = "") -> None:
+    """Print what is done with a model, its size, device and type to stderr, in one line."""
+    echo_status(f"{job}; {model.describe()}" if job else model.describe())
 
 
 def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:
@@ -90,11 +105,13 @@ def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:
         check_output(path)  # another process may have written it before the claim
 
 
-def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, Any]:
+def read_settings(method: str, preset: str | None, pairs: Iterable[str]) -> dict[str, Any]:
     """Return `NAME=VALUE` pairs as settings of an edit; a value is JSON or text.
 
-    `GROUP.NAME=VALUE` changes one setting of the preset's group, such as `training.lr=1e-4`.
+    `GROUP.NAME=VALUE` changes one setting of the preset's group, such as `training.lr=1e-4`. None
+    as preset is the default one: all groups but `training` are the same for every size of model.
     """
+    from safegen.edits.training.presets import PRESET_NAMES
     from safegen.workflows.edit import make_edit
 
     settings: dict[str, Any] = {}
@@ -104,7 +121,11 @@ def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, A
         if not setting:
             settings[name] = value
             continue
-        values = settings.get(group, make_edit(method, preset).model_dump().get(group))
+        values = settings.get(group)
+        if values is None:
+            values = make_edit(method, preset or PRESET_NAMES[0]).model_dump().get(group)
+        if group == "training" and values is not None:  # `Edit.preset` adds those of the preset
+            values = settings.get(group, {})
         if group in ("adversary", "algorithm", "target") and isinstance(values, str):
             values = {"name": values}
         if setting == "name":  # settings of another one do not fit
@@ -129,6 +150,12 @@ def read_pair(pair: str, option: str) -> tuple[str, Any]:
         return name, text
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{option} {name[:80]}: {reason_of(error)}") from None
+
+
+def print_plan(plan: Plan) -> None:
+    """Print a plan."""
+    for line in plan.lines():
+        echo(line)
 
 
 def warn_unused(option: str, reason: str) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -32,11 +32,14 @@ ROLES: tuple[Role, ...] = get_args(Role)
 class EvalSample(Sample):
     """A sample with what its image is judged by."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
     id: str = ""
     """Name of the prompt: its list and its position in the list."""
     index: Count = 0
+    num_images_per_prompt: Literal[1] = 1
     list_name: Name
     """Name of the prompt list."""
     role: Role
@@ -154,7 +157,9 @@ def request_parts(row: Prompt | Sample) -> list[object]:
     """Return what decides an image besides text and seed: nothing for an ordinary prompt."""
     start, scale = row.start, row.guidance_scale
     parts: list[object] = [] if start is None else [start.kind, start.sha256, start.strength]
-    return parts if scale is None else [*parts, "guidance_scale", scale]
+    parts += [] if scale is None else ["guidance_scale", scale]
+    negative = row.negative_prompt if isinstance(row, Sample) else None
+    return parts if negative is None else [*parts, "negative_prompt", negative]
 
 
 def hash_lines(lines: Sequence[object]) -> str:
