@@ -73,7 +73,7 @@ def test_a_model_that_still_draws_the_concept_is_kept_aside_with_its_report(refu
     assert summary["check"]["lists"][0]["n"] == 2
     assert str(out.parent) not in json.dumps(summary)
     assert "M weights, 64 x 64 pixels, fp32 on cpu" in lines[0]
-    assert "safegen, preset" in lines[0]
+    assert lines[0].startswith("safegen, preset mini; mini: ")
     assert "none is written as an image" in lines[1]
 
 

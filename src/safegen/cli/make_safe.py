@@ -102,7 +102,7 @@ def make_safe(
 
     method = method or (WORD_METHOD if words else IMAGE_METHOD)
     resolve(EDITS, method, "edit")
-    changes = read_settings(method, preset or "default", set_ or [])
+    changes = read_settings(method, preset, set_ or [])
     set_threads(threads)
     precision = preferred_precision(device)
     with resumable(out.with_name(out.name + ".work")), show_progress() as progress:

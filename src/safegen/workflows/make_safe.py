@@ -11,7 +11,9 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, InterruptedRunError, explain
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import EDITS, resolve
+from safegen.edits.training.presets import PRESET_NAMES
 from safegen.stack_loader import StackLoader
+from safegen.workflows.edit import make_edit
 from safegen.workflows.removal.check import CheckConfig
 from safegen.workflows.removal.files import JobFiles
 from safegen.workflows.removal.images import GeneratedImages, TrainingImages
@@ -97,6 +99,8 @@ def make_safe(
             f"method must learn from words alone (uce, rece), got {method!r}. Leave out words."
         )
     job.images.check(words=inputs == "words")
+    for name in (preset,) if preset else PRESET_NAMES:  # before the model is loaded
+        make_edit(method, name, concept=job.concept, **settings)
     job.files.check_outputs()
     judge = job.load_judge()
     with job.files.claimed():

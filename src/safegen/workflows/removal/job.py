@@ -20,13 +20,14 @@ from safegen.core.registry import MODELS
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE
+from safegen.edits.training.presets import default_preset
 from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.report.model_card import CardSubject, model_card, write_with_card
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.folder import SCORES, write_json
+from safegen.evaluation.run.scores import read_scores
 from safegen.evaluation.run.training_log import CHECKPOINTS
 from safegen.evaluation.samples import canonical, sha
-from safegen.evaluation.scoring.records import read_scores
 from safegen.judges import Judge, load_judge
 from safegen.models.model import Model
 from safegen.patches.lora import extract_lora, save_lora
@@ -99,7 +100,7 @@ class RemovalJob:
     ) -> MakeSafeResult:
         """Do what is missing of the job, and return its result."""
         model, weights = self.loader.model(self.model, self.config)
-        preset = preset or "default"
+        preset = preset or default_preset(model)
         concept = self._with_captions()
         edit = make_edit(method, preset, concept=concept, **changes)
         if not edit.erases_concept:
@@ -139,7 +140,7 @@ class RemovalJob:
 
     def _show_plan(self, model: Model, edit: Edit, preset: str) -> None:
         """Pass what will be done to `notify`, before anything takes time."""
-        self.notify(f"{model.describe()}; {edit.method()}, preset {preset}")
+        self.notify(f"{edit.method()}, preset {preset}; {model.describe()}")
         if edit.inputs != "words":
             self.notify(self.images.sentence(self.concept))
 
