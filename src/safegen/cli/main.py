@@ -35,7 +35,7 @@ class Command(NamedTuple):
     examples: tuple[str, ...] = ()
     """Two commands that work, without `safegen`."""
     name: str | None = None
-    """Name of a group, or of a command whose function has another one."""
+    """Name of a group, or of a command that is not called as its function."""
     below: Mapping[str, tuple[str, ...]] = {}
     """Examples of the commands of a group, by their name."""
 
