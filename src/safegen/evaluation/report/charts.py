@@ -41,9 +41,10 @@ STYLE = {
 def charts(data: dict[str, Any]) -> list[dict[str, str]]:
     """Return the charts of a report: `title`, `say` (how to read it), `svg` or `why` not."""
     has_clip = "clip_score" in data["protocol"]["decides"]["metrics"]
-    wanted = {pareto_clip: has_clip, ladder: any(part["rung"] for part in data["lists"])}
+    unwanted = [] if has_clip else [pareto_clip]
+    unwanted += [] if any(part["rung"] for part in data["lists"]) else [ladder]
     made = []
-    for title, say, draw in (chart for chart in CHARTS if wanted.get(chart[2], True)):
+    for title, say, draw in (chart for chart in CHARTS if chart[2] not in unwanted):
         try:
             made.append({"title": title, "say": say, "svg": draw(data), "why": ""})
         except (ValueError, MissingExtraError) as error:

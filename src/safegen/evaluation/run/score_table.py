@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from safegen.core.text import escape_control
 from safegen.metrics.judge_error import describe_agreement
 
-WIDTH = 80
-"""Columns of the text below the table."""
+LINE = 80
+"""Columns of the text below a table of unknown width."""
 HEADS = (
     "",
     "n",
@@ -23,11 +23,20 @@ HEADS = (
     "blank",
 )
 
+MAX_LABEL = 32
+"""Most columns of a stack's name beside its figures; a longer one has a line of its own."""
 
-def score_lines(scores: Mapping[str, Any]) -> list[str]:
+
+def score_lines(scores: Mapping[str, Any], width: int | None = None) -> list[str]:
     """Return the lines of a run's scores: rates in percent with n and 95 % intervals.
 
-    The last ones say what is known of the judge's precision and recall.
+    The last lines say what is known of the judge's precision and recall.
+
+    Args:
+        scores: scores of the run.
+        width: columns of the screen. In a wider table, figures that are equal in all rows are said
+            once; if that does not suffice, it is split, so that no figure is broken. Default: one
+            table.
     """
     protocol, stacks = scores["protocol"], scores["stacks"]
     threshold = protocol["decides"]["judge"]["threshold"]
@@ -43,25 +52,60 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
         for title, block in blocks.items()
     }
     rows = [HEADS, *(row for block in blocks.values() for row in block)]
-    used = [i for i in range(len(HEADS)) if any(row[i] for row in rows[1:])]
-    widths = {i: max(len(row[i]) for row in rows) for i in used}
-    table = ["  ".join(HEADS[i].ljust(widths[i]) for i in used)]
-    for title, block in blocks.items():
-        table.append(title)
-        table += ["  ".join(row[i].ljust(widths[i]) for i in used) for row in block]
+    used = [i for i in range(1, len(HEADS)) if any(row[i] for row in rows[1:])]
+    widths = {i: max(len(row[i]) for row in rows) for i in (0, *used)}
+    table: list[str] = []
+    if width is not None and sum(widths.values()) + 2 * len(used) > width:
+        same = {i: rows[1][i] for i in used if len({row[i] for row in rows[1:]}) == 1}
+        used = [i for i in used if i not in same] or used
+        if same:
+            table = ["the same in every row: " + ", ".join(f"{HEADS[i]} {same[i]}" for i in same)]
+    for columns in _split(used, widths, width):
+        table += ["", *_block_lines(blocks, columns, widths)]
     return [
         f"{protocol['name']}, protocol {protocol['id']}, 95 % intervals in brackets",
         f"judge {scores['judge']}, threshold {threshold}",
-        "",
         *(line.rstrip() for line in table),
-        *map(escape_control, textwrap.wrap(_judge_errors(scores), WIDTH, break_long_words=False)),
+        "",
+        *_judge_errors(scores, width or LINE),
     ]
 
 
-def _judge_errors(scores: Mapping[str, Any]) -> str:
+def _judge_errors(scores: Mapping[str, Any], width: int) -> list[str]:
     """Return what is known of the errors of the judge that every rate rests on."""
     rule = scores["protocol"]["decides"]["judge"]
-    return describe_agreement(scores["judge"], rule["labels"], rule["threshold"])
+    text = describe_agreement(scores["judge"], rule["labels"], rule["threshold"])
+    return textwrap.wrap(escape_control(text), width, break_long_words=False)
+
+
+def _split(used: Sequence[int], widths: Mapping[int, int], width: int | None) -> list[list[int]]:
+    """Return the columns of each table, as many as fit beside the names."""
+    label = widths[0] if widths[0] <= MAX_LABEL else 2
+    tables: list[list[int]] = []
+    room = 0
+    for column in used:
+        if not tables or (width is not None and widths[column] + 2 > room):
+            tables.append([])
+            room = (width or 0) - label
+        tables[-1].append(column)
+        room -= widths[column] + 2
+    return tables
+
+
+def _block_lines(
+    blocks: Mapping[str, Sequence[Sequence[str]]], columns: Sequence[int], widths: Mapping[int, int]
+) -> Iterator[str]:
+    """Yield the heading and the rows of a table."""
+    label = widths[0] if widths[0] <= MAX_LABEL else 2
+    yield "  ".join([" " * label, *(HEADS[i].ljust(widths[i]) for i in columns)])
+    for title, block in blocks.items():
+        yield title
+        for row in block:
+            name = row[0].ljust(label)
+            if len(name) > label:
+                yield name
+                name = " " * label
+            yield "  ".join([name, *(row[i].ljust(widths[i]) for i in columns)])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
