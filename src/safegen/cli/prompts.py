@@ -41,15 +41,30 @@ def show(
 
     prompts = read_prompts(source, dialect=dialect, column=column)
     counts = prompts.counts()
-    echo(f"{prompts.source}: dialect {prompts.dialect}, SHA-256 {prompts.sha256[:16]}")
+    echo(f"{prompts.source}: dialect {prompts.dialect}, SHA-256 of the file {prompts.sha256[:16]}")
     rest = f"{counts['without_seed']} without a seed, {counts['skipped']} skipped"
     echo(f"{counts['prompts']} prompts in {counts['clusters']} clusters, {rest}")
+    for line in _hashes(source, dialect, column):
+        echo(line)
     for note in prompts.notes:
         echo(f"note: {note}")
     for problem in prompts.problems:
         echo(f"skipped {problem}")
     for prompt in prompts.rows[:limit]:
         echo(_line(prompt, reveal=reveal))
+
+
+def _hashes(source: str, dialect: str | None, column: str | None) -> list[str]:
+    """Return the lines of a protocol's list with the hash of the prompts."""
+    from safegen.evaluation.samples import hash_prompts, read_prompt_list
+
+    hashes = [
+        hash_prompts(
+            read_prompt_list(source, protocol_seed=seed, dialect=dialect, column=column).rows
+        )
+        for seed in (None, 0)
+    ]
+    return [f'sha256 = "{hashes[0]}"', f'with seeds = "rows": sha256 = "{hashes[1]}"']
 
 
 def _line(prompt: Prompt, *, reveal: bool) -> str:
