@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from safegen.core.device import AUTO, resolve_device
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.guards import GeneratedImage, GuardTrace
 from safegen.stack import Stack
@@ -112,11 +113,30 @@ class StackLoader:
     """Loads stacks, and keeps the last model for the next stack on it."""
 
     def __init__(
-        self, *, device: str = "cpu", dtype: str = "fp32", allow_pickle: bool = False
+        self,
+        *,
+        device: str = AUTO,
+        dtype: str = "fp32",
+        allow_pickle: bool = False,
+        on_load: Callable[[Model], None] | None = None,
     ) -> None:
-        self.device, self.dtype, self.allow_pickle = device, dtype, allow_pickle
+        """Store how models are loaded.
+
+        Args:
+            device: a torch device; `auto` is the accelerator if there is one, else the CPU.
+            dtype: fp32, bf16 or fp16.
+            allow_pickle: also open weights stored as pickles, which can run code.
+            on_load: called with each model after it is loaded.
+        """
+        self._device, self.dtype, self.allow_pickle = device, dtype, allow_pickle
+        self._on_load = on_load
         self._cached: tuple[tuple[str, Path | None], Model, str] | None = None
         self._is_open = False
+
+    @property
+    def device(self) -> str:
+        """Name of the torch device."""
+        return resolve_device(self._device)
 
     def model(self, name: str, config: Path | None = None) -> tuple[Model, str]:
         """Return a model without patches, and its `Model.pipeline_hash`.
@@ -139,6 +159,8 @@ class StackLoader:
                 allow_pickle=self.allow_pickle,
                 config=config,
             )
+            if self._on_load:
+                self._on_load(model)
             self._cached = ((name, config), model, model.pipeline_hash)
         return self._cached[1:]
 

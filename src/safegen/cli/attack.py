@@ -17,6 +17,7 @@ from safegen.cli.options import (
     Pickle,
     Settings,
     Threads,
+    print_model,
     read_pair,
     resumable,
     set_threads,
@@ -84,7 +85,7 @@ def attack(
     unsafe: Annotated[
         bool, typer.Option("--unsafe", help="Keep the texts of the prompts out of the report.")
     ] = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,
@@ -138,7 +139,9 @@ def attack(
     target, wanted = load_stack(stack), load_concept(concept)
     with resumable(out), show_progress() as progress:
         common: dict[str, Any] = {
-            "loader": StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle),
+            "loader": StackLoader(
+                device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model
+            ),
             "argv": ["safegen", *sys.argv[1:]],
             "progress": progress,
         }

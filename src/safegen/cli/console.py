@@ -21,6 +21,11 @@ def echo(line: str = "", *, err: bool = False) -> None:
         print(escape_control(line), file=sys.stderr if err else sys.stdout)
 
 
+def echo_status(line: str) -> None:
+    """Print one line about the run to stderr, such as what is loaded; it is no result."""
+    echo(line, err=True)
+
+
 def echo_json(value: object) -> None:
     """Print a value as indented JSON, in ASCII."""
     for line in json.dumps(value, indent=1).split("\n"):

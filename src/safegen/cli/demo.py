@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from safegen.cli.options import Settings, Threads, read_settings, resumable, set_threads
+from safegen.cli.options import (
+    Device,
+    Settings,
+    Threads,
+    print_model,
+    read_settings,
+    resumable,
+    set_threads,
+)
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
 from safegen.core.settings import MAX_COUNT, MAX_SEEDS
@@ -31,10 +39,13 @@ def demo(
     ] = 1,
     preset: Annotated[str, typer.Option(help="Settings: default or paper.")] = "default",
     set_: Settings = None,
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Remove a concept from the bundled miniature model, measure and report."""
+    from safegen.core.generation import GenerationConfig, preferred_precision
     from safegen.core.registry import EDITS, resolve
+    from safegen.stack_loader import StackLoader
     from safegen.workflows.demo import DemoConfig, run_demo
     from safegen.workflows.edit import make_edit
 
@@ -43,9 +54,18 @@ def demo(
     short = ["training.updates=30", "training.warmup=5"] if is_short else []
     changes = read_settings(method, preset, short + (set_ or []))
     config = DemoConfig(
-        concept=concept, prompts=prompts or (4 if fast else 24), seeds=tuple(range(1, seeds + 1))
+        generation=GenerationConfig(precision=preferred_precision(device)),
+        concept=concept,
+        prompts=prompts or (4 if fast else 24),
+        seeds=tuple(range(1, seeds + 1)),
     )
     edit = make_edit(method, preset, concept=concept, **changes)
     with resumable(out), show_progress() as progress:
-        run = run_demo(config, edit, out, progress=progress)
+        run = run_demo(
+            config,
+            edit,
+            out,
+            loader=StackLoader(device=device, on_load=print_model),
+            progress=progress,
+        )
     print_run(run.folder)

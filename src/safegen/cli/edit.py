@@ -59,7 +59,7 @@ def edit(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     no_card: NoCard = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,

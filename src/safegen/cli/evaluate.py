@@ -17,6 +17,7 @@ from safegen.cli.options import (
     Dtype,
     Pickle,
     Threads,
+    print_model,
     read_pair,
     resumable,
     set_threads,
@@ -108,7 +109,7 @@ def evaluate(
     precision: Annotated[
         Precision | None, typer.Option(help="Precision to use instead of the protocol's.")
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,
@@ -133,7 +134,9 @@ def evaluate(
         from safegen.stack_loader import StackLoader
 
         stacks = [load_stack(spec) for spec in stack]
-        loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
+        loader = StackLoader(
+            device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model
+        )
         with resumable(out), show_progress() as progress:
             run = engine.evaluate(
                 rules,

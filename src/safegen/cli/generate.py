@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safegen.cli.console import echo
-from safegen.cli.options import Config, Device, Dtype, Patches, Pickle, Threads, set_threads
+from safegen.cli.options import (
+    Config,
+    Device,
+    Dtype,
+    Patches,
+    Pickle,
+    Threads,
+    print_model,
+    set_threads,
+)
 from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.settings import MAX_BATCH, MAX_SEED, MAX_STEPS
@@ -60,7 +69,7 @@ def generate(
         float, typer.Option(min=1, max=50, help="Scale of classifier-free guidance.")
     ] = 5.0,
     batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images per batch.")] = 16,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "fp32",
     threads: Threads = None,
     allow_pickle: Pickle = False,
@@ -82,7 +91,7 @@ def generate(
     generation_config = GenerationConfig(
         num_inference_steps=steps, guidance_scale=guidance, batch_size=batch
     )
-    loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle)
+    loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model)
     withheld = _generate(loader, recipe, texts, seed, generation_config, out)
     note = f", {withheld} withheld ({TRACES} gives the reasons)" if withheld else ""
     shown = len(texts) - withheld

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo_message
+from safegen.cli.console import echo_message, echo_status
 from safegen.core.documents import check_depth, check_plain, reason_of
 from safegen.core.errors import (
     ConfigError,
@@ -34,7 +34,9 @@ ModelArg = Annotated[
         help="mini, a diffusers folder, a single-file checkpoint, or hub:owner/name.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, mps ...")]
+Device = Annotated[
+    str, typer.Option(help="Torch device: cpu, cuda, mps ... auto: an accelerator if there is one.")
+]
 Dtype = Annotated[str, typer.Option(help="Weight type: fp32, bf16 or fp16.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads. Default: chosen by torch.")
@@ -62,11 +64,18 @@ Metrics = Annotated[
 def load_model(
     name: str, device: str, dtype: str, threads: int | None, allow_pickle: bool, config: Path | None
 ) -> Model:
-    """Return the model that the shared options describe."""
+    """Return the model that the shared options describe, and print what it is."""
     from safegen.models.loading import load
 
     set_threads(threads)
-    return load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
+    model = load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
+    print_model(model)
+    return model
+
+
+def print_model(model: Model) -> None:
+    """Print the size, device and type of a model to stderr."""
+    echo_status(model.describe())
 
 
 def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from safegen.core.device import AUTO, resolve_device
 from safegen.core.documents import read_bytes
 from safegen.core.errors import FileError
 from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_STEPS, BaseSettings, Digest, Seed
@@ -21,17 +22,18 @@ GuidanceScale = Annotated[float, Field(ge=1.0, le=50.0, allow_inf_nan=False)]
 """Scale of classifier-free guidance; 1 turns it off."""
 
 
-def preferred_precision(device: str = "cpu") -> NativePrecision:
+def preferred_precision(device: str = AUTO) -> NativePrecision:
     """Return bf16 if the device is known to compute in it natively, else fp32.
 
     A CPU without bf16 instructions emulates them: with AVX2 alone, generation takes 17 times as
     long as in fp32.
 
     Args:
-        device: `cpu`, `cuda`, `cuda:1`, ...
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
     """
     import torch
 
+    device = resolve_device(device)
     if device.startswith("cuda"):
         with torch.cuda.device(device):
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

@@ -59,7 +59,7 @@ def evaluate(
             images.
         until: last stage to do: `generate`, `judge` or `score`.
         references: another stack to compare a stack with, besides its base; by name.
-        loader: loads the stacks; on the CPU if not given.
+        loader: loads the stacks; on the accelerator or the CPU if not given.
         save_protocol: also write `protocol.toml`, which can be given again.
         argv: command line to note in the run's card.
         progress: called with (description, done, total).

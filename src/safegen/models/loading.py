@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from safegen.core.device import AUTO, resolve_device
 from safegen.core.errors import ConfigError, FileError, UnknownNameError, first_line
 from safegen.core.files import exists
 from safegen.core.hub import HUB, fetch_snapshot, is_repo_id
@@ -44,7 +45,7 @@ def load(
     name: str | Path,
     *,
     dtype: str = "fp32",
-    device: str = "cpu",
+    device: str | torch.device = AUTO,
     allow_pickle: bool = False,
     config: str | Path | None = None,
 ) -> Model:
@@ -54,7 +55,8 @@ def load(
         name: `mini`, a folder with a model_index.json, a .safetensors (or .ckpt) file, or
             `hub:owner/name`. Only the last downloads anything.
         dtype: fp32, bf16 or fp16.
-        device: a torch device.
+        device: a torch device, such as `cuda:1`; `auto` is the accelerator if there is one, else
+            the CPU.
         allow_pickle: also open weights stored as pickles (.bin, .ckpt), which can run code.
         config: for a one-file checkpoint, a diffusers folder of the same family with the
             configuration files that the checkpoint lacks.
@@ -69,6 +71,7 @@ def load(
     name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
+    device = resolve_device(device)
     check_device(device)
     if name not in MODELS and exists(name, file=True):
         pipeline, metadata = read_single_file(

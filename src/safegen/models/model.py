@@ -22,7 +22,9 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from PIL import Image
 from torch import Tensor
 
+from safegen.core.device import describe_device
 from safegen.core.errors import ConfigError, SafegenWarning
+from safegen.core.files import display_name
 from safegen.core.hashing import hash_tensors
 from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef, PatchMetadata
 from safegen.models.text_encoder import expand_prompt
@@ -103,6 +105,20 @@ class Model:
         """Side in pixels of the images it was trained on."""
         scale: int = self.pipeline.vae_scale_factor
         return int(self.denoiser.config.sample_size) * scale
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of the denoiser's weights."""
+        return sum(p.numel() for p in self.denoiser.parameters())
+
+    def describe(self) -> str:
+        """Return what runs where in one line: name, size, device and type of the weights."""
+        millions = self.num_parameters / 1e6
+        return (
+            f"{display_name(self.name)}: {type(self.denoiser).__name__} of {millions:,.1f} M "
+            f"weights, {self.size} x {self.size} pixels, {self.dtype} on "
+            f"{describe_device(self.device)}"
+        )
 
     @property
     def prediction(self) -> str:

@@ -41,7 +41,7 @@ def attack(
         out: directory of the run, new or of an earlier call.
         preset: settings to start from; `paper` is the published run.
         config: prompts, budget and generation.
-        loader: loads the stack; on the CPU if not given.
+        loader: loads the stack; on the accelerator or the CPU if not given.
         progress: called with (stage, done, total).
         **settings: settings of the attack to change.
 

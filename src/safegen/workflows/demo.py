@@ -66,7 +66,7 @@ def run_demo(
         config: what to edit and how much to measure.
         edit: how to edit it.
         output_dir: directory of the run, new or of an earlier call.
-        loader: loads the model; on the CPU when not given.
+        loader: loads the model; on the accelerator or the CPU when not given.
         progress: called with (stage, done, total).
 
     Raises:
