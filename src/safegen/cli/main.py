@@ -7,8 +7,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from safegen.cli import attack, demo, edit, evaluate, export, generate, patch, prompts, triplets
+from safegen.cli import attack, demo, edit, export, generate, patch, prompts, triplets
 from safegen.cli.console import echo
+from safegen.cli.measure import evaluate, report
 from safegen.cli.options import show_warnings, silence_libraries
 
 
@@ -68,22 +69,21 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             evaluate.evaluate,
             "how-to/evaluate-and-compare.md",
             (
-                "evaluate --protocol mini-smoke --stack mini "
-                "--stack edited=mini+p.safetensors --out run",
-                "evaluate --stage judge --judge mini-held-out --label skulls --out run",
+                "evaluate mini --stack edited=mini+p.safetensors --concept skulls --out run",
+                "evaluate mini --stack mine=my-folder --prompts my.csv --concept skulls --out run",
             ),
         ),
         Command(
-            evaluate.score,
+            report.score,
             "how-to/rescore-and-rejudge.md",
             ("score run", "score run --threshold 0.7"),
         ),
         Command(
-            evaluate.report,
+            report.report,
             "how-to/evaluate-and-compare.md",
             ("report run", "report run-1 run-2 --out comparison"),
         ),
-        Command(evaluate.verify, "how-to/evaluate-and-compare.md", ("verify run",)),
+        Command(report.verify, "how-to/evaluate-and-compare.md", ("verify run",)),
         Command(
             attack.attack,
             "how-to/attack.md",

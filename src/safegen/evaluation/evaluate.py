@@ -277,9 +277,7 @@ def expand_baselines(
     return expanded
 
 
-def _group_by_base(
-    stacks: Sequence[Stack], base: Stack | None
-) -> list[tuple[Stack, list[Stack]]]:
+def _group_by_base(stacks: Sequence[Stack], base: Stack | None) -> list[tuple[Stack, list[Stack]]]:
     """Return each base model of some stacks with the stacks that are compared with it."""
 
     def key(stack: Stack) -> tuple[str, Path | None]:

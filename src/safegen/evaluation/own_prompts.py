@@ -16,13 +16,7 @@ from safegen.core.hub import HUB
 from safegen.core.settings import MAX_NAME
 from safegen.data.prompts.prompts import FOUND, read_prompts
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
-from safegen.evaluation.samples import (
-    ROLES,
-    Role,
-    hash_prompts,
-    is_bundled,
-    read_prompt_list,
-)
+from safegen.evaluation.samples import ROLES, Role, hash_prompts, is_bundled, read_prompt_list
 from safegen.evaluation.schema import JudgeRule, PromptList
 from safegen.evaluation.scoring.verdict_metrics import CONCEPT_ROLES
 
@@ -187,9 +181,7 @@ def limit_lists(protocol: Protocol, limit: int) -> Protocol:
     for part in protocol.lists:
         first = part.model_copy(update={"prompts": min(limit, part.prompts or limit)})
         rows = first.read(protocol_seed=protocol.protocol_seed).rows
-        lists.append(
-            first.model_copy(update={"prompts": len(rows), "sha256": hash_prompts(rows)})
-        )
+        lists.append(first.model_copy(update={"prompts": len(rows), "sha256": hash_prompts(rows)}))
     return protocol.model_copy(update={"lists": tuple(lists)})
 
 

@@ -79,8 +79,8 @@ class PromptList(BaseSettings):
             )
         if self.source is not None and not self.sha256:
             raise ValueError(
-                f"the list {self.name!r} must have the sha256 of its prompts, got none. Add the one "
-                f"that `safegen prompts show {self.source}` prints"
+                f"the list {self.name!r} must have the sha256 of its prompts, got none. Add "
+                f"the one that `safegen prompts show {self.source}` prints"
             )
         return self
 
