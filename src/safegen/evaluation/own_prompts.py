@@ -79,8 +79,8 @@ def concept_judge(
         options: further options of the judge.
 
     Raises:
-        ConfigError: another judge, whose labels are not known to be the concept's, has no labels;
-            or the threshold is below the stored scores.
+        ConfigError: a judge with labels of its own is given without labels, or the threshold is
+            below the stored scores.
     """
     same_labels = (concept.judge, concept.held_out_judge)
     if name not in (None, *same_labels) and not labels:
