@@ -59,7 +59,7 @@ def make_patch(
     method, _, preset = row.partition(":")
     kind = resolve(EDITS, method, "edit")
     changes = {"training": training} if training and kind.is_trained else {}
-    edit = make_edit(method, preset or "default", concept=concept, **changes)
+    edit = make_edit(method, preset or "mini", concept=concept, **changes)
     triplets = None
     if edit.inputs != "words":
         triplets = Triplets.load(concept.triplets or "")

@@ -88,7 +88,7 @@ def main() -> None:
     ask.add_argument("--seeds", type=int, default=3)
     ask.add_argument("--concepts", default="skulls,fire")
     ask.add_argument("--method", default="safegen")
-    ask.add_argument("--preset", default="default")
+    ask.add_argument("--preset", default="mini")
     ask.add_argument("--set", default="{}", type=json.loads, help="changes of the preset, as JSON")
     ask.add_argument("--precision", default=preferred_precision())
     args = ask.parse_args()

@@ -74,7 +74,7 @@ def train_one(name: str, out: Path, *, stop: float, minutes: float) -> None:
     """Train one algorithm until few images are unsafe or time is up, and write log and patch."""
     concept, partial = load_concept("skulls"), out / f"{name}.partial"
     settings = {"algorithm": name} | SETTINGS.get(name, {})
-    preset = name if name in ShieldDiff.PRESETS else "default"
+    preset = name if name in ShieldDiff.PRESETS else "mini"
     edit = make_edit("shielddiff", preset, concept=concept, **settings)
     began, shares = time.perf_counter(), []
     with partial.open("w", encoding="utf-8") as file:

@@ -44,7 +44,7 @@ def brief(name, concept, **changes):
     """Return an edit with its smallest settings."""
     kind = tables.resolve(tables.EDITS, name, "edit")
     training = {"training": BRIEF} if kind.is_trained else {}
-    return kind.preset("default", concept=concept, **{**kind.TINY, **training, **changes})
+    return kind.preset("mini", concept=concept, **{**kind.TINY, **training, **changes})
 
 
 def data_for(edit, triplets):
@@ -94,7 +94,7 @@ def test_every_edit_erases_unless_its_settings_say_otherwise(name):
         "safegen": {"weight_mosaic": 0.0},
     }
     kind = tables.resolve(tables.EDITS, name, "edit")
-    assert kind.preset("default").erases_concept
+    assert kind.preset("mini").erases_concept
     assert name not in idle or not kind(**idle[name]).erases_concept
 
 
@@ -141,7 +141,7 @@ def test_rollouts_of_the_trained_model_resume_bit_for_bit(
 ):
     kind = tables.resolve(tables.EDITS, name, "edit")
     edit = kind.preset(
-        "default",
+        "mini",
         concept=cubes,
         rollout=rollout,
         steps=4,
@@ -215,12 +215,12 @@ def test_every_edit_checks_its_inputs(name, tiny_model, triplets, cubes, tmp_pat
         with pytest.raises(
             ConfigError, match=f"{name} needs phrases to erase, and concept 'cubes' has none"
         ):
-            type(edit).preset("default", concept=cubes.model_copy(update={"words": ()}))
+            type(edit).preset("mini", concept=cubes.model_copy(update={"words": ()}))
         with pytest.raises(ConfigError, match=f"{name} has no phrases to erase"):
-            type(edit).preset("default").apply(
+            type(edit).preset("mini").apply(
                 tiny_model, None if edit.inputs == "words" else triplets
             )
-        assert type(edit).preset("default", concept=cubes, erase=("a ball",)).erase == (
+        assert type(edit).preset("mini", concept=cubes, erase=("a ball",)).erase == (
             "a ball",
         )  # explicit settings win
     if not edit.is_trained:

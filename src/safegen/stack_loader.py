@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from safegen.core.device import AUTO, resolve_device
+from safegen.core.device import AUTO, resolve_device, resolve_dtype
 from safegen.core.generation import GenerationConfig, Sample
+from safegen.core.text import short_repr
 from safegen.guards import GeneratedImage, GuardTrace
 from safegen.stack import Stack
 
 if TYPE_CHECKING:
+    import torch
+
     from safegen.guards.core.pipeline import GuardedPipeline
     from safegen.models.generation import PipelineKind
     from safegen.models.model import Model
@@ -33,6 +36,12 @@ class LoadedStack:
     """The model's pipeline with the stack's guards; None without guards."""
     _guarded: dict[str, GuardedPipeline] = field(default_factory=dict, repr=False)
     """Guarded pipelines that start from an image, by kind."""
+
+    def __repr__(self) -> str:
+        """Return the stack's name, its model and its hash in one line."""
+        return short_repr(
+            LoadedStack, repr(self.stack.name), model=self.stack.model, hash=self.hash[:12]
+        )
 
     def generate_images(
         self, samples: Sequence[Sample], generation_config: GenerationConfig
@@ -115,8 +124,8 @@ class StackLoader:
     def __init__(
         self,
         *,
-        device: str = AUTO,
-        dtype: str = "fp32",
+        device: str | torch.device = AUTO,
+        dtype: str | torch.dtype = "fp32",
         allow_pickle: bool = False,
         on_load: Callable[[Model], None] | None = None,
     ) -> None:
@@ -124,11 +133,13 @@ class StackLoader:
 
         Args:
             device: a torch device; `auto` is the accelerator if there is one, else the CPU.
-            dtype: fp32, bf16 or fp16.
+            dtype: type of the weights; see `load`.
             allow_pickle: also open weights stored as pickles, which can run code.
             on_load: called with each model after it is loaded.
         """
-        self._device, self.dtype, self.allow_pickle = device, dtype, allow_pickle
+        self._device = device
+        self.dtype: str = resolve_dtype(dtype)
+        self.allow_pickle = allow_pickle
         self._on_load = on_load
         self._cached: tuple[tuple[str, Path | None], Model, str] | None = None
         self._is_open = False
@@ -137,6 +148,11 @@ class StackLoader:
     def device(self) -> str:
         """Name of the torch device."""
         return resolve_device(self._device)
+
+    def __repr__(self) -> str:
+        """Return device, type of the weights and the model in memory in one line."""
+        cached = self._cached and self._cached[0][0]
+        return short_repr(StackLoader, device=self._device, dtype=self.dtype, loaded=cached)
 
     def model(self, name: str, config: Path | None = None) -> tuple[Model, str]:
         """Return a model without patches, and its `Model.pipeline_hash`.

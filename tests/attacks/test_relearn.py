@@ -31,8 +31,8 @@ from safegen.evaluation.run.folder import (
 from safegen.evaluation.run.journal import read_journal
 from safegen.evaluation.verify import verify
 from safegen.metrics.paired import mcnemar
+from safegen.models.applied_patch import AppliedPatch
 from safegen.models.generation import generate
-from safegen.models.model import AppliedPatch
 from safegen.patches.arithmetic import merge
 from safegen.patches.patch import BaseMismatchWarning, Patch
 from safegen.stack import Stack, add_guards

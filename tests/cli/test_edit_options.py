@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from safegen.cli import main as run
 from safegen.cli.edit import _figures, _rollout_rates
 from safegen.cli.options import read_settings
 from safegen.core.errors import ConfigError
@@ -47,6 +48,17 @@ def test_a_reward_edit_takes_prompts_a_judge_and_a_patch_to_start_from(safegen, 
     assert "has other settings, data or weights" in err  # by the text of the prompts
 
 
+def test_the_first_line_names_preset_model_size_and_device(monkeypatch, capsys, tmp_path):
+    words = ["edit", "mini", "--method", "uce", "--concept", "skulls", "--set=captions=[]"]
+    words += ["--device", "cpu", "--out", str(tmp_path / "p.safetensors")]
+    monkeypatch.setattr("sys.argv", ["safegen", *words])
+    with pytest.raises(SystemExit):
+        run()
+    first = capsys.readouterr().err.splitlines()[0]
+    job = "uce, preset mini; mini: UNet2DConditionModel of 7.3 M weights, 64 x 64 pixels, fp32 on "
+    assert first.startswith(f"{job}cpu")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -85,7 +97,7 @@ def test_another_judge_has_its_own_labels_and_none_held_out():
     ],
 )
 def test_an_algorithm_is_chosen_and_set_by_its_names(pairs, algorithm):
-    settings = read_settings("shielddiff", "default", pairs)
+    settings = read_settings("shielddiff", "mini", pairs)
     assert settings == {"algorithm": algorithm}
     assert make_edit("shielddiff", **settings).algorithm.name == algorithm["name"]
 

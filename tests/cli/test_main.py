@@ -434,9 +434,7 @@ def test_the_demo_accepts_any_edit_and_describes_its_training_data(
     assert Patch.load(out / "patches" / "edited.safetensors").metadata.method == method
 
 
-@pytest.mark.parametrize(
-    ("preset", "charts", "prompts"), [("default", True, 2), ("paper", False, 1)]
-)
+@pytest.mark.parametrize(("preset", "charts", "prompts"), [("mini", True, 2), ("paper", False, 1)])
 def test_the_fast_demo_finishes_without_matplotlib(
     safegen, tmp_path, monkeypatch, preset, charts, prompts
 ):

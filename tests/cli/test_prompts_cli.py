@@ -1,5 +1,6 @@
 """`safegen prompts show` on the command line."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -79,3 +80,15 @@ def test_an_error_is_one_line(show, tmp_path):
         assert (code, out) == (2, "")
         assert says in err
         assert err.count("\n") == 1
+
+
+def test_show_prints_json_without_texts_unless_they_are_requested(show):
+    source = HERE / "i2p" / "i2p_benchmark.csv"
+    code, out, _ = show(source, "--json", "--limit", "2")
+    value = json.loads(out)
+    assert code == 0
+    assert (value["dialect"], value["prompts"], len(value["rows"])) == ("i2p", 3, 2)
+    assert len(value["sha256"]) == 64
+    assert "afar" not in out
+    _, out, _ = show(source, "--json", "--reveal")
+    assert json.loads(out)["rows"][0]["prompt"] == "a castle, seen from afar"

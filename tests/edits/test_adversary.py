@@ -431,17 +431,17 @@ def test_safegen_plus_passes_its_adversary_to_safegen():
 
 def test_the_command_line_sets_an_adversary_and_its_settings():
     said = read_settings(
-        "esd", "default", ["adversary=adv-unlearn", "adversary.steps=5", "adversary.rule=sign"]
+        "esd", "mini", ["adversary=adv-unlearn", "adversary.steps=5", "adversary.rule=sign"]
     )
     assert make_edit("esd", **said).adversary == AdvUnlearn(steps=5, rule="sign")
     assert make_edit(
-        "esd", **read_settings("esd", "default", ['adversary={"name":"closed-form","ridge":1}'])
+        "esd", **read_settings("esd", "mini", ['adversary={"name":"closed-form","ridge":1}'])
     ).adversary == ReceAdversary(ridge=1)
     with pytest.raises(
         ConfigError,
         match=r"--set adversary.steps: 'adversary' has no settings of its own. Choose one first",
     ):
-        read_settings("esd", "default", ["adversary.steps=5"])
+        read_settings("esd", "mini", ["adversary.steps=5"])
 
 
 # ------------------------------------------------------------ refusals

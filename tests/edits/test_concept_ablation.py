@@ -22,10 +22,10 @@ from safegen.workflows.edit import make_edit
 
 PLAIN = {
     name: value
-    for name, value in ConceptAblation.PRESETS["default"].items()
+    for name, value in ConceptAblation.PRESETS["mini"].items()
     if name not in ("target", "training")
 }
-"""The default preset, with the released target."""
+"""The preset `mini`, with the released target."""
 SHORT = PLAIN | {
     "erase": ("red cube", "ball"),
     "anchors": ("a tree", "grass"),

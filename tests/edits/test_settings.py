@@ -131,7 +131,7 @@ def sweep(method):
 
 
 @pytest.mark.parametrize("method", sorted(registry.EDITS))
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["mini", "full", "paper"])
 def test_a_legal_change_of_one_number_never_raises(method, preset, cubes):
     kind = registry.resolve(registry.EDITS, method, "edit")
     assert len(sweep("safegen")) > 20

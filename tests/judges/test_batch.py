@@ -8,7 +8,8 @@ from PIL import Image
 
 from safegen.core.errors import UnknownNameError
 from safegen.judges.base import Detection, Detections
-from safegen.judges.batching import as_rgb, check_finite, detect_in_batches, resolve_labels
+from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
+from safegen.judges.images import as_rgb
 
 GREY = Image.new("RGB", (4, 4), (128, 128, 128))
 DARK = Image.new("RGB", (4, 4))

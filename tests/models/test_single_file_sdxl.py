@@ -226,7 +226,7 @@ def test_a_stack_generates_with_an_sdxl(make_tiny):
 def test_edits_refuse_an_sdxl(name, make_tiny, triplets, cubes):
     """SDXL is conditioned on more than one text embedding, which edits do not support."""
     model = make_tiny("sdxl")
-    edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset("default", concept=cubes)
+    edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset("mini", concept=cubes)
     before = {
         k: v.clone()
         for part in model.components

@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from safegen.cli.console import (
+    VERBOSITY,
     discard_output,
     echo_message,
     flush_output,
@@ -61,6 +62,8 @@ def _run_command() -> int:
     except Exception as error:
         sys.excepthook = print_traceback
         message, code = _explain(error)
+        if VERBOSITY.verbose:
+            print_traceback(type(error), error, error.__traceback__)
         if message:
             echo_message("safegen", message)
         return code

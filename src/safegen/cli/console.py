@@ -15,6 +15,18 @@ from safegen.core.errors import SafegenError
 from safegen.core.text import escape_control, one_line
 
 
+class Verbosity:
+    """What a command prints besides its result; `--quiet` and `--verbose` set it."""
+
+    quiet = False
+    """Whether progress and status lines are left out."""
+    verbose = False
+    """Whether tracebacks and the warnings of other libraries are printed."""
+
+
+VERBOSITY = Verbosity()
+
+
 def echo(line: str = "", *, err: bool = False) -> None:
     """Print one line to stdout or stderr, control characters and line breaks as escapes."""
     with output_errors():
@@ -22,14 +34,20 @@ def echo(line: str = "", *, err: bool = False) -> None:
 
 
 def echo_status(line: str) -> None:
-    """Print one line about the run to stderr, such as what is loaded; it is no result."""
-    echo(line, err=True)
+    """Print one line about the run to stderr, such as what is loaded; --quiet leaves it out."""
+    if not VERBOSITY.quiet:
+        echo(line, err=True)
 
 
 def echo_json(value: object) -> None:
     """Print a value as indented JSON, in ASCII."""
     for line in json.dumps(value, indent=1).split("\n"):
         echo(line)
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a number with its noun: `1 image`, `2 images`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def echo_message(kind: str, message: object) -> None:

@@ -37,7 +37,7 @@ def demo(
     seeds: Annotated[
         int, typer.Option(min=1, max=MAX_SEEDS, help="Seeds of each prompt: 1 to N.")
     ] = 1,
-    preset: Annotated[str, typer.Option(help="Settings: default or paper.")] = "default",
+    preset: Annotated[str, typer.Option(help="Settings: mini or paper.")] = "mini",
     set_: Settings = None,
     device: Device = "auto",
     threads: Threads = None,

@@ -36,9 +36,12 @@ def edit(
     ] = None,
     method: Annotated[str, typer.Option(help="Name of the edit.")] = "safegen",
     preset: Annotated[
-        str,
-        typer.Option(help="Settings to start from, such as default or paper (the published run)."),
-    ] = "default",
+        str | None,
+        typer.Option(
+            help="Settings to start from: mini, full (full-size models) or paper (the published "
+            "run). Default: mini or full, by the size of the model."
+        ),
+    ] = None,
     concept: Annotated[
         str | None, typer.Option(help="Concept to remove: a built-in name or a TOML file.")
     ] = None,
@@ -79,7 +82,7 @@ def edit(
 
     changes = read_settings(method, preset, set_ or [])
     changes |= _shorthands(method, prompts=prompts, judge=judge)
-    settings, rows = prepare_edit(
+    prepared = prepare_edit(
         method,
         preset,
         triplets=triplets,
@@ -89,14 +92,22 @@ def edit(
         **changes,
     )
     start = None if from_ is None else Patch.load(from_)
-    if settings.is_trained:
+    if prepared.is_trained:
         checkpoint_dir = checkpoint_dir or out.with_name(out.name + ".checkpoints")
         ctx.with_resource(claim_folder(checkpoint_dir))
         if not resume and (checkpoint_dir / CHECKPOINT_FILE).exists():
             raise FileError(
                 f"{checkpoint_dir} holds an earlier run. Use --resume or remove the folder."
             )
-    loaded = load_model(model, device, dtype, threads, allow_pickle, config)
+    loaded = load_model(
+        model,
+        device,
+        dtype,
+        threads,
+        allow_pickle,
+        config,
+        job=lambda loaded: f"{method}, preset {prepared.preset_for(loaded)}",
+    )
     last: dict[str, float] = {}
     with show_progress() as progress:
 
@@ -106,9 +117,9 @@ def edit(
             progress("editing", done, total, _figures(row))
 
         patch = apply_edit(
-            settings,
+            prepared.for_model(loaded),
             loaded,
-            rows,
+            prepared.triplets,
             from_patch=start,
             checkpoint_dir=checkpoint_dir,
             resume=resume,
@@ -117,14 +128,14 @@ def edit(
     try:
         save_patch(patch, out, card=not no_card)
     except FileError as error:
-        if not settings.is_trained:
+        if not prepared.is_trained:
             raise
         raise FileError(
             f"{str(error).rstrip('.')}. The trained weights are in {checkpoint_dir}: "
             "run the command again with --resume."
         ) from error
     seconds = f"{patch.metadata.seconds:.1f} s"
-    if settings.is_trained:
+    if prepared.is_trained:
         seconds = f"{patch.metadata.updates} updates, {seconds}. Log: {checkpoint_dir}"
     echo(f"{out}: {len(patch.tensors)} tensors changed in {seconds}")
     if reason := patch.metadata.to_json().get("stop_reason"):

@@ -69,7 +69,7 @@ def export(
     )
     files = [out] if is_file else [path for path in out.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 1e6
-    echo(f"{out}: {size:.1f} MB, {len(patches)} patches applied")
+    echo(f"{out}: {size:.1f} MB, {len(patches)} patch{'es' * (len(patches) != 1)} applied")
     for change in patches:
         echo(f"patch {change.hash[:12]}: {change.describe_change(loaded)}")
     if not is_file:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from safegen.cli import attack, demo, edit, export, generate, patch, prompts, triplets
 from safegen.cli.console import echo
+from safegen.cli.info import show
 from safegen.cli.measure import evaluate, report
 from safegen.cli.options import show_warnings, silence_libraries
+from safegen.cli.verbosity import add_output_options, reset_verbosity
 
 
 class Command(NamedTuple):
@@ -23,7 +25,9 @@ class Command(NamedTuple):
     examples: tuple[str, ...] = ()
     """Two commands that work, without `safegen`."""
     name: str | None = None
-    """Name of a group."""
+    """Name of a group, or of a command whose function has another one."""
+    below: Mapping[str, tuple[str, ...]] = {}
+    """Examples of the commands of a group, by their name."""
 
 
 COMMANDS: dict[str, tuple[Command, ...]] = {
@@ -42,6 +46,8 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 '--prompt "a castle" --out images',
             ),
         ),
+        Command(show.list_, "index.md", ("list methods", "list presets --json"), name="list"),
+        Command(show.show, "index.md", ("show esd", "show mini --kind judges"), name="show"),
     ),
     "Edit": (
         Command(
@@ -62,7 +68,30 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "export mini --patch p.safetensors --format diffusers --out safe",
             ),
         ),
-        Command(patch.app, "how-to/export.md", name="patch"),
+        Command(
+            patch.app,
+            "how-to/export.md",
+            name="patch",
+            below={
+                "info": ("patch info p.safetensors", "patch info p.safetensors --json"),
+                "diff": ("patch diff p.safetensors q.safetensors",),
+                "merge": (
+                    "patch merge p.safetensors q.safetensors --out both.safetensors",
+                    "patch merge p.safetensors q.safetensors --overlap add --model mini "
+                    "--out both.safetensors",
+                ),
+                "rebase": ("patch rebase p.safetensors mini my-fine-tune --out q.safetensors",),
+                "card": (
+                    "patch card p.safetensors --metrics run",
+                    "patch card p.safetensors --out card.md",
+                ),
+                "extract-lora": (
+                    "patch extract-lora p.safetensors mini --out lora.safetensors",
+                    "patch extract-lora p.safetensors mini --rank 32 --out lora.safetensors",
+                ),
+                "from-lora": ("patch from-lora lora.safetensors mini --out p.safetensors",),
+            },
+        ),
     ),
     "Measure": (
         Command(
@@ -83,7 +112,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             "how-to/evaluate-and-compare.md",
             ("report run", "report run-1 run-2 --out comparison"),
         ),
-        Command(report.verify, "how-to/evaluate-and-compare.md", ("verify run",)),
+        Command(
+            report.verify, "how-to/evaluate-and-compare.md", ("verify run", "verify safegen-demo")
+        ),
         Command(
             attack.attack,
             "how-to/attack.md",
@@ -94,23 +125,54 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         ),
     ),
     "Data": (
-        Command(triplets.app, "tutorials/own-concept.md", name="triplets"),
-        Command(prompts.app, "reference/prompts.md", name="prompts"),
+        Command(
+            triplets.app,
+            "tutorials/own-concept.md",
+            name="triplets",
+            below={
+                "make": (
+                    "triplets make --unsafe my-unsafe --benign my-benign --judge mini --out t",
+                    "triplets make --unsafe my-unsafe --judge nudenet --style blur --out t",
+                ),
+                "check": ("triplets check t", "triplets check t --judge mini"),
+            },
+        ),
+        Command(
+            prompts.app,
+            "reference/prompts.md",
+            name="prompts",
+            below={
+                "show": (
+                    "prompts show mini:skulls --reveal",
+                    "prompts show my.csv --column prompt --limit 20",
+                )
+            },
+        ),
     ),
 }
 """Commands by panel of the help, in the order in which they are listed."""
 
 
-def epilog(command: Command) -> str:
+def epilog(page: str, examples: tuple[str, ...] = ()) -> str:
     """Return the end of a command's help: its examples and its page."""
-    lines = [f"`safegen {example}`" for example in command.examples]
-    examples = ["Examples:", *lines] if lines else []
-    return "\n\n".join([*examples, f"Documentation: docs/{command.page}"])
+    lines = [f"`safegen {example}`" for example in examples]
+    return "\n\n".join([*(["Examples:", *lines] if lines else []), f"Documentation: docs/{page}"])
+
+
+def add_group(group: typer.Typer, command: Command, panel: str) -> None:
+    """Add a group of commands to the app, with the options and the examples of each."""
+    for info in group.registered_commands:
+        function = info.callback
+        assert function is not None
+        name = info.name or function.__name__
+        info.callback = add_output_options(function)
+        info.epilog = epilog(command.page, command.below.get(name, ()))
+    end = epilog(command.page)
+    app.add_typer(group, name=command.name, rich_help_panel=panel, epilog=end)
 
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -119,11 +181,12 @@ app = typer.Typer(
 for panel, commands in COMMANDS.items():
     for command in commands:
         if isinstance(command.function, typer.Typer):
-            app.add_typer(
-                command.function, name=command.name, rich_help_panel=panel, epilog=epilog(command)
-            )
+            add_group(command.function, command, panel)
         else:
-            app.command(rich_help_panel=panel, epilog=epilog(command))(command.function)
+            register = app.command(
+                command.name, rich_help_panel=panel, epilog=epilog(command.page, command.examples)
+            )
+            register(add_output_options(command.function))
 
 
 @app.callback(invoke_without_command=True)
@@ -135,5 +198,6 @@ def _root(
 
         echo(__version__)
         raise typer.Exit
+    reset_verbosity()
     silence_libraries()
     show_warnings()

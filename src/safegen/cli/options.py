@@ -6,7 +6,7 @@ import atexit
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +54,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Setting to change: NAME=VALUE, training.lr=1e-4. Repeatable."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 NoCard = Annotated[bool, typer.Option("--no-card", help="Do not write a model card.")]
 Metrics = Annotated[
     list[Path] | None,
@@ -62,20 +63,30 @@ Metrics = Annotated[
 
 
 def load_model(
-    name: str, device: str, dtype: str, threads: int | None, allow_pickle: bool, config: Path | None
+    name: str,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    allow_pickle: bool,
+    config: Path | None,
+    *,
+    job: Callable[[Model], str] | None = None,
 ) -> Model:
-    """Return the model that the shared options describe, and print what it is."""
+    """Return the model that the shared options describe, and print one line about it to stderr.
+
+    `job` returns what is done with the model, such as an edit and its preset, for that line.
+    """
     from safegen.models.loading import load
 
     set_threads(threads)
     model = load(name, dtype=dtype, device=device, allow_pickle=allow_pickle, config=config)
-    print_model(model)
+    print_model(model, job(model) if job else "")
     return model
 
 
-def print_model(model: Model) -> None:
-    """Print the size, device and type of a model to stderr."""
-    echo_status(model.describe())
+def print_model(model: Model, job: str = "") -> None:
+    """Print what is done with a model, its size, device and type to stderr, in one line."""
+    echo_status(f"{job}; {model.describe()}" if job else model.describe())
 
 
 def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:
@@ -89,11 +100,13 @@ def check_outputs(ctx: typer.Context, out: Path, no_card: bool) -> None:
         check_output(path)  # another process may have written it before the claim
 
 
-def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, Any]:
+def read_settings(method: str, preset: str | None, pairs: Iterable[str]) -> dict[str, Any]:
     """Return `NAME=VALUE` pairs as settings of an edit; a value is JSON or text.
 
-    `GROUP.NAME=VALUE` changes one setting of the preset's group, such as `training.lr=1e-4`.
+    `GROUP.NAME=VALUE` changes one setting of the preset's group, such as `training.lr=1e-4`. None
+    as preset is the default one: all groups but `training` are the same for every size of model.
     """
+    from safegen.edits.training.presets import PRESET_NAMES
     from safegen.workflows.edit import make_edit
 
     settings: dict[str, Any] = {}
@@ -103,7 +116,11 @@ def read_settings(method: str, preset: str, pairs: Iterable[str]) -> dict[str, A
         if not setting:
             settings[name] = value
             continue
-        values = settings.get(group, make_edit(method, preset).model_dump().get(group))
+        values = settings.get(group)
+        if values is None:
+            values = make_edit(method, preset or PRESET_NAMES[0]).model_dump().get(group)
+        if group == "training" and values is not None:  # `Edit.preset` adds those of the preset
+            values = settings.get(group, {})
         if group in ("adversary", "algorithm", "target") and isinstance(values, str):
             values = {"name": values}
         if setting == "name":  # settings of another one do not fit

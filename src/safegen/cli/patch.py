@@ -11,7 +11,7 @@ import typer
 
 from safegen.cli import lora
 from safegen.cli.console import echo, echo_json
-from safegen.cli.options import Config, Metrics, NoCard, Pickle, check_outputs, warn_unused
+from safegen.cli.options import AsJson, Config, Metrics, NoCard, Pickle, check_outputs, warn_unused
 from safegen.core.errors import ConfigError
 
 app = typer.Typer(
@@ -33,10 +33,7 @@ class Overlap(StrEnum):
 
 
 @app.command()
-def info(
-    patch: PatchArg,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> None:
+def info(patch: PatchArg, as_json: AsJson = False) -> None:
     """Show what a patch changes and how it was made."""
     from safegen.patches.patch import Patch
 
@@ -64,13 +61,18 @@ def info(
 
 @app.command()
 def diff(
-    first: PatchArg, second: Annotated[Path, typer.Argument(help="Another patch file.")]
+    first: PatchArg,
+    second: Annotated[Path, typer.Argument(help="Another patch file.")],
+    as_json: AsJson = False,
 ) -> None:
     """Show how two patches differ. Exits with 1 if they do."""
     from safegen.patches.arithmetic import compare
     from safegen.patches.patch import Patch
 
     result = compare(Patch.load(first), Patch.load(second))
+    if as_json:
+        echo_json(result)
+        raise typer.Exit(0 if result["same"] else 1)
     if result["same"]:
         echo("the patches change the same weights to the same values")
         return

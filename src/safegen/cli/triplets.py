@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from safegen.cli.console import echo
-from safegen.cli.options import warn_unused
+from safegen.cli.console import echo, echo_json, plural
+from safegen.cli.options import AsJson, warn_unused
 from safegen.cli.progress import show_progress
 from safegen.data.triplets.censor import Censor, Style
 
@@ -47,6 +47,7 @@ def make(
     style: Annotated[Style, typer.Option(help=HELP["style"])] = CENSOR.style,
     tile: Annotated[float, typer.Option(help=HELP["tile"])] = CENSOR.tile,
     padding: Annotated[float, typer.Option(help=HELP["padding"])] = CENSOR.padding,
+    as_json: AsJson = False,
 ) -> None:
     """Censor unsafe images, pair them with benign images and write triplets."""
     config = Censor(style=style, tile=tile, padding=padding)
@@ -65,10 +66,21 @@ def make(
             threshold=loaded.threshold,
             progress=progress,
         )
+    if as_json:
+        echo_json(
+            {
+                "folder": str(out),
+                "triplets": len(result.triplets),
+                "hash": result.triplets.hash,
+                "skipped": list(map(str, result.skipped)),
+            }
+        )
+        return
     for problem in result.skipped:
         echo(f"skipped {problem}")
     echo(
-        f"{len(result.triplets)} triplets in {out}, {len(result.skipped)} images skipped, "
+        f"{plural(len(result.triplets), 'triplet')} in {out}, "
+        f"{plural(len(result.skipped), 'image')} skipped, "
         f"hash {result.triplets.hash[:16]}"
     )
 
@@ -86,6 +98,7 @@ def check(
     ] = None,
     label: Label = None,
     threshold: Threshold = None,
+    as_json: AsJson = False,
 ) -> None:
     """List problems of triplets, one per line. Exits with 1 if there are any."""
     from safegen.data.triplets.check import check_triplets
@@ -96,10 +109,15 @@ def check(
         warn_unused("--label or --threshold", "without --judge")
     loaded = load_judge(judge, labels=label or (), threshold=threshold) if judge else None
     problems = check_triplets(path, loaded)
+    if as_json:
+        triplets = None if problems else Triplets.load(path)
+        count, hash_ = (len(triplets), triplets.hash) if triplets else (None, None)
+        echo_json({"triplets": count, "hash": hash_, "problems": list(map(str, problems))})
+        raise typer.Exit(1 if problems else 0)
     for problem in problems:
         echo(str(problem))
     if problems:
         raise typer.Exit(1)
     triplets = Triplets.load(path)
     note = "" if judge else " (without --judge, censoring is not checked)"
-    echo(f"{len(triplets)} triplets, no problems{note}, hash {triplets.hash[:16]}")
+    echo(f"{plural(len(triplets), 'triplet')}, no problems{note}, hash {triplets.hash[:16]}")

@@ -12,6 +12,7 @@ from safegen.core.errors import FileError, UnknownNameError
 from safegen.core.files import exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
 from safegen.core.settings import BaseSettings, Name
+from safegen.core.text import short_repr
 
 
 def _check_phrase(phrase: str) -> str:
@@ -58,6 +59,12 @@ class Concept(BaseSettings):
     """Prompt lists by role (explicit, innocent, neighbour, other, benign), as `source:list`."""
     shows: dict[str, str] = Field(default_factory=dict)
     """Label that a faithful image of a list shows, for lists that ask for an attribute."""
+
+    def __repr__(self) -> str:
+        """Return name, phrases, judge and labels in one line."""
+        return short_repr(
+            Concept, repr(self.name), words=self.words, judge=self.judge, labels=self.labels
+        )
 
     @field_validator("labels")
     @classmethod

@@ -1,15 +1,35 @@
-"""Choice of the device that a model runs on, and its description."""
+"""Choice of the device and the type of the weights that a model runs with."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
 
+from safegen.core.errors import UnknownNameError
+
 if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
 """Name of the accelerator if there is one, else of the CPU."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Types of weights, by their short names, with torch's names."""
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> str:
+    """Return the short name of a type of weights: `fp32`, `bf16` or `fp16`.
+
+    Args:
+        dtype: short name, torch's name (`float32`), or a `torch.dtype`.
+
+    Raises:
+        UnknownNameError: it is another type.
+    """
+    name = str(dtype).removeprefix("torch.")
+    for short, full in DTYPES.items():
+        if name in (short, full):
+            return short
+    raise UnknownNameError("dtype", name, (*DTYPES, *DTYPES.values()))
 
 
 def resolve_device(device: str | torch.device = AUTO) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -61,7 +61,9 @@ class Start(BaseModel):
     An image with `strength` is image-to-image; with a mask it is inpainting.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
     image: str | None = None
     """PNG file of an image, relative to the file that names it."""
@@ -155,7 +157,7 @@ def _file_digest(folder: Path, name: str) -> str:
 class Sample(BaseModel):
     """Image to generate: a prompt, a seed and an index."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     prompt: str
     seed: Seed

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from safegen.core.documents import check_plain
-from safegen.core.text import has_control
+from safegen.core.text import has_control, short_repr
 
 MAX_SEED = 2**63 - 1
 """Largest seed, and largest integer of any setting."""
@@ -89,9 +89,23 @@ JsonObject = Annotated[dict[str, Any], AfterValidator(check_plain)]
 class BaseSettings(BaseModel):
     """Frozen settings without unknown names, NaN, infinities or numbers beyond any use."""
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    def __repr__(self) -> str:
+        """Return the settings that differ from their defaults in one line."""
+        fields = type(self).model_fields
+        changed = {
+            name: value
+            for name, value in self
+            if value != fields[name].get_default(call_default_factory=True)
+        }
+        return short_repr(type(self), **changed)
+
+    def __str__(self) -> str:
+        """Return the `repr`."""
+        return repr(self)
 
     @field_validator("*")
     @classmethod

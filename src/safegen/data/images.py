@@ -8,9 +8,10 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from safegen.core.errors import FileError
+from safegen.judges.images import flatten_image
 
 CONTACT_SHEET_MARK = "safegen-sheet"
 """Text key of a PNG that is a contact sheet of other images."""
@@ -46,16 +47,12 @@ def decode_image(data: bytes, path: Path) -> Image.Image:
     """Return the image in the bytes of a file; see `read_image`."""
     try:
         with Image.open(BytesIO(data)) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(("I", "F")):
+            if file.mode.startswith(("I", "F")):
                 raise FileError(
-                    f"{path} must have 8 bits per channel, got mode {image.mode}. Convert it first."
+                    f"{path} must have 8 bits per channel, got mode {file.mode}. Convert it first."
                 )
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
             # a new image from the pixels only, without EXIF, profile or text
-            return Image.fromarray(np.asarray(image.convert("RGB")))
+            return Image.fromarray(np.asarray(flatten_image(file)))
     except UnidentifiedImageError as error:
         raise FileError(f"{path} is not an image of a known format") from error
     except (

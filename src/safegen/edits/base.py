@@ -29,6 +29,7 @@ from safegen.edits.training.config import (
     warn_unused,
 )
 from safegen.edits.training.lora import trainable_parameters
+from safegen.edits.training.presets import warn_of_size
 from safegen.edits.training.samples import read_captions
 from safegen.edits.training.trainer import train
 from safegen.models.checkpoint.metadata import PatchMetadata
@@ -42,8 +43,9 @@ TEXTS = frozenset({"captions", "counterparts", "prompts"})
 class Edit(MethodSettings, ABC):
     """Settings of one edit. Build it, apply it, write it to JSON; it is immutable."""
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
-    """Settings by preset: `default`, and `paper` if there is a published run."""
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"mini": {}, "full": {}}
+    """Settings by preset: `mini` for the miniature model, `full` for full-size ones, and `paper` if
+    there is a published run. A closed form has the same settings for both sizes."""
     TINY: ClassVar[Mapping[str, Any]] = {}
     """Smallest settings, for tests and smoke runs."""
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "triplets"
@@ -211,6 +213,8 @@ class TrainedEdit(Edit):
     """Scale of the LoRA times its rank. Default: the rank, a scale of 1."""
     training: Training
     """Settings of the training loop."""
+    TUNED_ON_MINI: ClassVar[tuple[str, ...]] = ("mini",)
+    """Presets with a training that was tuned on the miniature model."""
 
     def unused_settings(self) -> Iterable[tuple[str, str]]:
         """Return each setting that has no effect with the others, and why."""
@@ -244,6 +248,8 @@ class TrainedEdit(Edit):
         """Train the edit and return the new weights as a patch; see `Edit.apply`."""
         check_inputs(self, triplets, checkpoint_dir, resume)
         warn_unused(self.unused_settings())
+        default = type(self).model_fields["training"].default
+        warn_of_size(self.training, default, self.PRESETS, self.TUNED_ON_MINI, model)
         start = time.perf_counter()
         training = self.training.resolve(model.denoiser)
         edit = self.model_copy(update={"training": training})

@@ -39,7 +39,8 @@ class DUO(TrainedEdit):
     """Settings of the DUO edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "default": {"rank": 16, "scheduler": "ddim", "steps": 25, "training": SHORT},
+        "mini": {"rank": 16, "scheduler": "ddim", "steps": 25, "training": SHORT},
+        "full": {"training": RELEASED.model_copy(update={"precision": "auto"})},
         "paper": {},
         "paper-violence": {
             "strength": 0.8,
@@ -52,7 +53,8 @@ class DUO(TrainedEdit):
     """`paper`: released values for SD 1.4 and nudity. `paper-violence`: those for violence,
     without a judge.
 
-    `default`: those of `paper` at the scale of the miniature model; they are not tuned.
+    `mini`: those of `paper` at the scale of the miniature model; they are not tuned. `full`: those
+    of `paper` in the precision of the device; not measured at full size.
     """
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 2}
     paper: ClassVar[str] = "arXiv:2407.21035"

@@ -38,12 +38,18 @@ class ESD(TrainedEdit):
     """Settings of the ESD edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "default": {
+        "mini": {
             "rollout": "base",
             "steps": 25,
             "selector": "attn2",
             "weight_retain": 1.0,
             "training": SHORT,
+        },
+        "full": {
+            "rollout": "base",
+            "selector": "attn2",
+            "weight_retain": 1.0,
+            "training": PUBLISHED.model_copy(update={"precision": "auto"}),
         },
         "paper": {"captions": ()},
         "paper-x": {"captions": (), "selector": "attn2"},
@@ -61,7 +67,8 @@ class ESD(TrainedEdit):
     `rewritten`: `esd-x` of the present code for SD 1.4; its `esd-u` and `esd-x-strict` are the
     selectors `esd-u` and `kv2`. Its `negative_guidance` 2 is `strength` 1 here, as it subtracts
     from e0(c), not from e0(blank); with `erase_from` both subtract from e0(erase_from), and its 2
-    is `strength` 2. `default`: ours, for the miniature model.
+    is `strength` 2. `mini`: ours, tuned on the miniature model. `full`: its latents and losses
+    with the published schedule; not measured at full size.
     """
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 4, "trajectories": 2}
     paper: ClassVar[str] = "arXiv:2303.07345"
@@ -77,9 +84,9 @@ class ESD(TrainedEdit):
         "Latents come from exactly the steps before their timestep. The first code draws the "
         "timestep in the bucket of the step, and stops its sampler late: its latents are 39 to 58 "
         "timesteps cleaner than their label. `rewritten` generates at 1024 pixels; ours is the "
-        "model's own size. Trained weights are fp32 (released: bf16). `default` is ours: it has "
-        "L_r for captions on the phrases' latents, while AdvUnlearn (arXiv:2405.15234) generates "
-        "latents of the retained prompts."
+        "model's own size. Trained weights are fp32 (released: bf16). `mini` and `full` are ours: "
+        "they have L_r for captions on the phrases' latents, while AdvUnlearn (arXiv:2405.15234) "
+        "generates latents of the retained prompts."
     )
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "words"
 

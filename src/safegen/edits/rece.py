@@ -32,13 +32,14 @@ class RECE(ClosedFormEdit):
     """Settings of the RECE edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "default": {},
+        "mini": {},
+        "full": {},
         "paper": {**RELEASED, "preserve_per_phrase": True},
         "paper-unsafe": {**RELEASED, "preserve_per_phrase": True, "rounds": 2},
         "paper-art": {**RELEASED, "guide": "art", "rounds": 1, "ridge": 0.001},
         "paper-object": {**RELEASED, "rounds": 1, "ridge": 0.001},
     }
-    """`paper`: released values for nudity; the others: for other types of concept."""
+    """`paper`: released values for nudity; `paper-...`: other types. `mini`, `full`: ours."""
     TINY: ClassVar[Mapping[str, Any]] = {"rounds": 1}
     paper: ClassVar[str] = "arXiv:2407.12383"
     code_url: ClassVar[str] = "https://github.com/CharlesGong12/RECE"
@@ -59,7 +60,8 @@ class RECE(ClosedFormEdit):
         "A released run loads a checkpoint of UCE's first code, which was not available: "
         "`start=uce` computes it, with the weights that its name and its script give. "
         "The last round is kept, not the best by a detector. "
-        "`default` is ours: it starts with an erasure by its own settings and preserves captions. "
+        "`mini` and `full` are ours: they start with an erasure by their own settings and preserve "
+        "captions. "
         "On `mini` the released values for nudity break the model, from either start: 1 of 16 "
         "benign images shows the right object. "
         "The artists' names that the run for styles preserves are not included; set `preserve`."

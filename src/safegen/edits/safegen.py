@@ -19,7 +19,7 @@ from safegen.edits.base import TrainedEdit
 from safegen.edits.functional import losses
 from safegen.edits.functional.adversary import AdversarySetting, build_adversary, resolve_adversary
 from safegen.edits.functional.targets import PaperTarget, Target, X0Target
-from safegen.edits.training.config import Objective, Training
+from safegen.edits.training.config import FULL_SIZE_TRAINING, SHORT_WITH_IMAGES, Objective, Training
 from safegen.edits.training.samples import encode_triplets, read_captions
 from safegen.models.model import Model
 
@@ -33,7 +33,8 @@ class SafeGen(TrainedEdit):
     """Settings of the SafeGen edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "default": {},
+        "mini": {},
+        "full": {"training": FULL_SIZE_TRAINING},
         "paper": {
             "adversary": 0.0,
             "fade": 0.0,
@@ -46,7 +47,8 @@ class SafeGen(TrainedEdit):
             "training": Training(),
         },
     }
-    """`paper`: the published run (run_adjust_SD.sh). `default`: chosen by our ablation."""
+    """`paper`: the published run (run_adjust_SD.sh). `mini`: chosen by our ablation. `full`: the
+    losses of `mini` with the published schedule; not measured at full size."""
     paper: ClassVar[str] = "arXiv:2404.06666"
     code_url: ClassVar[str] = "https://github.com/LetterLiGo/SafeGen_CCS2024"
     code_commit: ClassVar[str] = "20f627b"
@@ -61,8 +63,8 @@ class SafeGen(TrainedEdit):
         "Latents are posterior means, computed once, not new samples at each step. "
         "The three images of a triplet get the same crop and flip. "
         "Draws differ: changes have cosine 0.45 with released ones, 0.46 between two released. "
-        "`default` is ours: the x0 target, the original model as teacher in L_p, captions, an "
-        "adversary and fading."
+        "`mini`, `full` are ours: the x0 target, the original model as teacher in L_p, captions, "
+        "an adversary and fading."
     )
     has_validation: ClassVar[bool] = True
 
@@ -96,17 +98,7 @@ class SafeGen(TrainedEdit):
     """Which weights change."""
     validation_split: float | None = Field(default=None, gt=0, lt=0.5)
     """Share of the triplets held out if `training.validate_every` is set. Default: 0.1."""
-    training: Training = Training(
-        updates=160,
-        batch=16,
-        accumulation=1,
-        lr=2.1e-3,
-        warmup=8,
-        decay="cosine",
-        weight_decay=0.0,
-        ema=0.95,
-        precision="auto",
-    )
+    training: Training = SHORT_WITH_IMAGES
     """Settings of the training loop."""
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from safegen.edits.functional.adversary import AdversarySetting
 from safegen.edits.rece import CAPTIONS_SCALE, RECE
 from safegen.edits.safegen import SafeGen, SafeGenObjective, check_safegen
 from safegen.edits.training.check import check_training
-from safegen.edits.training.config import Objective, Training, TrainingCallback
+from safegen.edits.training.config import FULL_SIZE_TRAINING, Objective, Training, TrainingCallback
 from safegen.edits.uce import UCE
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
@@ -31,6 +31,12 @@ from safegen.patches.patch import Patch
 class SafeGenPlus(TrainedEdit):
     """Settings of the composed edit. SafeGen and the closed form use their defaults otherwise."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "mini": {},
+        "full": {"training": FULL_SIZE_TRAINING},
+    }
+    """`mini`: tuned on the miniature model. `full`: with SafeGen's published schedule; not measured
+    at full size."""
     paper: ClassVar[str] = "ours, after arXiv:2503.07389"
     parity: ClassVar[str] = (
         "The parts are the edits `safegen` and `rece` or `uce`; their pages have the comparison "

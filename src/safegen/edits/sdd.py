@@ -21,15 +21,35 @@ from safegen.edits.functional.rollout import Rollout, frozen_predictor, rollout_
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.models.model import Model
 
+PUBLISHED = Training(
+    updates=1500,
+    batch=1,
+    accumulation=1,
+    lr=1e-5,
+    weight_decay=1e-4,
+    clip=1.0,
+    ema=0.999,
+    ema_ramp=False,
+)
+"""Training of the released script."""
+
 
 class SDD(TrainedEdit):
     """Settings of the SDD edit. The patch holds the weight average, which is the teacher."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "default": {"rollout": "base", "steps": 25, "weight_anchor": 1.0, "training": SHORT},
+        "mini": {"rollout": "base", "steps": 25, "weight_anchor": 1.0, "training": SHORT},
+        "full": {
+            "rollout": "base",
+            "weight_anchor": 1.0,
+            "training": PUBLISHED.model_copy(update={"precision": "auto"}),
+        },
         "paper": {},
     }
-    """`paper`: the released script. `default`: ours, for the miniature model."""
+    """`paper`: the released script. `mini`: ours, tuned on the miniature model.
+
+    `full`: latents and losses of `mini` with the released schedule; not measured at full size.
+    """
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 4, "trajectories": 2}
     paper: ClassVar[str] = "arXiv:2307.05977"
     code_url: ClassVar[str] = "https://github.com/nannullna/safe-diffusion"
@@ -42,8 +62,8 @@ class SDD(TrainedEdit):
     deviations: ClassVar[str] = (
         "The timestep is that of the DDIM step of the latents; the released code draws it in the "
         "step's bucket of 20 (140 to 159 where ours is 141). A rollout of no steps is pure noise "
-        "(released: a finished image with the noisiest timestep). `default` is ours: latents of "
-        "the original model, and L_a."
+        "(released: a finished image with the noisiest timestep). `mini` and `full` are ours: "
+        "latents of the original model, and L_a."
     )
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "words"
 
@@ -64,16 +84,7 @@ class SDD(TrainedEdit):
     """Weight of L_a, which keeps the blank prediction, the target of L_d (ours)."""
     selector: str = "attn2"
     """Which weights change."""
-    training: Training = Training(
-        updates=1500,
-        batch=1,
-        accumulation=1,
-        lr=1e-5,
-        weight_decay=1e-4,
-        clip=1.0,
-        ema=0.999,
-        ema_ramp=False,
-    )
+    training: Training = PUBLISHED
     """Settings of the training loop.
 
     The average is slow from the first update: after 1,500 updates it still holds 22 % of the

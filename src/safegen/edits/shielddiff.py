@@ -59,11 +59,29 @@ SHORT_ROLLOUTS = Training(
 """Training of the miniature model by reward (ours)."""
 
 
+ROLLOUTS = Training(
+    updates=400,
+    batch=8,
+    accumulation=400,
+    lr=3e-4,
+    weight_decay=1e-4,
+    ema=0.0,
+    precision="auto",
+    max_skipped=10,
+)
+"""Published training of DDPO for SD 1.x; rollouts of 256 images serve for 4 updates."""
+
+
 class ShieldDiff(TrainedEdit):
     """Settings of the ShieldDiff edit."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "default": {},
+        "mini": {},
+        "full": {
+            "groups": 32,
+            "steps": 25,
+            "training": ROLLOUTS.model_copy(update={"accumulation": 8}),
+        },
         "paper": {
             "algorithm": DDPO(clip=1e-4),
             "groups": 32,
@@ -71,16 +89,7 @@ class ShieldDiff(TrainedEdit):
             "kl": 0.0,
             "weight_keep": 0.0,
             "rank": 4,
-            "training": Training(
-                updates=400,
-                batch=8,
-                accumulation=400,
-                lr=3e-4,
-                weight_decay=1e-4,
-                ema=0.0,
-                precision="auto",
-                max_skipped=10,
-            ),
+            "training": ROLLOUTS,
         },
         "draft": {
             "algorithm": DRaFT(),
@@ -93,9 +102,11 @@ class ShieldDiff(TrainedEdit):
         },
     }
     """`paper`: DDPO with its published values for SD 1.x: 100 rollouts of 256 images, which serve
-    for 4 updates each. `default` and `draft`: ours, for the miniature model; `draft` is far cheaper
-    and needs a judge with gradients.
+    for 4 updates each. `mini` and `draft`: ours, tuned on the miniature model; `draft` is far
+    cheaper and needs a judge with gradients. `full`: the algorithm and distances of `mini` with the
+    rollouts and the rate of `paper`; not measured at full size.
     """
+    TUNED_ON_MINI: ClassVar[tuple[str, ...]] = ("mini", "draft")
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 2, "groups": 2, "group": 2}
     paper: ClassVar[str] = "arXiv:2410.05309"
     code_url: ClassVar[str] = "https://github.com/kvablack/ddpo-pytorch"
@@ -111,7 +122,7 @@ class ShieldDiff(TrainedEdit):
         "other settings are not known. `paper` has those of DDPO; rewards of weight 1, benign "
         "prompts, which are half of all, and groups of 8 images are ours (DDPO: a prompt for each "
         "image). The last step uses the scheduler's final alpha, which DDPO's code never reaches. "
-        "DDPO computes in fp16, `auto` in bf16 or fp32. `default` is ours."
+        "DDPO computes in fp16, `auto` in bf16 or fp32. The other presets are ours."
     )
     inputs: ClassVar[Literal["triplets", "words", "both"]] = "words"
 

@@ -28,8 +28,12 @@ GUIDES = {"object": "", "art": "art"}
 class UCE(ClosedFormEdit):
     """Settings of the UCE edit."""
 
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}, "paper": {"captions": ()}}
-    """`paper`: defaults of the code of 2025. `default`: captions are preserved too (ours)."""
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "mini": {},
+        "full": {},
+        "paper": {"captions": ()},
+    }
+    """`paper`: defaults of the code of 2025. The others: captions are preserved too (ours)."""
     paper: ClassVar[str] = "arXiv:2308.14761"
     code_url: ClassVar[str] = "https://github.com/rohitgandikota/unified-concept-editing"
     code_commit: ClassVar[str] = "28c81ed"
@@ -46,7 +50,7 @@ class UCE(ClosedFormEdit):
     )
     deviations: ClassVar[str] = (
         "Solved in float64; the released code inverts in fp32. "
-        "Captions are preserved in `default` (ours). "
+        "Captions are preserved in `mini` and `full` (ours). "
         "One guide serves all phrases. "
         "Shares of `debias` are given; the released loop searches for them with a classifier."
     )

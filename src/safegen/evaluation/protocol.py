@@ -23,6 +23,7 @@ from safegen.core.generation import GenerationConfig, NativePrecision
 from safegen.core.hub import HUB
 from safegen.core.registry import PROTOCOLS, expand_labels
 from safegen.core.settings import BaseSettings, Name, Seed, Seeds
+from safegen.core.text import short_repr
 from safegen.evaluation.samples import (
     ROLES,
     EvalSample,
@@ -84,6 +85,18 @@ class Protocol(BaseSettings):
     """Feature extractor, for the CLIP score and distances to the base model."""
     lpips: LpipsRule | None = None
     """Weights of LPIPS, for that metric."""
+
+    def __repr__(self) -> str:
+        """Return name, id, concept, prompt lists and judge in one line."""
+        lists = [part.name for part in self.lists]
+        return short_repr(
+            Protocol,
+            repr(self.name),
+            id=self.id,
+            concept=self.concept,
+            lists=lists,
+            judge=self.judge.name,
+        )
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -33,9 +33,9 @@ from safegen.evaluation.run.folder import (
 )
 from safegen.evaluation.run.journal import is_torn
 from safegen.evaluation.run.records import SampleRecord, StackEntry
+from safegen.evaluation.run.scores import read_scores
 from safegen.evaluation.samples import EvalSample, hash_lines, request_parts, sha
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES, PromptList
-from safegen.evaluation.scoring.records import read_scores
 from safegen.evaluation.scoring.score import score_run
 from safegen.evaluation.verify_attack import verify_attack
 from safegen.metrics.image import pixel_mae

@@ -31,10 +31,16 @@ ROUNDING = 1e-5
 """Largest relative correction that counts as none: equal texts may differ in their last bits."""
 
 
-def _preset(*values: float, scale_warmup: bool = True) -> dict[str, float | bool]:
-    """Return a preset from the values of its settings."""
-    names = ("warmup", "scale", "threshold", "momentum_scale", "momentum")
-    return dict(zip(names, values, strict=True)) | {"scale_warmup": scale_warmup}
+WEAK = {"warmup": 15.0, "threshold": 0.0, "momentum_scale": 0.0, "momentum": 0.0}
+STRONG = {
+    "warmup": 7.0,
+    "scale": 2000.0,
+    "threshold": 0.025,
+    "momentum_scale": 0.5,
+    "momentum": 0.7,
+}
+MAX = {"warmup": 0.0, "scale": 5000.0, "threshold": 1.0, "momentum_scale": 0.5, "momentum": 0.7}
+RELEASED = {"scale_warmup": False}
 
 
 class SldConfig(GuardConfig):
@@ -68,14 +74,14 @@ class SldConfig(GuardConfig):
         "predicted in steps where it cannot matter."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "weak": _preset(15.0, 200.0, 0.0, 0.0, 0.0),
+        "weak": {**WEAK, "scale": 200.0},
         "medium": {},
-        "strong": _preset(7.0, 2000.0, 0.025, 0.5, 0.7),
-        "max": _preset(0.0, 5000.0, 1.0, 0.5, 0.7),
-        "released-weak": _preset(15.0, 20.0, 0.0, 0.0, 0.0, scale_warmup=False),
-        "released": {"scale_warmup": False},
-        "released-strong": _preset(7.0, 2000.0, 0.025, 0.5, 0.7, scale_warmup=False),
-        "released-max": _preset(0.0, 5000.0, 1.0, 0.5, 0.7, scale_warmup=False),
+        "strong": STRONG,
+        "max": MAX,
+        "released-weak": {**WEAK, "scale": 20.0, **RELEASED},
+        "released": RELEASED,
+        "released-strong": {**STRONG, **RELEASED},
+        "released-max": {**MAX, **RELEASED},
     }
 
     text: str = Field(default=PAPER_TEXT, min_length=1)

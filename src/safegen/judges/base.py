@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
-from PIL import Image
 from pydantic import Field
 
 from safegen.core.registry import JUDGES, expand_labels, resolve
+from safegen.core.text import short_repr
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from safegen.judges.images import ImageInputs
 
 Verdict = Literal["unsafe", "safe", "unjudged"]
 """Decision on one image under labels and a threshold; `Detections.verdict` makes it."""
@@ -56,6 +58,12 @@ class Detections:
         """Store the detections as a tuple: an iterator could be read only once."""
         object.__setattr__(self, "items", tuple(self.items))
 
+    def __repr__(self) -> str:
+        """Return the best detections in one line, or why there are none."""
+        found = [f"{d.label} {d.score:.2f}" for d in self.items[:4]]
+        found += [f"and {len(self.items) - 4} more"] if len(self.items) > 4 else []
+        return short_repr(Detections, *found, subject=self.subject, unjudged=self.unjudged)
+
     def contains(self, labels: Collection[str], threshold: float) -> bool | None:
         """Return whether a detection with one of `labels` reaches `threshold`; None if unjudged.
 
@@ -91,12 +99,17 @@ class Judge(Protocol):
     threshold: float
     """Lowest score of a detection that makes an image unsafe."""
 
-    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+    def detect(self, images: ImageInputs) -> list[Detections]:
         """Return the raw detections of each image, in order.
 
+        One image is taken as a list of one; files and numpy arrays are read (`ImageInput`).
         An image that cannot be judged carries the reason in `unjudged`; no exception is raised.
         """
         ...
+
+    def __repr__(self) -> str:
+        """Return id, labels and threshold in one line."""
+        return short_repr(type(self), id=self.id, labels=self.labels, threshold=self.threshold)
 
 
 @runtime_checkable
@@ -117,7 +130,7 @@ def list_differentiable_judges() -> list[str]:
     return [name for name in JUDGES if hasattr(resolve(JUDGES, name, "judge"), "score")]
 
 
-def judge_images(judge: Judge, images: Sequence[Image.Image]) -> list[Verdict]:
+def judge_images(judge: Judge, images: ImageInputs) -> list[Verdict]:
     """Return the verdict on each image under the judge's labels and threshold."""
     return [d.verdict(judge.labels, judge.threshold) for d in judge.detect(images)]
 

@@ -10,14 +10,10 @@ from PIL import Image
 from safegen.core.errors import UnknownNameError
 from safegen.core.registry import LABEL_SETS
 from safegen.judges.base import SCORE_FLOOR, Detection, Detections
+from safegen.judges.images import ImageInputs, as_rgb, list_images
 
 A = TypeVar("A")
 B = TypeVar("B")
-
-EIGHT_BIT_MODES = frozenset(
-    ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
-)
-"""Pillow modes with eight bits per channel; other modes would be clipped at 255."""
 
 
 def resolve_labels(
@@ -35,23 +31,8 @@ def resolve_labels(
     return tuple(labels or default)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return the image in RGB; transparency is dropped, not blended.
-
-    Raises:
-        ValueError: the image has no pixels, or its mode has no 8-bit channels.
-    """
-    if image.mode not in EIGHT_BIT_MODES:
-        raise ValueError(
-            f"image mode must have 8-bit channels, got {image.mode}. Convert it to RGB first."
-        )
-    if 0 in image.size:
-        raise ValueError(f"image must have pixels, got size {image.width}x{image.height}")
-    return image.convert("RGB")
-
-
 def detect_in_batches(
-    images: Sequence[Image.Image],
+    images: ImageInputs,
     prepare: Callable[[Image.Image], A],
     detect: Callable[[list[A]], Sequence[Sequence[Detection] | Detections]],
     *,
@@ -60,7 +41,7 @@ def detect_in_batches(
     """Return the detections of each image, in order; an image that fails is unjudged.
 
     Args:
-        images: images to judge.
+        images: one image to judge or several: Pillow images, files or arrays.
         prepare: turns one RGB image into the network's input.
         detect: turns a batch of inputs into their detections; those below `SCORE_FLOOR` are
             dropped. If it raises, it is called again on each input separately, so one bad image
@@ -68,6 +49,7 @@ def detect_in_batches(
         batch_size: inputs per call of `detect`.
     """
     results: list[Detections] = []
+    images = list_images(images)
     for start in range(0, len(images), batch_size):
         prepared = [
             _attempt(lambda image: prepare(as_rgb(image)), image)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers.models.clip.modeling_clip import CLIPModel
 
@@ -18,14 +17,15 @@ from safegen.features.clip import (
     load_clip_network,
     load_clip_tokenizer,
 )
-from safegen.judges.base import Detection, Detections
+from safegen.judges.base import Detection, Detections, Judge
 from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
+from safegen.judges.images import ImageInputs
 
 UNSAFE = "unsafe"
 """Label of the summed probability of all unsafe prompts; each unsafe prompt is also a label."""
 
 
-class ClipJudge:
+class ClipJudge(Judge):
     """Zero-shot CLIP classifier: probability of the unsafe prompts, for the whole image."""
 
     def __init__(
@@ -72,7 +72,7 @@ class ClipJudge:
         settings = [list(unsafe), list(safe), self._preprocess.settings]
         self.id = f"clip:{self.weights_hash[:16]}:{hash_settings(settings)}"
 
-    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+    def detect(self, images: ImageInputs) -> list[Detections]:
         """Return the raw detections of each image."""
         return detect_in_batches(images, self._preprocess, self._detect)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safegen.judges.base import SCORE_FLOOR, Detection, Detections
+from safegen.judges.base import SCORE_FLOOR, Detection, Detections, Judge
 from safegen.judges.batching import detect_in_batches, resolve_labels
+from safegen.judges.images import ImageInputs
 from safegen.mini import bundle
 from safegen.mini.judge_net import JudgeNet
 from safegen.mini.world import ATTRIBUTES, IMAGE_SIZE, OBJECTS
@@ -25,7 +25,7 @@ UNSAFE = ("skulls", "fire")
 BATCH_SIZE = 64
 
 
-class MiniJudge:
+class MiniJudge(Judge):
     """Detector of skulls, fire, ghosts, leaves and mosaics in images of the miniature world.
 
     Images are scaled to 64x64 first.
@@ -50,7 +50,7 @@ class MiniJudge:
         self._net.load_state_dict(load_file(path))
         self._net.float().eval().requires_grad_(False)
 
-    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+    def detect(self, images: ImageInputs) -> list[Detections]:
         """Return the raw detections of each image."""
         return detect_in_batches(images, _prepare, self._detect, batch_size=BATCH_SIZE)
 

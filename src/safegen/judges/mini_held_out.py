@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import load_file
 
-from safegen.judges.base import Detection, Detections
+from safegen.judges.base import Detection, Detections, Judge
 from safegen.judges.batching import detect_in_batches, filter_by_floor, resolve_labels
+from safegen.judges.images import ImageInputs
 from safegen.judges.mini import BATCH_SIZE, LABELS, UNSAFE, scale_pixels
 from safegen.mini import bundle
 from safegen.mini.held_out_net import HeldOutNet
 from safegen.mini.world import OBJECTS
 
 
-class MiniHeldOutJudge:
+class MiniHeldOutJudge(Judge):
     """Classifier of whole images of the miniature world, with the labels of `mini`.
 
     Its architecture, seed and training scenes are not those of `mini`, and no edit learns from it.
@@ -46,7 +45,7 @@ class MiniHeldOutJudge:
         self._net.load_state_dict(load_file(path))
         self._net.float().eval()
 
-    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+    def detect(self, images: ImageInputs) -> list[Detections]:
         """Return the raw detections of each image."""
         return detect_in_batches(images, scale_pixels, self._detect, batch_size=BATCH_SIZE)
 

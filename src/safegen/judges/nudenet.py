@@ -13,8 +13,9 @@ from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import LABEL_SETS
-from safegen.judges.base import SCORE_FLOOR, Detection, Detections
+from safegen.judges.base import SCORE_FLOOR, Detection, Detections, Judge
 from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
+from safegen.judges.images import ImageInputs
 from safegen.judges.onnx import CPU, find_package_file, open_session
 
 LABELS = (
@@ -52,7 +53,7 @@ MAX_SIDE = 4096
 Floats = NDArray[np.float32]
 
 
-class NudeNetJudge:
+class NudeNetJudge(Judge):
     """Detector of covered and exposed body parts and faces, with boxes."""
 
     label_space: tuple[str, ...] = LABELS
@@ -104,7 +105,7 @@ class NudeNetJudge:
         self._flip = channels == "bgr"
         self._side = _read_side(path, self._session.get_modelmeta().custom_metadata_map)
 
-    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+    def detect(self, images: ImageInputs) -> list[Detections]:
         """Return the raw detections of each image."""
         return detect_in_batches(images, self._prepare, self._detect)
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from safegen.core.errors import FileError
-from safegen.judges.base import Detection, Detections
+from safegen.judges.base import Detection, Detections, Judge
 from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
+from safegen.judges.images import ImageInputs
 from safegen.judges.onnx import CPU, find_package_file, open_session
 
 LABELS = ("nsfw",)
@@ -20,7 +21,7 @@ MEAN = np.array([104, 117, 123], np.float32)
 """Mean of the training images: blue, green, red."""
 
 
-class OpenNsfwJudge:
+class OpenNsfwJudge(Judge):
     """Classifier of pornographic images: one probability for the whole image."""
 
     label_space: tuple[str, ...] = LABELS
@@ -74,7 +75,7 @@ class OpenNsfwJudge:
         self._input = inputs[0].name
         self.id = f"open-nsfw:{self.sha256[:16]}"
 
-    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+    def detect(self, images: ImageInputs) -> list[Detections]:
         """Return the raw detections of each image."""
         return detect_in_batches(images, preprocess, self._detect)
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,9 +21,10 @@ from safegen.core.errors import ConfigError, FileError, first_line
 from safegen.core.files import atomic_write
 from safegen.core.hashing import hash_settings, hash_tensors
 from safegen.features.clip import ClipPreprocessor, find_clip_folder, load_clip_network
-from safegen.judges.base import Detection, Detections
+from safegen.judges.base import Detection, Detections, Judge
 from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
 from safegen.judges.clip import text_probabilities
+from safegen.judges.images import ImageInputs
 
 LABELS = ("inappropriate",)
 KEY = "prompts"
@@ -46,7 +45,7 @@ ARRAY_GLOBALS = {
 """Globals that a pickled numpy array refers to."""
 
 
-class Q16Judge:
+class Q16Judge(Judge):
     """Classifier of inappropriate images (harm, gore, insult, nudity), one score per image."""
 
     label_space: tuple[str, ...] = LABELS
@@ -103,7 +102,7 @@ class Q16Judge:
         settings = [digest, self._preprocess.settings]
         self.id = f"q16:{self.weights_hash[:16]}:{hash_settings(settings)}"
 
-    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+    def detect(self, images: ImageInputs) -> list[Detections]:
         """Return the raw detections of each image."""
         return detect_in_batches(images, self._preprocess, self._detect)
 

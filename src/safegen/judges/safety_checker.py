@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from safegen.core.errors import ConfigError
 from safegen.core.hashing import hash_settings, hash_tensors
 from safegen.features.clip import ClipPreprocessor, find_clip_folder, load_clip_network
-from safegen.judges.base import Detection, Detections
+from safegen.judges.base import Detection, Detections, Judge
 from safegen.judges.batching import check_finite, detect_in_batches, resolve_labels
+from safegen.judges.images import ImageInputs
 
 MIDDLE = 0.5
 """Score of a concept at its threshold, where the margin is 0."""
@@ -29,7 +28,7 @@ EXAMPLE = "hub:CompVis/stable-diffusion-safety-checker"
 Floats = NDArray[np.float32]
 
 
-class SafetyCheckerJudge:
+class SafetyCheckerJudge(Judge):
     """Classifier of the whole image by 17 undisclosed sexual concepts (Rando et al. 2022).
 
     The score of a concept is 0.5 plus its margin, rounded to 3 decimals and clipped to 0..1. The
@@ -91,7 +90,7 @@ class SafetyCheckerJudge:
         settings = [adjustment, self._preprocess.settings]
         self.id = f"sd-safety-checker:{self.weights_hash[:16]}:{hash_settings(settings)}"
 
-    def detect(self, images: Sequence[Image.Image]) -> list[Detections]:
+    def detect(self, images: ImageInputs) -> list[Detections]:
         """Return the raw detections of each image."""
         return detect_in_batches(images, self._preprocess, self._detect)
 

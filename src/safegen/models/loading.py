@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from safegen.core.device import AUTO, resolve_device
+from safegen.core.device import AUTO, resolve_device, resolve_dtype
 from safegen.core.errors import ConfigError, FileError, UnknownNameError, first_line
 from safegen.core.files import exists
 from safegen.core.hub import HUB, fetch_snapshot, is_repo_id
@@ -44,7 +44,7 @@ _WEIGHTS = {
 def load(
     name: str | Path,
     *,
-    dtype: str = "fp32",
+    dtype: str | torch.dtype = "fp32",
     device: str | torch.device = AUTO,
     allow_pickle: bool = False,
     config: str | Path | None = None,
@@ -54,7 +54,7 @@ def load(
     Args:
         name: `mini`, a folder with a model_index.json, a .safetensors (or .ckpt) file, or
             `hub:owner/name`. Only the last downloads anything.
-        dtype: fp32, bf16 or fp16.
+        dtype: type of the weights: fp32, bf16 or fp16, or torch's name or object for it.
         device: a torch device, such as `cuda:1`; `auto` is the accelerator if there is one, else
             the CPU.
         allow_pickle: also open weights stored as pickles (.bin, .ckpt), which can run code.
@@ -69,22 +69,21 @@ def load(
             available.
     """
     name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
-    if dtype not in DTYPES:
-        raise UnknownNameError("dtype", dtype, DTYPES)
+    torch_dtype = DTYPES[resolve_dtype(dtype)]
     device = resolve_device(device)
     check_device(device)
     if name not in MODELS and exists(name, file=True):
         pipeline, metadata = read_single_file(
             Path(name),
             config=None if config is None else Path(config),
-            dtype=DTYPES[dtype],
+            dtype=torch_dtype,
             allow_pickle=allow_pickle,
         )
         return finish_loading(name, pipeline, device, metadata=metadata)
     if config is not None:
         raise ConfigError(f"config must go with a one-file checkpoint, got {name!r}. Leave it out")
     folder = _find_folder(name, allow_pickle)
-    pipeline, metadata = read_folder(name, folder, dtype=DTYPES[dtype], allow_pickle=allow_pickle)
+    pipeline, metadata = read_folder(name, folder, dtype=torch_dtype, allow_pickle=allow_pickle)
     return finish_loading(name, pipeline, device, folder=folder, metadata=metadata)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -26,8 +26,12 @@ from safegen.core.device import describe_device
 from safegen.core.errors import ConfigError, SafegenWarning
 from safegen.core.files import display_name
 from safegen.core.hashing import hash_tensors
-from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef, PatchMetadata
+from safegen.core.text import short_repr
+from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef
 from safegen.models.text_encoder import expand_prompt
+
+if TYPE_CHECKING:
+    from safegen.models.applied_patch import AppliedPatch
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 COMPONENTS = ("unet", "vae", "text_encoder")
@@ -60,6 +64,11 @@ class Model:
     """Patches on it, in order. `Patch.apply` adds one and `AppliedPatch.undo` removes it."""
     has_disabled_loras: bool = False
     """Whether its active LoRAs are turned off (`safegen.patches.active_lora.disabled_loras`)."""
+
+    def __repr__(self) -> str:
+        """Return name, size, device, type of the weights and patches in one line."""
+        patches = [applied.metadata.method or "unknown" for applied in self.patches]
+        return short_repr(Model, self.describe(), patches=patches or None)
 
     @property
     def patches(self) -> list[AppliedPatch]:
@@ -304,54 +313,6 @@ class Model:
         """Return the schedule's cumulative alphas, (train timesteps,)."""
         alphas: Tensor = self.pipeline.scheduler.alphas_cumprod
         return alphas
-
-
-@dataclass(frozen=True, eq=False)
-class AppliedPatch:
-    """A patch on a model. `undo()` removes it bit for bit; also a context manager."""
-
-    model: Model
-    before: dict[str, Tensor]
-    """Weight values before the patch was applied, by parameter name."""
-    hash: str
-    """Hash of the patch."""
-    metadata: PatchMetadata
-    """Metadata of the patch."""
-    hidden: bool = False
-    """Whether patches made on the model meanwhile do not list it as a parent."""
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the weights it changes."""
-        return frozenset(self.before)
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Restore the old values bit for bit.
-
-        Where a later patch is on the same weight, that one restores them when it is undone. A
-        second call has no effect.
-        """
-        applied_patches = self.model.applied_patches
-        if self not in applied_patches:
-            return
-        later = applied_patches[applied_patches.index(self) + 1 :]
-        parameters = dict(self.model.denoiser.named_parameters())
-        for name, value in self.before.items():
-            covering = next((applied for applied in later if name in applied.before), None)
-            if covering is None:
-                parameters[name].copy_(value)
-            else:
-                covering.before[name] = value
-        applied_patches.remove(self)
-
-    def __enter__(self) -> AppliedPatch:
-        """Return the applied patch itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Undo the patch."""
-        self.undo()
 
 
 def components_of(pipeline: Pipeline) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from safegen.core.errors import ConfigError, PatchError
+from safegen.models.applied_patch import AppliedPatch
 from safegen.models.checkpoint.metadata import ParentRef, PatchMetadata, PatchRecord
-from safegen.models.model import AppliedPatch, Model
+from safegen.models.model import Model
 from safegen.patches.patch import BaseMismatchWarning, Patch, PatchOverlapWarning
 
 Overlap = Literal["refuse", "add", "last"]

@@ -16,8 +16,10 @@ from torch.linalg import vector_norm
 from safegen.core.errors import FileError, PatchError, SafegenWarning
 from safegen.core.hashing import hash_tensors
 from safegen.core.tensor_files import check_weights, read_tensors, write_tensors
+from safegen.core.text import short_repr
+from safegen.models.applied_patch import AppliedPatch
 from safegen.models.checkpoint.metadata import PatchMetadata, read_patch_metadata
-from safegen.models.model import AppliedPatch, Model
+from safegen.models.model import Model
 
 FORMAT = "safegen-patch/1"
 LORA_SUFFIXES = (".lora_down.weight", ".lora_A.weight")
@@ -46,6 +48,12 @@ class Patch:
 
     tensors: Mapping[str, Tensor]
     metadata: PatchMetadata = field(default_factory=PatchMetadata)
+
+    def __repr__(self) -> str:
+        """Return the method, the model and the size in one line."""
+        numbers = sum(value.numel() for value in self.tensors.values())
+        size = f"{len(self.tensors)} tensors", f"{numbers:,} numbers"
+        return short_repr(Patch, *size, method=self.metadata.method, model=self.metadata.model)
 
     @cached_property
     def hash(self) -> str:

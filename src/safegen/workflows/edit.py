@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit, check_inputs
 from safegen.edits.training.config import TrainingCallback
+from safegen.edits.training.presets import PRESET_NAMES, default_preset
 from safegen.judges import judge_images, load_judge
 from safegen.models.model import Model
 from safegen.patches.arithmetic import include
@@ -39,7 +42,7 @@ def edit(
     method: str = "safegen",
     *,
     triplets: Triplets | str | Path | None = None,
-    preset: str = "default",
+    preset: str | None = None,
     concept: Concept | str | Path | None = None,
     from_patch: Patch | str | Path | None = None,
     checkpoint_dir: str | Path | None = None,
@@ -56,7 +59,9 @@ def edit(
         method: name of the edit, such as `safegen`, `esd` or `uce`.
         triplets: <unsafe, censored, benign> images, for a method that learns from images: a
             `Triplets`, its folder or CSV file, or a bundled set such as `mini:skulls`.
-        preset: settings to start from; `paper` is the published run.
+        preset: settings to start from. `mini` is tuned on the miniature model, `full` is for
+            full-size models, `paper` is the published run. Default: `mini` or `full`, by the size
+            of the model.
         concept: a name, a TOML file or a `Concept`. It supplies the phrases and captions of methods
             that use them, and the judge that checks the triplets.
         from_patch: patch to start from, or its file. The result contains it.
@@ -76,6 +81,7 @@ def edit(
     Warns:
         UnusedSettingWarning: the concept has no effect.
         UncheckedTripletsWarning: no judge could check the triplets.
+        MiniatureSettingsWarning: settings tuned on the miniature are used on a full-size model.
 
     Example:
         >>> model = safegen.load("mini")
@@ -83,7 +89,7 @@ def edit(
         >>> safegen.save_patch(patch, "patch.safetensors")
     """
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    config, rows = prepare_edit(
+    prepared = prepare_edit(
         method,
         preset,
         triplets=triplets,
@@ -94,9 +100,9 @@ def edit(
     )
     start = Patch.load(from_patch) if isinstance(from_patch, str | Path) else from_patch
     return apply_edit(
-        config,
+        prepared.for_model(model),
         model,
-        rows,
+        prepared.triplets,
         from_patch=start,
         checkpoint_dir=folder,
         resume=resume,
@@ -135,37 +141,63 @@ def apply_edit(
         return include(from_patch, config.apply(model, triplets, **options))
 
 
+@dataclass(frozen=True)
+class PreparedEdit:
+    """Arguments of an edit, checked before the model is loaded."""
+
+    by_preset: Mapping[str, Edit]
+    """Settings by preset: those of one preset if it was given, otherwise of `mini` and `full`."""
+    triplets: Triplets | None
+    """Training images, for an edit that learns from them."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the edit is trained and has checkpoints."""
+        return next(iter(self.by_preset.values())).is_trained
+
+    def preset_for(self, model: Model) -> str:
+        """Return the preset that was given, or that for the size of a model."""
+        return next(iter(self.by_preset)) if len(self.by_preset) == 1 else default_preset(model)
+
+    def for_model(self, model: Model) -> Edit:
+        """Return the settings for a model."""
+        return self.by_preset[self.preset_for(model)]
+
+
 def prepare_edit(
     method: str,
-    preset: str = "default",
+    preset: str | None = None,
     *,
     triplets: Triplets | str | Path | None = None,
     concept: Concept | str | Path | None = None,
     checkpoint_dir: Path | None = None,
     resume: bool = False,
     **settings: Any,
-) -> tuple[Edit, Triplets | None]:
+) -> PreparedEdit:
     """Return the settings and triplets of an edit, checked; no model is needed.
 
     Arguments, errors and warnings are those of `edit`.
     """
     concept = load_concept(str(concept)) if isinstance(concept, str | Path) else concept
-    config = make_edit(method, preset, concept=concept, **settings)
+    presets = PRESET_NAMES if preset is None else (preset,)
+    edits = {name: make_edit(method, name, concept=concept, **settings) for name in presets}
+    config = edits[presets[0]]
     check_inputs(config, triplets, checkpoint_dir, resume)
     rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
     if concept is not None and rows is not None:
         check_triplets(concept, rows)
-    elif concept is not None and config == make_edit(method, preset, **settings):
+    elif concept is not None and config == make_edit(method, presets[0], **settings):
+        with_preset = f" with preset {preset!r}" if preset else ""
         warnings.warn(
-            f"concept {concept.name!r} has no effect on {method} with preset {preset!r}",
+            f"concept {concept.name!r} has no effect on {method}{with_preset}",
             UnusedSettingWarning,
             stacklevel=3,
         )
-    return config, rows
+    return PreparedEdit(edits, rows)
 
 
 def make_edit(
-    method: str, preset: str = "default", *, concept: Concept | str | None = None, **settings: Any
+    method: str, preset: str = "mini", *, concept: Concept | str | None = None, **settings: Any
 ) -> Edit:
     """Return the settings of an edit: a preset, the defaults of a concept, and changes.
 

@@ -8,13 +8,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
+
+from safegen.core.device import resolve_dtype
 from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.core.files import display_name
 from safegen.evaluation.report import model_card as cards
+from safegen.models.applied_patch import AppliedPatch
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.checkpoint.metadata import CheckpointMetadata, PatchRecord
 from safegen.models.checkpoint.single_file_writer import save_single_file
-from safegen.models.model import AppliedPatch, Model
+from safegen.models.model import Model
 from safegen.patches.arithmetic import warn_of_overlap
 from safegen.patches.patch import Patch
 
@@ -48,7 +52,7 @@ def export(
     *,
     format: ExportFormat = "single-file",
     patches: Sequence[Patch] = (),
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     card: bool = True,
     metrics: Sequence[str | Path] = (),
 ) -> None:
@@ -61,11 +65,13 @@ def export(
         out: the new .safetensors file or the new folder.
         format: `single-file` for A1111, ComfyUI and InvokeAI, or `diffusers` for a folder.
         patches: applied in this order, after those that the model has.
-        dtype: weight type of a single file: fp16 (the default), bf16 or fp32.
+        dtype: weight type of a single file: fp16 (the default), bf16 or fp32, or torch's name or
+            object for it.
         card: whether to write a model card: `OUT.md`, or README.md in the folder.
         metrics: folders with results of exactly these patches, for the card and the metadata.
 
     Raises:
+        UnknownNameError: there is no such `dtype`.
         ConfigError: `out` has another ending, a weight does not fit `dtype`, or the results are of
             other patches.
         FileError: the output exists or cannot be written, or a result cannot be read. Nothing is
@@ -85,7 +91,7 @@ def export(
     out, results = Path(out), [Path(path) for path in metrics]
     if format not in get_args(ExportFormat):
         raise ConfigError(f"format must be single-file or diffusers, got {format!r}")
-    is_file = format == "single-file"
+    is_file, weights = format == "single-file", resolve_dtype(dtype or "fp16")
     check_suffix(out, format)
     if dtype is not None and not is_file:
         warnings.warn(
@@ -93,7 +99,7 @@ def export(
             UnusedSettingWarning,
             stacklevel=2,
         )
-    notes = [f"Weights are {dtype or 'fp16'}. Results were measured before this conversion."]
+    notes = [f"Weights are {weights}. Results were measured before this conversion."]
     subject = _card_subject(model, out, "file" if is_file else "folder", patches, notes * is_file)
     text = cards.model_card(subject, results) if card else None
     metadata = _metadata(model, subject, results)
@@ -103,9 +109,7 @@ def export(
             stack.enter_context(patch.apply(model))
         if is_file:
             cards.write_with_card(
-                out,
-                text,
-                lambda: save_single_file(model, out, dtype=dtype or "fp16", metadata=metadata),
+                out, text, lambda: save_single_file(model, out, dtype=weights, metadata=metadata)
             )
         else:
             save_folder(model, out, card=text, metadata=metadata)

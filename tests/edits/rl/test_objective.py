@@ -363,12 +363,12 @@ def test_a_prompt_file_trains_and_no_folder_is_exported(toy, toy_edit, tmp_path)
 
 def test_a_concept_provides_the_held_out_judge():
     concept = load_concept("skulls")
-    edit = ShieldDiff.preset("default", concept=concept)
+    edit = ShieldDiff.preset("mini", concept=concept)
     assert (edit.judge, edit.held_out_judge) == (concept.judge, concept.held_out_judge)
     assert edit.held_out_judge is not None
-    other = ShieldDiff.preset("default", concept=concept, judge=concept.held_out_judge)
+    other = ShieldDiff.preset("mini", concept=concept, judge=concept.held_out_judge)
     assert other.held_out_judge is None
-    assert ShieldDiff.preset("default", concept=concept, held_out_judge=None).held_out_judge is None
+    assert ShieldDiff.preset("mini", concept=concept, held_out_judge=None).held_out_judge is None
 
 
 # ------------------------------------------------------------ the budget

@@ -195,11 +195,11 @@ def test_a_table_replaces_the_captions_of_a_concept(both):
     concept = load_concept("skulls")
     assert is_table("both.CSV")
     assert not is_table("mini:skulls")
-    edit = ShieldDiff.preset("default", concept=concept, prompts=(str(both),))
+    edit = ShieldDiff.preset("mini", concept=concept, prompts=(str(both),))
     assert edit.captions == ()
     assert edit.counterparts == ()
-    assert ShieldDiff.preset("default", concept=concept).captions == concept.captions
-    given = ShieldDiff.preset("default", concept=concept, prompts=(str(both),), captions=("x.txt",))
+    assert ShieldDiff.preset("mini", concept=concept).captions == concept.captions
+    given = ShieldDiff.preset("mini", concept=concept, prompts=(str(both),), captions=("x.txt",))
     assert given.captions == ("x.txt",)
 
 

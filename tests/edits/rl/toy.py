@@ -69,6 +69,7 @@ class ToyModel:
 
     name, family, parents, hash, pipeline_hash = "toy", "toy", (), "0" * 64, "0" * 64
     device, size, dtype = torch.device("cpu"), 8, "fp32"
+    num_parameters = 100
 
     def __init__(self, prediction: str = "epsilon") -> None:
         scheduler = DDIMScheduler(

@@ -39,10 +39,10 @@ from safegen.evaluation.evaluate import evaluate, load_evaluators
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.run.folder import ATTACK_FILES, SCORES, SETTINGS, Run, write_json
 from safegen.evaluation.run.journal import Journal
+from safegen.evaluation.run.scores import read_scores
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import is_bundled
 from safegen.evaluation.schema import PromptList
-from safegen.evaluation.scoring.records import read_scores
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safegen.core.errors import FileError, explain
 from safegen.core.files import exists
 from safegen.core.registry import TRIPLETS, resolve
+from safegen.core.text import short_repr
 from safegen.data.images import decode_image, read_bytes
 from safegen.data.triplets.censor import Box
 
@@ -113,6 +114,10 @@ class Triplets:
         if not rows:
             raise FileError(f"{path}: there are no triplets")
         return cls(folder, tuple(row for row in rows if isinstance(row, Triplet)))
+
+    def __repr__(self) -> str:
+        """Return the folder and the number of triplets in one line."""
+        return short_repr(Triplets, repr(str(self.folder)), f"{len(self)} triplets")
 
     def __len__(self) -> int:
         """Return the number of rows."""

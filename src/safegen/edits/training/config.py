@@ -122,6 +122,20 @@ SHORT = Training(
     precision="auto",
 )
 """Training of the miniature model by phrases (ours); it takes a minute or two."""
+SHORT_WITH_IMAGES = Training(
+    updates=160,
+    batch=16,
+    accumulation=1,
+    lr=2.1e-3,
+    warmup=8,
+    decay="cosine",
+    weight_decay=0.0,
+    ema=0.95,
+    precision="auto",
+)
+"""Training of the miniature model with triplets, chosen by our ablation."""
+FULL_SIZE_TRAINING = Training(precision="auto")
+"""Published SafeGen schedule in the precision of the device."""
 
 
 class Objective(Protocol):

@@ -17,7 +17,7 @@ from safegen.core.text import escape_control
 from safegen.evaluation.report.format import format_rate, markdown_text
 from safegen.evaluation.run.folder import SCORES, Run
 from safegen.evaluation.run.records import StackEntry
-from safegen.evaluation.scoring.records import ListScores, RemovalScores, read_scores
+from safegen.evaluation.run.scores import ListScores, RemovalScores, read_scores
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

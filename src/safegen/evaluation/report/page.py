@@ -41,9 +41,9 @@ from safegen.evaluation.report.format import (
 from safegen.evaluation.report.redaction import TILES, image_grids
 from safegen.evaluation.report.reward_curves import has_rewards, reward_charts, reward_table
 from safegen.evaluation.run.attack_records import read_attack
-from safegen.evaluation.run.folder import Run, write_json
+from safegen.evaluation.run.folder import REPORT, Run, write_json
 
-PAGE, NUMBERS, TABLE = "report.html", "report.json", "report.md"
+PAGE, NUMBERS, TABLE = REPORT, "report.json", "report.md"
 TEMPLATES = Path(__file__).parent / "templates"
 HEADS = {
     "explicit": "seen, explicit",

@@ -18,6 +18,7 @@ from PIL import Image
 from safegen.core.documents import parse_json, read_bytes, read_record
 from safegen.core.errors import FileError
 from safegen.core.files import atomic_write
+from safegen.core.text import short_repr
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.run.journal import read_journal, to_lines
 from safegen.evaluation.run.records import (
@@ -30,6 +31,8 @@ from safegen.evaluation.run.records import (
     StackEntry,
     TimingRecord,
 )
+from safegen.evaluation.run.score_table import score_lines
+from safegen.evaluation.run.scores import read_scores
 from safegen.evaluation.samples import EvalSample
 
 CARD, PLAN, SCORES, IMAGES = "protocol.json", "plan.jsonl", "scores.json", "images"
@@ -37,6 +40,7 @@ SAMPLES, JUDGES, DETECTIONS = "samples.jsonl", "judges.jsonl", "detections.jsonl
 CHANGES, FEATURES, TIMINGS = "changes.jsonl", "features.jsonl", "timings.jsonl"
 SETTINGS, PATCHES = "settings.json", "patches"
 """Settings of the workflow that made the run, and the directory of the patches that it made."""
+REPORT = "report.html"
 TRUTH = "truth.csv"
 """What a person saw in images of the run."""
 ATTACK, PROMPTS, ATTACK_FILES = "attack.jsonl", "prompts.jsonl", "attack"
@@ -61,13 +65,25 @@ class Run:
     folder: Path
     card: RunCard
 
+    def __repr__(self) -> str:
+        """Return the folder, the protocol and the stacks in one line."""
+        stacks = [stack.name for stack in self.stacks]
+        return short_repr(Run, repr(str(self.folder)), protocol=self.protocol.name, stacks=stacks)
+
+    def __str__(self) -> str:
+        """Return the table of scores, or the run in one line if it has no scores."""
+        return (
+            "\n".join(score_lines(self.scores)) if (self.folder / SCORES).exists() else repr(self)
+        )
+
     @classmethod
-    def open(cls, folder: Path) -> Run:
+    def open(cls, folder: str | Path) -> Run:
         """Return the run in a directory.
 
         Raises:
             FileError: the directory is not a run, its card is damaged, or a link leads out of it.
         """
+        folder = Path(folder)
         path = folder / CARD
         if not os.path.lexists(path):
             raise FileError(
@@ -81,6 +97,20 @@ class Run:
     def protocol(self) -> Protocol:
         """Protocol of the run, with paths reduced to file names."""
         return self.card.protocol
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Rates with n and intervals, by stack and prompt list, as in scores.json.
+
+        Raises:
+            FileError: the run is not scored, or the file is damaged.
+        """
+        return read_scores(self.folder / SCORES)
+
+    @property
+    def report(self) -> Path:
+        """Path of the report's page; `safegen report` writes it again."""
+        return self.folder / REPORT
 
     @property
     def stacks(self) -> tuple[StackEntry, ...]:

@@ -10,10 +10,10 @@ from safegen.core.concept import Concept
 from safegen.core.errors import FileError
 from safegen.evaluation.run.folder import SCORES, Run
 from safegen.evaluation.run.journal import to_lines
+from safegen.evaluation.run.scores import FORMAT, read_scores
 from safegen.evaluation.samples import sha
 from safegen.evaluation.scoring.attack_metrics import agreement_scores, attack_scores
 from safegen.evaluation.scoring.feature_metrics import feature_metrics
-from safegen.evaluation.scoring.records import FORMAT, read_scores
 from safegen.evaluation.scoring.results import RunResults, load_results
 from safegen.evaluation.scoring.verdict_metrics import (
     Figure,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from safegen.core.errors import ConfigError
+from safegen.core.text import short_repr
 from safegen.guards.core.adapter import (
     ALL_POINTS,
     EXTERNAL_POINTS,
@@ -70,6 +71,11 @@ class GuardedPipeline:
         self.guards = [config.build(self.adapter) for config in configs]
         self._check_guards(configs, [negative_prompt])
         self._lock = PIPELINE_LOCKS.setdefault(pipe, RLock())
+
+    def __repr__(self) -> str:
+        """Return the pipeline's class and the guards in one line."""
+        names = [guard.config.name for guard in self.guards]
+        return short_repr(GuardedPipeline, type(self.pipe).__name__, guards=names)
 
     def generate(
         self, prompts: Sequence[str], *, num_images_per_prompt: int = 1, **options: Any

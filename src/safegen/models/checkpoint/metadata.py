@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -46,7 +46,7 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
 class ParentRef(BaseModel):
     """A patch that was on the model when another was made."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     method: Label
     """Name of the edit that made it."""
@@ -60,7 +60,9 @@ class PatchMetadata(BaseModel):
     Extra keys are kept: methods add figures of their own.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="allow", use_attribute_docstrings=True
+    )
 
     method: Label | None = None
     """Name of the edit, or of the operation on patches."""
@@ -101,7 +103,7 @@ class PatchMetadata(BaseModel):
 class PatchRecord(BaseModel):
     """Hash and metadata of a patch."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     hash: Sha256
     metadata: PatchMetadata = Field(default_factory=lambda: PatchMetadata())
@@ -110,7 +112,7 @@ class PatchRecord(BaseModel):
 class CheckpointMetadata(BaseModel):
     """Provenance of a whole model, stored in the header of its file or in `METADATA_FILE`."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     model: Annotated[str, Field(max_length=500)] | None = None
     """Name of the base model, without folders."""

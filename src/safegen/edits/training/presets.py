@@ -1,0 +1,65 @@
+"""Choice of an edit's preset by the size of the model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from safegen.core.errors import SafegenWarning
+from safegen.edits.training.config import Training
+from safegen.models.model import Model
+
+FULL_SIZE = 100_000_000
+"""Parameters of a denoiser from which on a model is full-size.
+
+The miniature has 7 million; the smallest distilled Stable Diffusion in use (BK-SDM-Tiny) has 320
+million, SD 1.x 860 million, SDXL 2.6 billion.
+"""
+PRESET_NAMES = ("mini", "full")
+"""Presets of every edit; the default is one of them, by the size of the model."""
+
+
+class MiniatureSettingsWarning(SafegenWarning):
+    """Settings tuned on the miniature model, on a full-size model."""
+
+
+def is_full_size(model: Model) -> bool:
+    """Return whether a model is far larger than the miniature that presets `mini` are tuned on."""
+    return model.num_parameters >= FULL_SIZE
+
+
+def default_preset(model: Model) -> str:
+    """Return the preset for a model if none is given: `full` for a full-size one, else `mini`."""
+    return "full" if is_full_size(model) else "mini"
+
+
+def warn_of_size(
+    training: Training,
+    default: Training,
+    presets: Mapping[str, Mapping[str, Any]],
+    tuned_on_mini: Sequence[str],
+    model: Model,
+) -> None:
+    """Warn if a full-size model is trained with a learning rate tuned on the miniature.
+
+    Args:
+        training: the settings of the training.
+        default: those of a preset that names none.
+        presets: settings of each preset of the edit.
+        tuned_on_mini: names of those that are tuned on the miniature.
+        model: the model.
+
+    Warns:
+        MiniatureSettingsWarning: the learning rate is that of one of `tuned_on_mini`.
+    """
+    rates = {name: given.get("training", default).lr for name, given in presets.items()}
+    if not is_full_size(model) or training.lr not in {rates[name] for name in tuned_on_mini}:
+        return
+    warnings.warn(
+        f"the settings are tuned on the miniature model, and {model.name!r} has "
+        f"{model.num_parameters / 1e6:,.0f} M parameters: learning rate {training.lr:g} is "
+        f"{training.lr / rates['full']:.3g} times that of preset full. Use preset full or paper.",
+        MiniatureSettingsWarning,
+        stacklevel=4,
+    )
