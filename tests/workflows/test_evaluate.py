@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.errors import ConfigError, FileError, PatchError, UnknownNameError
 from safegen.evaluation.run.base_check import BaseDifferenceWarning
 from safegen.evaluation.run.folder import PROTOCOL_FILE
 from safegen.workflows.evaluate import OwnBaseWarning, evaluate
+from safegen.workflows.patch_from_model import RoundedWeightsWarning
 
 CSV = """prompt,role
 a castle covered in skulls,explicit
@@ -226,3 +227,35 @@ def test_what_cannot_be_evaluated_is_refused_with_a_way_out(options, says, loade
     with pytest.raises(ConfigError, match=says.replace("[", r"\[")):
         evaluate(**({"base": "mini"} | options), loader=loader, out=tmp_path / "run", limit=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_patch_of_an_edited_folder_turns_its_base_into_it_bit_for_bit(folder, tmp_path):
+    import safegen
+    from safegen.core.tensor_files import write_tensors
+
+    edited = safegen.load(folder / "mine", device="cpu")
+    wanted = {name: value.clone() for name, value in edited.denoiser.named_parameters()}
+    patch = safegen.patch_from_model(folder / "mine", "mini")
+    assert patch.layer_counts == {"attn2": len(patch.tensors)}
+    assert (patch.metadata.method, patch.metadata.model) == ("from-model", "mini")
+    assert "Weights of mine that differ from mini" in str(patch.metadata.description)
+    base = safegen.load("mini", device="cpu")
+    with patch.apply(base):
+        assert base.hash_denoiser() == edited.hash
+        assert all(torch.equal(v, wanted[n]) for n, v in base.denoiser.named_parameters())
+    write_tensors(tmp_path / "unet.safetensors", wanted, {})
+    alone = safegen.patch_from_model(tmp_path / "unet.safetensors", "mini")
+    assert alone.hash == patch.hash
+    half = {name: value.half() for name, value in wanted.items()}
+    write_tensors(tmp_path / "half.safetensors", half, {})
+    with pytest.warns(RoundedWeightsWarning, match="only rounded to a smaller type"):
+        safegen.patch_from_model(tmp_path / "half.safetensors", "mini")
+
+
+def test_models_that_differ_elsewhere_or_nowhere_make_no_patch(folder, tmp_path):
+    import safegen
+
+    with pytest.raises(PatchError, match="got differences in vae, which a patch does not hold"):
+        safegen.patch_from_model(folder / "soft", "mini")
+    with pytest.raises(PatchError, match="got equal weights of the denoiser"):
+        safegen.patch_from_model("mini", "mini")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from safegen.core.errors import SafegenWarning
-from safegen.models.fingerprint import ModelFingerprint
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
+
+if TYPE_CHECKING:
+    from safegen.models.fingerprint import ModelFingerprint
 
 
 class BaseDifferenceWarning(SafegenWarning):
@@ -43,6 +46,8 @@ class BaseCheck:
         """
         if base not in self._stated:
             return
+        from safegen.models.fingerprint import ModelFingerprint
+
         if stack.name == base:
             self._bases[base] = ModelFingerprint.of(loader.model(stack.model, stack.config)[0])
         if stack.blank or self._models[base] == (stack.model, stack.config):
