@@ -246,10 +246,10 @@ def test_a_patch_of_an_edited_folder_turns_its_base_into_it_bit_for_bit(folder, 
     write_tensors(tmp_path / "unet.safetensors", wanted, {})
     alone = safegen.patch_from_model(tmp_path / "unet.safetensors", "mini")
     assert alone.hash == patch.hash
-    half = {name: value.half() for name, value in wanted.items()}
-    write_tensors(tmp_path / "half.safetensors", half, {})
+    rounded = {name: value.bfloat16() for name, value in wanted.items()}
+    write_tensors(tmp_path / "bf16.safetensors", rounded, {})
     with pytest.warns(RoundedWeightsWarning, match="only rounded to a smaller type"):
-        safegen.patch_from_model(tmp_path / "half.safetensors", "mini")
+        safegen.patch_from_model(tmp_path / "bf16.safetensors", "mini")
 
 
 def test_models_that_differ_elsewhere_or_nowhere_make_no_patch(folder, tmp_path):

@@ -81,6 +81,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                     "--out both.safetensors",
                 ),
                 "rebase": ("patch rebase p.safetensors mini my-fine-tune --out q.safetensors",),
+                "from-model": ("patch from-model my-folder mini --out p.safetensors",),
                 "card": (
                     "patch card p.safetensors --metrics run",
                     "patch card p.safetensors --out card.md",
@@ -110,7 +111,10 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command(
             report.report,
             "how-to/evaluate-and-compare.md",
-            ("report run", "report run-1 run-2 --out comparison"),
+            ("report run --csv results.csv --plots plots", "report run-1 run-2 --out comparison"),
+        ),
+        Command(
+            report.results, "how-to/evaluate-and-compare.md", ("results run", "results run-1 run-2")
         ),
         Command(
             report.verify, "how-to/evaluate-and-compare.md", ("verify run", "verify safegen-demo")

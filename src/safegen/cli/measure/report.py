@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo
+from safegen.cli.console import echo, echo_message, echo_status
+from safegen.cli.options import AsJson
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_scores
 from safegen.core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from safegen.evaluation.run.folder import Run
+
+STDOUT = Path("-")
+"""Path that means stdout."""
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Judge = Annotated[
     str | None,
@@ -82,6 +89,19 @@ def report(
     label: Label = None,
     judge: Judge = None,
     truth: Truth = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="CSV file: a row for each stack, list and metric; - for stdout."),
+    ] = None,
+    latex: Annotated[
+        Path | None, typer.Option(help="LaTeX file: a booktabs table to paste; - for stdout.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="JSON file with the values of --csv; - for stdout.")
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder for plots as PNG and SVG. Needs the extra report.")
+    ] = None,
     truth_sheet: Annotated[
         Path | None,
         typer.Option(help="Write this unfilled CSV for a sample of the run's images; no report."),
@@ -94,7 +114,8 @@ def report(
     """Write the report of one run, or of several runs side by side.
 
     No model is loaded but that of --perplexity. Unsafe images are pixelated in the file itself.
-    Runs of attacks are shown as attacks against stacks.
+    Runs of attacks are shown as attacks against stacks. With --csv, --latex, --json or --plots the
+    page is written only if --out or --html is given too.
     """
     from safegen.evaluation.report.page import PAGE, open_runs, write_report
     from safegen.evaluation.run.truth import load_truth, write_truth_sheet
@@ -107,26 +128,88 @@ def report(
         (run,) = open_runs(runs).values()
         echo(f"{truth_sheet}: {write_truth_sheet(run, truth_sheet)} images to look at")
         return
-    if len(runs) > 1 and not (out or html):
+    tables = {"csv": csv, "latex": latex, "json": json, "plots": plots}
+    has_tables = any(tables.values())
+    if len(runs) > 1 and not (out or html or has_tables):
         raise ConfigError("a report of several runs needs --out or --html")
-    folder, sources = None if html else out or runs[0], open_runs(runs)
+    sources = open_runs(runs)
+    rules: dict[str, Any] = {"judge": judge, "labels": label or (), "threshold": threshold}
+    rules["truth"] = load_truth(truth, sources.values()) if truth else None
+    if has_tables:
+        _write_tables(sources, tables, rules)
+        if not (out or html):
+            return
+    folder = None if html else out or runs[0]
     language_model = None
     if perplexity:
         from safegen.features.perplexity import CausalPerplexity
 
         language_model = CausalPerplexity(perplexity)
-    write_report(
-        sources,
-        folder,
-        html=html,
-        reveal=reveal,
-        truth=load_truth(truth, sources.values()) if truth else None,
-        perplexity=language_model,
-        judge=judge,
-        labels=label or (),
-        threshold=threshold,
-    )
-    echo(f"report: {html or (folder and folder / PAGE)}")
+    write_report(sources, folder, html=html, reveal=reveal, perplexity=language_model, **rules)
+    line = f"report: {html or (folder and folder / PAGE)}"
+    echo(line, err=STDOUT in tables.values())
+
+
+def _write_tables(
+    runs: Mapping[str, Run], paths: Mapping[str, Path | None], rules: Mapping[str, Any]
+) -> None:
+    """Write the results of runs as tables and plots; `-` is stdout, for one of them."""
+    from safegen.core.files import atomic_write
+    from safegen.evaluation.report.data import report_data
+    from safegen.evaluation.results.latex import latex_table
+    from safegen.evaluation.results.plots import write_plots
+    from safegen.evaluation.results.rows import csv_table, json_table
+
+    if sum(path == STDOUT for path in paths.values()) > 1:
+        raise ConfigError("- must be given to one of --csv, --latex and --json, got it twice")
+    data, _ = report_data(runs, **rules)
+    texts: dict[str, Callable[[], str]] = {
+        "csv": lambda: csv_table(data["scores"]),
+        "latex": lambda: latex_table(data),
+        "json": lambda: json_table(data["scores"]),
+    }
+    for name, make in texts.items():
+        if (path := paths[name]) is None:
+            continue
+        if path == STDOUT:
+            for line in make().splitlines():
+                echo(line)
+            continue
+        with atomic_write(path, replace=True) as temporary:
+            temporary.write_text(make(), encoding="utf-8")
+        echo_status(f"{name}: {path}")
+    if folder := paths["plots"]:
+        files, missing = write_plots(data, folder)
+        for path in files:
+            echo_status(f"plot: {path}")
+        for reason in missing:
+            echo_message("warning", f"no plot {reason}")
+
+
+def results(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs of one protocol.")
+    ],
+    threshold: Threshold = None,
+    label: Label = None,
+    judge: Judge = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the scores of one run, or of several runs of one protocol in one table.
+
+    A base model that several runs have is printed once.
+    """
+    from safegen.evaluation.report.page import open_runs
+    from safegen.evaluation.results.rows import join_runs, json_table
+    from safegen.evaluation.scoring.score import score_run
+
+    rules: dict[str, Any] = {"judge": judge, "labels": label or (), "threshold": threshold}
+    scores = {name: score_run(run, **rules) for name, run in open_runs(runs).items()}
+    if as_json:
+        for line in json_table(scores).splitlines():
+            echo(line)
+        return
+    print_scores(join_runs(scores))
 
 
 def verify(run: RunArg) -> None:
