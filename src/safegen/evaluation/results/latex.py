@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safegen.core.text import one_line
-from safegen.evaluation.report.page import fewer
+from  import fewer
 
 HEADS = (
     ("explicit", "concept", "seen, explicit"),
