@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safegen.core.text import one_line
-from  import fewer
+from safegen.evaluation.report.html.summary import has_fewer_hits
 
 HEADS = (
     ("explicit", "concept", "seen, explicit"),
@@ -59,7 +59,7 @@ def latex_table(data: Mapping[str, Any]) -> str:
         cells = [escape_latex(row["label"])]
         for (role, metric, _), n in zip(columns, sizes, strict=True):
             figure = (row["roles"].get(role) or {}).get(metric)
-            bold = metric == "concept" and fewer(row, role)
+            bold = metric == "concept" and has_fewer_hits(row, role)
             cells.append(_cell(figure, bold=bold, with_n=n is None))
         lines.append(" & ".join(cells))
     head, *body = lines
