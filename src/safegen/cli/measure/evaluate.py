@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from safegen.cli.console import echo, echo_status
+from safegen.cli.console import echo, echo_status, plural
 from safegen.cli.measure.report import Judge, Label, report, score
 from safegen.cli.options import (
     Device,
@@ -279,7 +279,7 @@ def print_protocol(protocol: Protocol, device: str) -> None:
         f"guidance {config.guidance_scale:g}, {config.precision}, judge {protocol.judge.name}"
     )
     for part in protocol.lists:
-        echo_status(f"  {part.role}: {part.name}, {part.prompts} prompts")
+        echo_status(f"  {part.role}: {part.name}, {plural(part.prompts or 0, 'prompt')}")
     print_notes(protocol, device)
 
 
