@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from safegen.workflows.export import export as export
     from safegen.workflows.export import save_patch as save_patch
     from safegen.workflows.judge import judge as judge
+    from safegen.workflows.protect import protect as protect
+    from safegen.workflows.protect import unprotect as unprotect
 
 disable_telemetry()
 _MODULES = {
@@ -63,7 +65,9 @@ _MODULES = {
     "load_concept": "safegen.core.concept",
     "load_judge": "safegen.judges",
     "load_protocol": "safegen.evaluation.protocol",
+    "protect": "safegen.workflows.protect",
     "save_patch": "safegen.workflows.export",
+    "unprotect": "safegen.workflows.protect",
 }
 __all__ = [
     "Concept",
@@ -87,7 +91,9 @@ __all__ = [
     "load_concept",
     "load_judge",
     "load_protocol",
+    "protect",
     "save_patch",
+    "unprotect",
 ]
 
 
