@@ -38,7 +38,7 @@ from safegen.evaluation.scoring.score import score_run
 from safegen.judges.base import Detection, Detections
 from safegen.metrics.image import pixel_mae
 from safegen.models.checkpoint.metadata import PatchMetadata
-from safegen.models.generation import encode_image
+from safegen.models.image_files import encode_image
 from safegen.patches.patch import Patch
 
 JUDGE = "mini:0123456789abcdef"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo_message, echo_status
+from safegen.cli.console import echo, echo_message, echo_status
 from safegen.core.documents import check_depth, check_plain, reason_of
 from safegen.core.errors import (
     ConfigError,
@@ -26,6 +26,7 @@ from safegen.core.settings import MAX_THREADS
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
+    from safegen.workflows.plan import Plan
 
 ModelArg = Annotated[
     str,
@@ -53,6 +54,10 @@ Patches = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Setting to change: NAME=VALUE, training.lr=1e-4. Repeatable."),
+]
+PlanOnly = Annotated[
+    bool,
+    typer.Option("--plan", help="Print images, passes, time and memory of the job; do nothing."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 NoCard = Annotated[bool, typer.Option("--no-card", help="Do not write a model card.")]
@@ -145,6 +150,12 @@ def read_pair(pair: str, option: str) -> tuple[str, Any]:
         return name, text
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{option} {name[:80]}: {reason_of(error)}") from None
+
+
+def print_plan(plan: Plan) -> None:
+    """Print a plan."""
+    for line in plan.lines():
+        echo(line)
 
 
 def warn_unused(option: str, reason: str) -> None:
