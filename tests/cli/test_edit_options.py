@@ -29,7 +29,7 @@ def test_a_reward_edit_takes_prompts_a_judge_and_a_patch_to_start_from(safegen, 
     options = ["--prompts", prompts, "--judge", "mini", "--from", start]
     code, text, err = safegen(*SHIELDDIFF, *options, *SET, "--out", out)
     assert code == 0, err
-    assert "editing: unsafe " in err
+    assert re.search(r"editing .*unsafe \d+%, reward", err)
     assert "1 update, " in text.splitlines()[0]
     last = text.splitlines()[-1]
     assert re.match(r"\d+ network passes. Images with the concept in the last rollout, on", last)
