@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from safegen.workflows.export import save_patch as save_patch
     from safegen.workflows.judge import judge as judge
     from safegen.workflows.patch_from_model import patch_from_model as patch_from_model
+    from safegen.workflows.protect import protect as protect
+    from safegen.workflows.protect import unprotect as unprotect
 
 disable_telemetry()
 _MODULES = {
@@ -67,7 +69,9 @@ _MODULES = {
     "load_judge": "safegen.judges",
     "load_protocol": "safegen.evaluation.protocol",
     "patch_from_model": "safegen.workflows.patch_from_model",
+    "protect": "safegen.workflows.protect",
     "save_patch": "safegen.workflows.export",
+    "unprotect": "safegen.workflows.protect",
 }
 __all__ = [
     "Concept",
@@ -93,7 +97,9 @@ __all__ = [
     "load_judge",
     "load_protocol",
     "patch_from_model",
+    "protect",
     "save_patch",
+    "unprotect",
 ]
 
 

@@ -88,17 +88,17 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                     "patch merge p.safetensors q.safetensors --overlap add --model mini "
                     "--out both.safetensors",
                 ),
-                "rebase": ("patch rebase p.safetensors mini my-fine-tune --out q.safetensors",),
+                "rebase": ("patch rebase mini my-fine-tune p.safetensors --out q.safetensors",),
                 "from-model": ("patch from-model my-folder mini --out p.safetensors",),
                 "card": (
                     "patch card p.safetensors --metrics run",
                     "patch card p.safetensors --out card.md",
                 ),
                 "extract-lora": (
-                    "patch extract-lora p.safetensors mini --out lora.safetensors",
-                    "patch extract-lora p.safetensors mini --rank 32 --out lora.safetensors",
+                    "patch extract-lora mini p.safetensors --out lora.safetensors",
+                    "patch extract-lora mini p.safetensors --rank 32 --out lora.safetensors",
                 ),
-                "from-lora": ("patch from-lora lora.safetensors mini --out p.safetensors",),
+                "from-lora": ("patch from-lora mini lora.safetensors --out p.safetensors",),
             },
         ),
     ),
