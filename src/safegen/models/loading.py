@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from safegen.core.device import AUTO, resolve_device, resolve_dtype
-from safegen.core.errors import ConfigError, FileError, UnknownNameError, first_line
+from safegen.core.errors import ConfigError, FileError, first_line
 from safegen.core.files import exists
-from safegen.core.hub import HUB, fetch_snapshot, is_repo_id
+from safegen.core.hub import HUB, check_model_name, fetch_snapshot
 from safegen.core.logging import silence_libraries
 from safegen.core.registry import MODELS, resolve
 from safegen.models.checkpoint.diffusers_folder import read_folder
@@ -155,13 +155,7 @@ def _find_folder(name: str, allow_pickle: bool) -> Path:
     if name.startswith(HUB):
         with silence_libraries():
             return fetch_snapshot(name, allow_patterns=hub_patterns(allow_pickle))
-    if not exists(name):
-        if is_repo_id(name):
-            raise FileError(
-                f"the folder {name!r} does not exist. To download a model of the hub, name it "
-                f"{HUB}{name}"
-            )
-        raise UnknownNameError("model (nor a folder of that name)", name, MODELS)
+    check_model_name(name)
     return Path(name)
 
 
