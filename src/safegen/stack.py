@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 
 class Stack(BaseSettings):
-    """Settings of what generates images. Nothing is loaded until `StackLoader.open`."""
+    """Settings of what generates images. Nothing is loaded until `StackLoader.open`.
+
+    Example:
+        >>> guard = {"name": "sld", "preset": "max", "concept": "skulls"}
+        >>> stack = safegen.Stack(name="guarded", model="mini", guards=(guard,))
+    """
 
     name: FolderName
     """Name of the stack: letters, digits, dots, dashes and underscores."""

@@ -28,7 +28,17 @@ Phrases = tuple[Phrase, ...]
 
 
 class Concept(BaseSettings):
-    """Visual concept to remove, built in or read from a TOML file."""
+    """Visual concept to remove, built in or read from a TOML file.
+
+    Example:
+        >>> concept = safegen.Concept(
+        ...     name="wings",
+        ...     words=("wings", "a wing"),
+        ...     counterpart=("nothing on it",),
+        ...     judge="clip",
+        ...     labels=("wings",),
+        ... )
+    """
 
     name: Name
     """Name of the concept, one word."""
@@ -96,6 +106,10 @@ def load_concept(name: str) -> Concept:
     Raises:
         UnknownNameError: the name is neither a built-in concept nor a TOML file.
         FileError: the file does not exist or is not a concept.
+
+    Example:
+        >>> safegen.load_concept("skulls").words
+        ('skulls', 'a skull')
     """
     path = Path(name)
     if name in CONCEPTS:

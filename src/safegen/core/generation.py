@@ -43,7 +43,12 @@ def preferred_precision(device: str = AUTO) -> NativePrecision:
 
 
 class GenerationConfig(BaseSettings):
-    """Settings of image generation."""
+    """Settings of image generation.
+
+    Example:
+        >>> safegen.GenerationConfig(num_inference_steps=10)
+        GenerationConfig(num_inference_steps=10)
+    """
 
     num_inference_steps: int = Field(default=25, ge=1, le=MAX_STEPS)
     """Denoising steps."""
@@ -154,10 +159,13 @@ def _file_digest(folder: Path, name: str) -> str:
     return hashlib.sha256(read_bytes(path, limit=MAX_START_FILE)).hexdigest()
 
 
-class Sample(BaseModel):
-    """Image to generate: a prompt, a seed and an index."""
+class Sample(BaseSettings):
+    """Image to generate: a prompt, a seed and an index.
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
+    Example:
+        >>> safegen.Sample(prompt="a castle", seed=1)
+        Sample(prompt='a castle', seed=1)
+    """
 
     prompt: str
     seed: Seed

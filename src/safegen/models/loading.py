@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from safegen.core.device import AUTO, resolve_device, resolve_dtype
-from safegen.core.errors import ConfigError, FileError, first_line
+from safegen.core.errors import ConfigError, FileError, check_keywords, first_line
 from safegen.core.files import exists
 from safegen.core.hub import HUB, check_model_name, fetch_snapshot
 from safegen.core.logging import silence_libraries
@@ -41,6 +41,7 @@ _WEIGHTS = {
 """Suffix: the weights that a pipeline opens by default, without variants and averages."""
 
 
+@check_keywords
 def load(
     name: str | Path,
     *,
@@ -67,6 +68,11 @@ def load(
         UnknownNameError: `name` is neither a known model nor a path, or the dtype is unknown.
         FileError: a file is missing, pickled, damaged or has NaN weights, or the hub's model is not
             available.
+
+    Example:
+        >>> model = safegen.load("mini", dtype="bf16")
+        >>> model.dtype
+        'bf16'
     """
     name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
     torch_dtype = DTYPES[resolve_dtype(dtype)]

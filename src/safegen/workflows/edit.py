@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safegen.core.errors import (
     MissingExtraError,
     SafegenWarning,
     UnusedSettingWarning,
+    check_names,
     explain,
 )
 from safegen.core.registry import EDITS, resolve
@@ -85,9 +87,14 @@ def edit(
 
     Example:
         >>> model = safegen.load("mini")
-        >>> patch = safegen.edit(model, "safegen", triplets="mini:skulls")
-        >>> safegen.save_patch(patch, "patch.safetensors")
+        >>> patch = safegen.edit(model, "uce", concept="skulls")  # from phrases, in seconds
+        >>> trial = {"updates": 1, "warmup": 0}  # without it: minutes
+        >>> patch = safegen.edit(model, triplets="mini:skulls", training=trial)  # from images
+        >>> patch.metadata.method
+        'safegen'
     """
+    arguments = [*resolve(EDITS, method, "edit").model_fields, *signature(edit).parameters]
+    check_names(f"setting of {method!r}", settings, arguments)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     prepared = prepare_edit(
         method,

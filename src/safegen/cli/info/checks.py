@@ -26,25 +26,41 @@ def with_checks(command: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(command)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        check_arguments(kwargs, is_output_new=command.__name__ in NEW_OUTPUTS)
+        if command.__name__ not in RESUMABLE:
+            check_new_output(kwargs)
+        check_arguments(kwargs)
         return command(*args, **kwargs)
 
     return checked
 
 
-NEW_OUTPUTS = ("generate",)
-"""Commands whose folder OUT must be new; the others check that themselves, or resume it."""
+RESUMABLE = ("attack", "card_", "demo", "evaluate", "make_safe", "report")
+"""Commands whose output may be there: they resume it, or write it again."""
 
 
-def check_arguments(arguments: Mapping[str, Any], *, is_output_new: bool = False) -> None:
+def check_new_output(arguments: Mapping[str, Any]) -> None:
+    """Check that the output of a command, and its model card, can be written.
+
+    Raises:
+        FileError: see `check_output`.
+    """
+    out = arguments.get("out")
+    if out is None:
+        return
+    check_output(out)
+    is_file = str(arguments.get("format_")) != "diffusers"
+    if arguments.get("no_card") is False and is_file and out.name:
+        check_output(out.with_name(out.name + ".md"))
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Check the names and files among the arguments of a command; others are not looked at.
 
     Args:
         arguments: values by parameter. None is an option that is not given.
-        is_output_new: whether the argument `out` must not exist.
 
     Raises:
-        UserError: there is no such name or file, or the output exists.
+        UserError: there is no such name or file.
     """
     for name, check in CHECKS.items():
         for value in _as_list(arguments.get(name)):
@@ -54,8 +70,6 @@ def check_arguments(arguments: Mapping[str, Any], *, is_output_new: bool = False
             _check_preset(registry.EDITS, method, preset, "")
         elif (attack := arguments.get("name")) in registry.ATTACKS:
             _check_preset(registry.ATTACKS, str(attack), preset, "")
-    if is_output_new and (out := arguments.get("out")) is not None:
-        check_output(out)
 
 
 def _as_list(value: Any) -> Iterable[Any]:

@@ -89,7 +89,14 @@ class TripletIssue:
 
 @dataclass(frozen=True)
 class Triplets:
-    """Folder of triplets; images are read on access and checked against their hashes."""
+    """Folder of triplets; images are read on access and checked against their hashes.
+
+    Example:
+        >>> triplets = safegen.Triplets.load("mini:skulls")
+        >>> len(triplets)
+        100
+        >>> unsafe, censored, benign = triplets.images(0)
+    """
 
     folder: Path
     rows: tuple[Triplet, ...]
