@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 import safegen
-from safegen.core.errors import UserError, explain
+from safegen.core.errors import ConfigError, UserError, explain
 from safegen.core.settings import MAX_NUMBER, MAX_SEED, BaseSettings
 
 EXTREMES = (math.nan, math.inf, -math.inf, 1e308, -1e308, -1, 0, 2**64, -(2**64), "nan", "1e999")
@@ -129,5 +129,5 @@ def numbers(value):
 def test_a_seed_is_a_non_negative_63_bit_integer(bad):
     from safegen.core.generation import Sample
 
-    with pytest.raises(ValidationError, match="seed"):
+    with pytest.raises(ConfigError, match="seed"):
         Sample(prompt="a castle", seed=bad)

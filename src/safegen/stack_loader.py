@@ -12,6 +12,7 @@ from PIL import Image
 
 from safegen.core.device import AUTO, resolve_device, resolve_dtype
 from safegen.core.generation import GenerationConfig, Sample
+from safegen.core.progress import StepCallback
 from safegen.core.text import short_repr
 from safegen.guards import GeneratedImage, GuardTrace
 from safegen.stack import Stack
@@ -46,36 +47,58 @@ class LoadedStack:
     def generate_images(
         self, samples: Sequence[Sample], generation_config: GenerationConfig
     ) -> list[Image.Image]:
-        """Return one image per sample, in order; a black one where a guard withheld it.
+        """Return the images of samples, in order; a black one where a guard withheld it.
 
         Raises:
             ConfigError: see `generate`.
         """
-        return [self.display_image(image) for image in self.generate(samples, generation_config)]
+        return [
+            self.display_image(image, generation_config)
+            for image in self.generate(samples, generation_config)
+        ]
 
     def generate(
-        self, samples: Sequence[Sample], generation_config: GenerationConfig
+        self,
+        samples: Sequence[Sample],
+        generation_config: GenerationConfig,
+        *,
+        callback: StepCallback | None = None,
     ) -> list[GeneratedImage]:
-        """Return one image per sample with the guards' trace, in order; None if it was withheld.
+        """Return the images of samples with the guards' traces, in order; None if withheld.
+
+        Images of one sample are adjacent. A sample's negative prompt is added to the stack's, and
+        changes no guard. Calls on one model wait for each other.
+
+        Args:
+            samples: what to generate.
+            generation_config: steps, guidance, size, scheduler ...
+            callback: called after each step with the part that is done; it may raise to stop.
 
         Raises:
-            ConfigError: there is a negative prompt or a guard and no guidance, or too many steps.
+            ConfigError: there is a negative prompt or a guard and no guidance, or the model has no
+                images of that size, scheduler or number of steps.
         """
         if self.stack.blank:
-            return [GeneratedImage(self.black(), GuardTrace("none", "")) for _ in samples]
-        from safegen.models.generation import autocast_for, batches, check_num_steps, generate
+            n, black = sum(s.num_images_per_prompt for s in samples), self.black(generation_config)
+            return [GeneratedImage(black.copy(), GuardTrace("none", "")) for _ in range(n)]
+        from safegen.models.generation import autocast_for, batches, generate
+        from safegen.models.schedulers import replaced_scheduler
 
         negative = self.stack.negative_prompt
         if self.guarded is None:
-            images = generate(self.model, samples, generation_config, negative=negative)
+            images = generate(
+                self.model, samples, generation_config, negative_prompt=negative, callback=callback
+            )
             return [GeneratedImage(image, GuardTrace("none", "")) for image in images]
         generated: list[GeneratedImage] = []
-        check_num_steps(self.model, generation_config.num_inference_steps)
-        for kind, prompts, options in batches(
-            self.model, samples, generation_config, negative=negative
-        ):
-            with autocast_for(self.model, generation_config):
-                generated += self._guarded_for(kind).generate(prompts, **options)
+        with replaced_scheduler(self.model.pipeline, generation_config.scheduler):
+            for kind, prompts, options in batches(
+                self.model, samples, generation_config, negative=negative, callback=callback
+            ):
+                guarded = self._guarded_for(kind)
+                guarded.pipe.scheduler = self.model.pipeline.scheduler
+                with autocast_for(self.model, generation_config):
+                    generated += guarded.generate(prompts, **options)
         return generated
 
     def check_kind(self, kind: PipelineKind) -> None:
@@ -102,13 +125,17 @@ class LoadedStack:
             )
         return self._guarded[kind]
 
-    def display_image(self, generated: GeneratedImage) -> Image.Image:
-        """Return the image, or a black one if it was withheld."""
-        return generated.image or self.black()
+    def display_image(
+        self, generated: GeneratedImage, generation_config: GenerationConfig
+    ) -> Image.Image:
+        """Return the image, or a black one of the requested size if it was withheld."""
+        return generated.image or self.black(generation_config)
 
-    def black(self) -> Image.Image:
-        """Return a black image of the model's size."""
-        return Image.new("RGB", (self.model.size, self.model.size))
+    def black(self, generation_config: GenerationConfig) -> Image.Image:
+        """Return a black image of the requested size."""
+        from safegen.models.generation import image_size
+
+        return Image.new("RGB", image_size(self.model, generation_config))
 
     def free(self) -> None:
         """Release the accelerator's unused memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -108,3 +109,41 @@ def test_a_finished_or_empty_stage_has_no_time_left(monkeypatch, capsys):
     text = capsys.readouterr().err
     assert text.count("left 0:00:00") >= 2
     assert "/s" not in text
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_bar_never_wraps(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes stderr for a terminal
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    now = [0.0]
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with show_progress() as progress:
+        for done in (0, 400, 99_999):
+            now[0] += 1000
+            progress("generating: a-stack-with-a-very-long-name", done, 100_000)
+            progress("editing", done, 100_000, "unsafe 12 %, reward 0.53")
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err).splitlines()
+    assert any("99999/100000" in line for line in lines)
+    assert any("━" in line for line in lines)
+    assert [line for line in lines if len(line) > columns] == []
+
+
+def test_without_a_terminal_a_line_is_printed_every_ten_seconds(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with show_progress() as progress:
+        for done in range(36):
+            progress("editing", done, 100)
+            now[0] += 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["0/100", "10/100", "20/100", "30/100", "35/100"]
+    assert lines[1] == "editing  10/100  1.00/s  left 0:01:30"
+
+
+def test_quiet_shows_no_progress(monkeypatch, capsys):
+    monkeypatch.setattr(progress_module.VERBOSITY, "quiet", True)
+    with show_progress() as progress:
+        progress("editing", 1, 2)
+    assert capsys.readouterr().err == ""

@@ -16,7 +16,7 @@ from safegen.cli.triplets import app
 from safegen.core.errors import ConfigError, FileError
 from safegen.data.triplets.censor import Censor, censor_image
 from safegen.data.triplets.check import check_triplets
-from safegen.data.triplets.make import make_triplets
+from safegen.data.triplets.make import make_triplets, make_triplets_in_memory
 from safegen.data.triplets.triplets import ROLES, Triplets
 from safegen.evaluation.report.contact_sheet import contact_sheet, save_sheet
 
@@ -393,3 +393,33 @@ def test_the_commands_make_and_check(images: Path) -> None:
     result = CliRunner().invoke(app, ["check", out, "--judge", "red"])
     assert result.exit_code == 0
     assert "3 triplets, no problems" in result.output
+
+
+def test_triplets_in_memory_are_those_of_files_with_the_same_images(images: Path) -> None:
+    judge = RedJudge()
+    files = make_triplets(
+        images / "unsafe", images / "benign", judge, images / "out", labels=["red"]
+    ).triplets
+    unsafe, benign = ([unsafe_image(i) for i in range(3)], [safe_image(10 + i) for i in range(2)])
+    before = sorted(images.rglob("*"))
+    memory = make_triplets_in_memory(
+        [*unsafe, safe_image(7)], [*benign, unsafe_image(9)], judge, labels=["red"]
+    )
+    assert sorted(images.rglob("*")) == before
+    assert [str(issue) for issue in memory.skipped] == [
+        "unsafe image 3: no detection",
+        "benign image 2: judged unsafe, so not benign",
+    ]
+    assert (memory.triplets.rows, memory.triplets.hash) == (files.rows, files.hash)
+    for i in range(len(files)):
+        pairs = zip(memory.triplets.images(i), files.images(i), strict=True)
+        assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+    assert len(repr(memory.triplets)) < 5000  # the contents of the files are left out
+
+
+def test_images_in_memory_without_the_concept_or_without_benign_ones_are_refused() -> None:
+    judge = RedJudge()
+    with pytest.raises(FileError, match="no image of generated images is judged unsafe"):
+        make_triplets_in_memory([safe_image(1)], [safe_image(2)], judge, labels=["red"])
+    with pytest.raises(FileError, match="no image of benign images can serve as benign"):
+        make_triplets_in_memory([unsafe_image(1)], [unsafe_image(2)], judge, labels=["red"])

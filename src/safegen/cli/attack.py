@@ -15,9 +15,11 @@ from safegen.cli.options import (
     Device,
     Dtype,
     Pickle,
+    PlanOnly,
     Settings,
     Threads,
     print_model,
+    print_plan,
     read_pair,
     resumable,
     set_threads,
@@ -85,6 +87,7 @@ def attack(
     unsafe: Annotated[
         bool, typer.Option("--unsafe", help="Keep the texts of the prompts out of the report.")
     ] = False,
+    plan: PlanOnly = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
     threads: Threads = None,
@@ -137,11 +140,18 @@ def attack(
         raise ConfigError(explain(error, AttackConfig)) from error
     set_threads(threads)
     target, wanted = load_stack(stack), load_concept(concept)
+    loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model)
+    if plan:
+        if name is None:
+            raise ConfigError("--plan must go with one attack, got --suite. Name an attack.")
+        from safegen.workflows.plan import plan_attack
+
+        chosen = make_attack(name, preset, **settings)
+        print_plan(plan_attack(chosen, target, wanted, config, protocol=rules, loader=loader))
+        return
     with resumable(out), show_progress() as progress:
         common: dict[str, Any] = {
-            "loader": StackLoader(
-                device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model
-            ),
+            "loader": loader,
             "argv": ["safegen", *sys.argv[1:]],
             "progress": progress,
         }

@@ -16,11 +16,14 @@ from safegen.cli.options import (
     ModelArg,
     NoCard,
     Pickle,
+    PlanOnly,
     Settings,
     Threads,
     check_outputs,
     load_model,
+    print_plan,
     read_settings,
+    resumable,
 )
 from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError, FileError
@@ -62,6 +65,7 @@ def edit(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     no_card: NoCard = False,
+    plan: PlanOnly = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
     threads: Threads = None,
@@ -92,7 +96,7 @@ def edit(
         **changes,
     )
     start = None if from_ is None else Patch.load(from_)
-    if prepared.is_trained:
+    if prepared.is_trained and not plan:
         checkpoint_dir = checkpoint_dir or out.with_name(out.name + ".checkpoints")
         ctx.with_resource(claim_folder(checkpoint_dir))
         if not resume and (checkpoint_dir / CHECKPOINT_FILE).exists():
@@ -108,8 +112,13 @@ def edit(
         config,
         job=lambda loaded: f"{method}, preset {prepared.preset_for(loaded)}",
     )
+    if plan:
+        from safegen.workflows.plan import plan_edit
+
+        print_plan(plan_edit(prepared.for_model(loaded), loaded, prepared.triplets))
+        return
     last: dict[str, float] = {}
-    with show_progress() as progress:
+    with resumable(checkpoint_dir, "--resume"), show_progress() as progress:
 
         def follow(done: int, total: int, row: dict[str, float]) -> None:
             last.clear()

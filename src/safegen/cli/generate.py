@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,10 +22,12 @@ from safegen.cli.options import (
 )
 from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.settings import MAX_BATCH, MAX_SEED, MAX_STEPS
+from safegen.core.settings import MAX_BATCH, MAX_SEED, MAX_SIDE, MAX_STEPS
 
 if TYPE_CHECKING:
-    from safegen.core.generation import GenerationConfig
+    from PIL.Image import Image
+
+    from safegen.core.generation import GenerationConfig, Sample
     from safegen.models.model import Model
     from safegen.stack import Stack
     from safegen.stack_loader import LoadedStack, StackLoader
@@ -68,6 +70,27 @@ def generate(
     guidance: Annotated[
         float, typer.Option(min=1, max=50, help="Scale of classifier-free guidance.")
     ] = 5.0,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="Prompt to steer every image away from.")
+    ] = None,
+    images_per_prompt: Annotated[
+        int, typer.Option(min=1, max=MAX_BATCH, help="Images per prompt.")
+    ] = 1,
+    width: Annotated[
+        int | None, typer.Option(min=8, max=MAX_SIDE, help="Width in pixels [default: the model's]")
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(min=8, max=MAX_SIDE, help="Height in pixels [default: the model's]"),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="DDIMScheduler, 'Euler a', 'DPM++ 2M Karras' ... [default: the model's]"),
+    ] = None,
+    seed_mode: Annotated[
+        Literal["safegen", "torch"],
+        typer.Option(help="torch: the images that diffusers gives for --seed, equal per prompt."),
+    ] = "safegen",
     batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images per batch.")] = 16,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -89,56 +112,105 @@ def generate(
     recipe = add_loras(add_patches(recipe, patch or []), lora or [])
     recipe = add_guards(recipe, guard or [], concept)
     generation_config = GenerationConfig(
-        num_inference_steps=steps, guidance_scale=guidance, batch_size=batch
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        batch_size=batch,
+        width=width,
+        height=height,
+        scheduler=scheduler,
+        seed_mode=seed_mode,
     )
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model)
-    withheld = _generate(loader, recipe, texts, seed, generation_config, out)
+    samples = _samples(texts, seed, negative_prompt, images_per_prompt)
+    withheld = _generate(loader, recipe, samples, generation_config, out)
     note = f", {withheld} withheld ({TRACES} gives the reasons)" if withheld else ""
-    shown = len(texts) - withheld
+    shown = len(texts) * images_per_prompt - withheld
     echo(f"{shown} image{'s' * (shown != 1)} and {SHEET} in {out}{note}")
+
+
+def _samples(texts: Sequence[str], seed: int, negative: str | None, copies: int) -> list[Sample]:
+    """Return a sample per prompt; image k of prompt i has the index i * copies + k."""
+    from safegen.core.generation import Sample
+
+    return [
+        Sample(
+            prompt=text,
+            seed=seed,
+            index=i * copies,
+            negative_prompt=negative,
+            num_images_per_prompt=copies,
+        )
+        for i, text in enumerate(texts)
+    ]
 
 
 def _generate(
     loader: StackLoader,
     recipe: Stack,
-    texts: Sequence[str],
-    seed: int,
+    samples: Sequence[Sample],
     generation_config: GenerationConfig,
     out: Path,
 ) -> int:
     """Write the images, the traces and the sheet; return how many images were withheld."""
     from safegen.core.files import staged_directory
-    from safegen.core.generation import Sample
     from safegen.evaluation.report.contact_sheet import contact_sheet, save_sheet
-    from safegen.models.generation import save_image
 
-    metadata = _metadata(recipe, generation_config)
-    samples = [Sample(prompt=text, seed=seed, index=i) for i, text in enumerate(texts)]
-    batch, images, traces, withheld = generation_config.batch_size, [], [], 0
+    images: list[Image] = []
+    metadata, traces, withheld = _metadata(recipe, generation_config), [], 0
+    copies = samples[0].num_images_per_prompt
+    total, size = len(samples) * copies, max(1, generation_config.batch_size // copies)
     with (
         staged_directory(out) as folder,
         loader.open(recipe) as loaded,
         show_progress() as progress,
     ):
-        _warn_of_truncation(loaded.model, texts)
-        for start in range(0, len(samples), batch):
-            part = samples[start : start + batch]
-            for sample, result in zip(part, loaded.generate(part, generation_config), strict=True):
-                images.append(loaded.display_image(result))
+        _warn_of_truncation(loaded.model, samples)
+        for start in range(0, len(samples), size):
+            part, done = samples[start : start + size], len(images)
+
+            def report(share: float, done: int = done, part: Sequence[Sample] = part) -> None:
+                progress("generating", done + int(share * len(part) * copies), total)
+
+            results = loaded.generate(part, generation_config, callback=report)
+            singles = [sample for sample in part for _ in range(copies)]
+            for sample, result in zip(singles, results, strict=True):
+                single = sample.model_copy(update={"index": len(images)})
+                images.append(loaded.display_image(result, generation_config))
                 trace = result.trace.to_json()
-                traces.append({"index": sample.index, "seed": seed} | trace)
+                traces.append({"index": single.index, "seed": single.seed} | trace)
                 withheld += bool(result.trace.withheld)
                 if not result.trace.withheld:
-                    record = sample.model_dump() | metadata | _identity(loaded)
-                    record |= {"guards": trace} if recipe.guards else {}
-                    save_image(images[-1], folder / f"{sample.index:04d}.png", record)
-                progress("generating", len(images), len(samples))
+                    record = metadata | ({"guards": trace} if recipe.guards else {})
+                    path = folder / f"{single.index:04d}.png"
+                    _save(images[-1], path, single, loaded, generation_config, record)
         cell = max(96, min(256, loaded.model.size))
         save_sheet(contact_sheet(images, cell=cell), folder / SHEET)
         if recipe.guards:
             lines = "".join(json.dumps(trace, sort_keys=True) + "\n" for trace in traces)
             (folder / TRACES).write_text(lines, encoding="utf-8")
     return withheld
+
+
+def _save(
+    image: Image,
+    path: Path,
+    sample: Sample,
+    loaded: LoadedStack,
+    generation_config: GenerationConfig,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write an image with its settings."""
+    from safegen.models.generation import join_negative
+    from safegen.models.image_files import parameters_text, save_image
+
+    negative = loaded.stack.negative_prompt
+    record = sample.model_dump() | dict(metadata)
+    record["negative_prompt"] = join_negative(negative, sample.negative_prompt)
+    record |= {"base": loaded.model.hash, "stack": loaded.hash}
+    text = parameters_text(
+        sample, generation_config, loaded.model, negative=negative, model_name=record["model"]
+    )
+    save_image(image, path, record, text)
 
 
 def _build_stack(model: str | None, stack: Path | None, config: Path | None) -> Stack:
@@ -162,22 +234,19 @@ def _metadata(recipe: Stack, generation_config: GenerationConfig) -> dict[str, A
         "guidance": generation_config.guidance_scale,
         "model": display_name(recipe.model),
         "patches": [Patch.load(path).hash for path in recipe.patches],
-        "negative_prompt": recipe.negative_prompt,
     }
+    request = ("width", "height", "scheduler", "seed_mode")  # left out where unset
+    metadata |= {k: v for k, v in generation_config.model_dump().items() if k in request}
     if recipe.loras:
         metadata["loras"] = [lora.fingerprint() for lora in recipe.loras]
     return metadata
 
 
-def _identity(loaded: LoadedStack) -> dict[str, str]:
-    return {"base": loaded.model.hash, "stack": loaded.hash}
-
-
-def _warn_of_truncation(model: Model, texts: Sequence[str]) -> None:
+def _warn_of_truncation(model: Model, samples: Sequence[Sample]) -> None:
     """Print which prompts are longer than the model reads."""
     from safegen.models.generation import truncated_prompts
 
-    if truncated := truncated_prompts(model, texts):
+    if truncated := truncated_prompts(model, [sample.prompt for sample in samples]):
         length = model.pipeline.tokenizer.model_max_length
         echo(
             f"warning: {len(truncated)} prompts are longer than {length} tokens and were "

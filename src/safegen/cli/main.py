@@ -7,7 +7,18 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from safegen.cli import attack, demo, edit, evaluate, export, generate, patch, prompts, triplets
+from safegen.cli import (
+    attack,
+    demo,
+    edit,
+    evaluate,
+    export,
+    generate,
+    make_safe,
+    patch,
+    prompts,
+    triplets,
+)
 from safegen.cli.console import echo
 from safegen.cli.info import show
 from safegen.cli.info.checks import with_checks
@@ -25,7 +36,7 @@ class Command(NamedTuple):
     examples: tuple[str, ...] = ()
     """Two commands that work, without `safegen`."""
     name: str | None = None
-    """Name of a group, or of a command whose function has another one."""
+    """Name of a group, or of a command that is not called as its function."""
     below: Mapping[str, tuple[str, ...]] = {}
     """Examples of the commands of a group, by their name."""
 
@@ -50,6 +61,14 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command(show.show, "index.md", ("show esd", "show mini --kind judges"), name="show"),
     ),
     "Edit": (
+        Command(
+            make_safe.make_safe,
+            "how-to/make-safe.md",
+            (
+                "make-safe mini --concept skulls --out safe.safetensors",
+                "make-safe my.safetensors --concept nudity --words --out safe.safetensors",
+            ),
+        ),
         Command(
             edit.edit,
             "how-to/edit-by-images.md",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo_message, echo_status
+from safegen.cli.console import echo, echo_message, echo_status
 from safegen.core.documents import check_depth, check_plain, reason_of
 from safegen.core.errors import (
     ConfigError,
@@ -26,6 +28,7 @@ from safegen.core.settings import MAX_THREADS
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
+    from safegen.workflows.plan import Plan
 
 ModelArg = Annotated[
     str,
@@ -53,6 +56,10 @@ Patches = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Setting to change: NAME=VALUE, training.lr=1e-4. Repeatable."),
+]
+PlanOnly = Annotated[
+    bool,
+    typer.Option("--plan", help="Print images, passes, time and memory of the job; do nothing."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 NoCard = Annotated[bool, typer.Option("--no-card", help="Do not write a model card.")]
@@ -147,19 +154,35 @@ def read_pair(pair: str, option: str) -> tuple[str, Any]:
         raise ConfigError(f"{option} {name[:80]}: {reason_of(error)}") from None
 
 
+def print_plan(plan: Plan) -> None:
+    """Print a plan."""
+    for line in plan.lines():
+        echo(line)
+
+
 def warn_unused(option: str, reason: str) -> None:
     """Warn that an option has no effect."""
     warnings.warn(f"{option} has no effect {reason}", UnusedSettingWarning, stacklevel=2)
 
 
 @contextmanager
-def resumable(out: Path) -> Iterator[None]:
-    """Say after Ctrl-C that the same command resumes the run."""
+def resumable(out: Path | None, *options: str) -> Iterator[None]:
+    """Say after Ctrl-C which command resumes the run.
+
+    Args:
+        out: folder of what is finished; None if nothing can be resumed.
+        options: options that resume a training from its checkpoint.
+    """
     try:
         yield
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, InterruptedRunError) as error:
+        if out is None or (options and isinstance(error, KeyboardInterrupt)):
+            raise  # there is no checkpoint
+        what = str(error).partition(". ")[0] or "stopped"
+        added = [option for option in options if option not in sys.argv]
+        command = shlex.join(["safegen", *sys.argv[1:], *added])
         raise InterruptedRunError(
-            f"stopped. Finished work is in {out}; re-run the same command to resume."
+            f"{what}. Finished work is in {out}. Resume with: {command}"
         ) from error
 
 

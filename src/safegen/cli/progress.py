@@ -1,8 +1,10 @@
-"""The progress bar of the commands."""
+"""Progress of the commands on stderr: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -10,7 +12,14 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
+from safegen.cli.console import VERBOSITY, echo
+from safegen.core.errors import SafegenError
 from safegen.core.text import escape_control
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Seconds between two lines of a stage, where stderr is no terminal."""
+MAX_DESCRIPTION, MAX_BAR = 34, 40
+"""Most columns of a stage's description and of its bar, on a wide terminal."""
 
 
 class Pace:
@@ -42,6 +51,18 @@ class Pace:
         (_, began, first), (_, ended, last) = self.updates[0], self.updates[-1]
         return (last - first) / (ended - began) if ended > began else None
 
+    def describe_rate(self) -> str:
+        """Return the items per second, or nothing before the second update."""
+        speed = self.per_second
+        return f"{speed:.{0 if speed >= 100 else 2}f}/s" if speed else ""
+
+    def describe_rest(self, rest: float) -> str:
+        """Return the time that the rest of the items takes."""
+        speed = self.per_second
+        if rest and not speed:
+            return "left -:--:--"
+        return f"left {timedelta(seconds=math.ceil(rest / speed) if speed else 0)}"
+
 
 class ProgressBar(Protocol):
     """A `ProgressCallback` that can also show a few figures beside the stage."""
@@ -53,18 +74,76 @@ class ProgressBar(Protocol):
 
 @contextmanager
 def show_progress() -> Iterator[ProgressBar]:
-    """Yield a callback that shows each stage as a bar on stderr, with rate and time left."""
+    """Yield a callback that shows each stage on stderr, with rate and time left.
+
+    Stages are bars on a terminal and lines elsewhere; with `--quiet`, nothing is shown.
+    """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+
+    if VERBOSITY.quiet:
+        yield lambda *_: None
+        return
+    # rich knows which terminals cannot move the cursor
+    shows_bars = Console(stderr=True).is_terminal and os.environ.get("TERM") != "dumb"
+    with _bars() if shows_bars else _lines() as progress:
+        yield progress
+
+
+@contextmanager
+def _lines() -> Iterator[ProgressBar]:
+    """Yield a callback that prints the start and the end of a stage, and a line now and then."""
+    stages: dict[str, Stage] = {}
+
+    def progress(description: str, done: int, total: int, figures: str = "", /) -> None:
+        now = time.monotonic()
+        stage = stages.get(description)
+        if stage is None or done < stage.done:
+            stage = stages[description] = Stage(description)
+        stage.update(done, total, figures, now)
+        if stage.printed is None or done >= total or now - stage.at >= SECONDS_BETWEEN_LINES:
+            stage.show(now)
+
+    yield progress
+    for stage in stages.values():  # where each stage ended, if it did not reach its total
+        stage.show(time.monotonic())
+
+
+class Stage:
+    """Progress of a stage, printed line by line."""
+
+    def __init__(self, description: str) -> None:
+        self.description, self.figures, self.pace = description, "", Pace()
+        self.done = self.total = 0
+        self.at = 0.0
+        """Time of the last line."""
+        self.printed: int | None = None
+        """Number of items in the last line; None before the first."""
+
+    def update(self, done: int, total: int, figures: str, now: float) -> None:
+        """Record how many items are done."""
+        self.done, self.total, self.figures = done, total, figures
+        self.pace.update(done, now)
+
+    def show(self, now: float) -> None:
+        """Print how many items are done, unless the last line says so."""
+        if self.printed == self.done:
+            return
+        self.printed, self.at = self.done, now
+        parts = [self.description, f"{self.done}/{self.total}", self.pace.describe_rate()]
+        parts += [self.pace.describe_rest(self.total - self.done), self.figures]
+        try:
+            echo("  ".join(filter(None, parts)), err=True)
+            sys.stderr.flush()
+        except (OSError, SafegenError, SystemExit):  # the reader is gone; the work goes on
+            self.printed = sys.maxsize
+
+
+@contextmanager
+def _bars() -> Iterator[ProgressBar]:
+    """Yield a callback that shows each stage as a bar of one line."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID
+    from rich.table import Column
     from rich.text import Text
 
     class StderrConsole(Console):
@@ -72,27 +151,32 @@ def show_progress() -> Iterator[ProgressBar]:
             """Go on without a bar; by default rich ends the process."""
             self.quiet = True
 
+    class DescriptionColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            text = Text(task.description, no_wrap=True)
+            text.truncate(width, overflow="ellipsis", pad=True)
+            return text
+
     class RateColumn(ProgressColumn):
         def render(self, task: Task) -> Text:
-            speed = task.fields["pace"].per_second
-            return Text(f"{speed:.2f}/s" if speed else "", style="progress.data.speed")
+            return Text(task.fields["pace"].describe_rate(), style="progress.data.speed")
 
     class TimeLeftColumn(ProgressColumn):
         def render(self, task: Task) -> Text:
-            speed, rest = task.fields["pace"].per_second, (task.total or 0) - task.completed
-            left = "-:--:--"
-            if speed or not rest:
-                left = str(timedelta(seconds=math.ceil(rest / speed) if speed else 0))
-            return Text(f"left {left}", style="progress.remaining")
+            rest = (task.total or 0) - task.completed
+            return Text(task.fields["pace"].describe_rest(rest), style="progress.remaining")
 
+    console = StderrConsole(stderr=True)
+    width = max(10, min(MAX_DESCRIPTION, console.width - 48))
+    bar_width = max(4, min(MAX_BAR, console.width - width - 42))
+    one_line = Column(no_wrap=True)
     bar = Progress(
-        TextColumn("{task.description:<34}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(),
-        TimeElapsedColumn(),
-        TimeLeftColumn(),
-        console=StderrConsole(stderr=True),
+        DescriptionColumn(table_column=one_line),
+        BarColumn(bar_width=bar_width),
+        MofNCompleteColumn(table_column=one_line.copy()),
+        RateColumn(table_column=one_line.copy()),
+        TimeLeftColumn(table_column=one_line.copy()),
+        console=console,
     )
     stages: dict[str, tuple[TaskID, Pace]] = {}
 

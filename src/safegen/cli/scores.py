@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safegen.cli.console import echo
+
+MIN_WIDTH = 80
+"""Columns of a table where the screen is narrower, or there is none."""
 
 
 def print_run(folder: Path) -> None:
@@ -26,5 +30,6 @@ def print_scores(scores: Mapping[str, Any]) -> None:
     """Print a run's scores: a block for each prompt list, a row for each stack."""
     from safegen.evaluation.run.score_table import score_lines
 
-    for line in [*score_lines(scores), ""]:
+    width = max(MIN_WIDTH, shutil.get_terminal_size((MIN_WIDTH, 24)).columns)
+    for line in [*score_lines(scores, width), ""]:
         echo(line)

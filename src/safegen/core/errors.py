@@ -16,7 +16,8 @@ SafegenWarning              the CLI prints each message once, in one line
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
@@ -54,10 +55,19 @@ class UnknownNameError(UserError):
     def __init__(self, noun: str, name: str, known: Iterable[str]) -> None:
         """Build a message with the nearest known name and all known names."""
         names = sorted(known)
-        near = get_close_matches(name, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = nearest_name(name, names)
+        hint = f" Did you mean {near!r}?" if near else ""
         listing = f" Known: {', '.join(names)}." if names else ""
         super().__init__(f"no {noun} named {name!r}.{hint}{listing}")
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str | None:
+    """Return the known name that is most like a name, or has such a word; None if there is none."""
+    words = {word: other for other in known for word in re.split("[_.-]", other) if len(word) > 3}
+    near = get_close_matches(name, known, n=1) or [
+        words[word] for word in get_close_matches(name, words, n=1, cutoff=0.8)
+    ]
+    return near[0] if near else None
 
 
 class FileError(UserError):

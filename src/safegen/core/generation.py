@@ -5,19 +5,40 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from safegen.core.device import AUTO, resolve_device
 from safegen.core.documents import read_bytes
 from safegen.core.errors import FileError
-from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_STEPS, BaseSettings, Digest, Seed
+from safegen.core.settings import (
+    MAX_BATCH,
+    MAX_COUNT,
+    MAX_SIDE,
+    MAX_STEPS,
+    BaseSettings,
+    Digest,
+    Name,
+    Seed,
+    raises_config_error,
+)
 
 MAX_START_FILE = 2**26
 """Most bytes of a file that generation starts from."""
 
 NativePrecision = Literal["fp32", "bf16"]
+SeedMode = Literal["safegen", "torch"]
+"""How a sample's seed becomes noise; see `GenerationConfig.seed_mode`."""
+ImageSide = Annotated[int, Field(ge=8, le=MAX_SIDE)]
+"""Width or height of a generated image in pixels."""
 GuidanceScale = Annotated[float, Field(ge=1.0, le=50.0, allow_inf_nan=False)]
 """Scale of classifier-free guidance; 1 turns it off."""
 
@@ -42,6 +63,7 @@ def preferred_precision(device: str = AUTO) -> NativePrecision:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
+@raises_config_error
 class GenerationConfig(BaseSettings):
     """Settings of image generation.
 
@@ -58,6 +80,22 @@ class GenerationConfig(BaseSettings):
     """Images per batch; it changes an image only by rounding."""
     precision: NativePrecision = "fp32"
     """Arithmetic of the denoiser; bf16 is faster on some devices and rounds more."""
+    width: ImageSide | None = None
+    """Width of the images in pixels. Default: the size that the model was trained on."""
+    height: ImageSide | None = None
+    """Height of the images in pixels. Default: the size that the model was trained on."""
+    scheduler: Name | None = None
+    """Scheduler: its class in diffusers, or its name in A1111. Default: the model's own."""
+    seed_mode: SeedMode = "safegen"
+    """`safegen`: noise from (seed, index), one generator per image. `torch`: the images that
+    diffusers gives for `torch.Generator("cpu").manual_seed(seed)`; the index has no effect."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the plain values; what a request may leave unset is left out, and not hashed."""
+        values: dict[str, Any] = handler(self)
+        unset = {"width": None, "height": None, "scheduler": None, "seed_mode": "safegen"}
+        return {k: v for k, v in values.items() if k not in unset or v != unset[k]}
 
 
 class Start(BaseModel):
@@ -159,8 +197,9 @@ def _file_digest(folder: Path, name: str) -> str:
     return hashlib.sha256(read_bytes(path, limit=MAX_START_FILE)).hexdigest()
 
 
+@raises_config_error
 class Sample(BaseSettings):
-    """Image to generate: a prompt, a seed and an index.
+    """Request for an image: a prompt, a seed and an index.
 
     Example:
         >>> safegen.Sample(prompt="a castle", seed=1)
@@ -175,3 +214,8 @@ class Sample(BaseSettings):
     """What generation starts from besides noise."""
     guidance_scale: GuidanceScale | None = None
     """Scale of classifier-free guidance. Default: that of the configuration."""
+    negative_prompt: str | None = None
+    """Prompt that guidance pushes the image away from, after the stack's negative prompt."""
+    num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_BATCH)
+    """Number of images. With the seed mode `safegen`, image k has the noise of (seed, index + k);
+    with `torch`, one generator makes all of them in one call, as in diffusers."""

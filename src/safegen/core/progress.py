@@ -8,6 +8,11 @@ from typing import TypeVar
 T = TypeVar("T")
 ProgressCallback = Callable[[str, int, int], None]
 """Called with the description of a stage, the number of items done, and the total."""
+StepCallback = Callable[[float], None]
+"""Called after each denoising step with the part of the call that is done, from 0 to 1.
+
+An exception that it raises stops the call.
+"""
 
 
 def no_progress(description: str, done: int, total: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import wraps
 from pathlib import PurePath, PureWindowsPath
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from safegen.core.documents import check_plain
+from safegen.core.errors import ConfigError, explain
 from safegen.core.text import has_control, short_repr
 
 MAX_SEED = 2**63 - 1
@@ -17,6 +19,8 @@ MAX_SEEDS = 10_000
 """Largest number of seeds for each prompt."""
 MAX_STEPS = 1000
 """Largest number of denoising steps."""
+MAX_SIDE = 4096
+"""Most pixels of a side of a generated image."""
 MAX_BATCH = 4096
 """Largest number of images in a batch."""
 MAX_RANK = 4096
@@ -132,6 +136,29 @@ class MethodSettings(BaseSettings):
     """Comparison with the released code: what was run beside it, and how far apart the two are."""
     deviations: ClassVar[str] = ""
     """Differences between this implementation and the paper or its code, and why."""
+
+
+Settings = TypeVar("Settings", bound=type[BaseModel])
+
+
+def raises_config_error(settings: Settings) -> Settings:
+    """Make a call of a settings class raise a `ConfigError` of one line, not pydantic's error.
+
+    A subclass, and settings read as a part of others, raise pydantic's.
+    """
+    plain = settings.__init__
+
+    @wraps(plain)
+    def build(self: BaseModel, **values: Any) -> None:
+        try:
+            plain(self, **values)
+        except ValidationError as error:
+            if type(self) is not settings:
+                raise
+            raise ConfigError(f"{settings.__name__}: {explain(error, settings)}") from error
+
+    setattr(settings, "__init__", build)  # noqa: B010  # mypy forbids the plain assignment
+    return settings
 
 
 def _numbers(value: object) -> Iterator[float]:

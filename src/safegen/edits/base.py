@@ -205,6 +205,9 @@ class ClosedFormEdit(Edit):
 class TrainedEdit(Edit):
     """An edit that trains the selected weights, or a LoRA for each of them."""
 
+    prepares: ClassVar[str | None] = None
+    """Setting with the number of images that the model generates before the training, if any."""
+
     selector: str
     """Which weights change."""
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK)
@@ -215,6 +218,16 @@ class TrainedEdit(Edit):
     """Settings of the training loop."""
     TUNED_ON_MINI: ClassVar[tuple[str, ...]] = ("mini",)
     """Presets with a training that was tuned on the miniature model."""
+
+    def probe(self, batch: int) -> tuple[Self, float]:
+        """Return settings whose updates are cheap, and how many times an update of these costs.
+
+        Args:
+            batch: samples of a forward pass.
+        """
+        training = self.training.model_copy(update={"batch": batch, "accumulation": 1})
+        factor = self.training.batch * self.training.accumulation / batch
+        return self.model_copy(update={"training": training}), factor
 
     def unused_settings(self) -> Iterable[tuple[str, str]]:
         """Return each setting that has no effect with the others, and why."""

@@ -96,6 +96,7 @@ class ConceptAblation(TrainedEdit):
     `full`: the losses of `mini` with the released schedule; not measured at full size.
     """
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 2, "num_images": 4}
+    prepares: ClassVar[str | None] = "num_images"
     paper: ClassVar[str] = "arXiv:2303.13516"
     code_url: ClassVar[str] = "https://github.com/nupurkmr9/concept-ablation"
     code_commit: ClassVar[str] = "c11fb1b"

@@ -71,6 +71,7 @@ class ESD(TrainedEdit):
     with the published schedule; not measured at full size.
     """
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 4, "trajectories": 2}
+    prepares: ClassVar[str | None] = "trajectories"
     paper: ClassVar[str] = "arXiv:2303.07345"
     code_url: ClassVar[str] = "https://github.com/rohitgandikota/erasing"
     code_commit: ClassVar[str] = "25613d2"

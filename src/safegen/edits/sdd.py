@@ -51,6 +51,7 @@ class SDD(TrainedEdit):
     `full`: latents and losses of `mini` with the released schedule; not measured at full size.
     """
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 4, "trajectories": 2}
+    prepares: ClassVar[str | None] = "trajectories"
     paper: ClassVar[str] = "arXiv:2307.05977"
     code_url: ClassVar[str] = "https://github.com/nannullna/safe-diffusion"
     code_commit: ClassVar[str] = "a2e820c"

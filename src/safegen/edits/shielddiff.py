@@ -269,6 +269,16 @@ class ShieldDiff(TrainedEdit):
             defaults |= {"threshold": concept.threshold, "held_out_judge": concept.held_out_judge}
         return defaults
 
+    def probe(self, batch: int) -> tuple[Self, float]:
+        """Return settings with few images in a rollout; see `TrainedEdit.probe`."""
+        few = {"groups": 2, "group": min(self.group, 4)}
+        training = self.training.model_copy(update={"batch": min(batch, 2 * few["group"])})
+        probe = self.model_copy(update={**few, "training": training})
+        whole = {"accumulation": probe.batches_per_rollout}
+        probe = probe.model_copy(update={"training": training.model_copy(update=whole)})
+        images = self.groups * self.group / (2 * few["group"])
+        return probe, images / self.updates_per_rollout
+
     def unused_settings(self) -> Iterable[tuple[str, str]]:
         """Return each setting that has no effect with the others, and why."""
         unused = list(super().unused_settings())

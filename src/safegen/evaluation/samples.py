@@ -39,6 +39,7 @@ class EvalSample(Sample):
     id: str = ""
     """Name of the prompt: its list and its position in the list."""
     index: Count = 0
+    num_images_per_prompt: Literal[1] = 1
     list_name: Name
     """Name of the prompt list."""
     role: Role
@@ -156,7 +157,9 @@ def request_parts(row: Prompt | Sample) -> list[object]:
     """Return what decides an image besides text and seed: nothing for an ordinary prompt."""
     start, scale = row.start, row.guidance_scale
     parts: list[object] = [] if start is None else [start.kind, start.sha256, start.strength]
-    return parts if scale is None else [*parts, "guidance_scale", scale]
+    parts += [] if scale is None else ["guidance_scale", scale]
+    negative = row.negative_prompt if isinstance(row, Sample) else None
+    return parts if negative is None else [*parts, "negative_prompt", negative]
 
 
 def hash_lines(lines: Sequence[object]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
@@ -13,47 +13,82 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from safegen.core.documents import read_bytes
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.files import atomic_write
-from safegen.core.generation import MAX_START_FILE, GenerationConfig, Sample, Start
+from safegen.core.generation import MAX_START_FILE, GenerationConfig, Sample, SeedMode, Start
+from safegen.core.progress import StepCallback
 from safegen.core.tensor_files import read_tensors
 from safegen.models.model import Model
+from safegen.models.schedulers import replaced_scheduler
 from safegen.models.text_encoder import text_encoders
 
 
-def generator(seed: int, index: int) -> torch.Generator:
-    """Return the CPU random generator of one image, seeded by the SHA-256 of seed and index."""
+def generator(seed: int, index: int, mode: SeedMode = "safegen") -> torch.Generator:
+    """Return the CPU random generator of one image; see `torch_seed`."""
+    return torch.Generator("cpu").manual_seed(torch_seed(seed, index, mode))
+
+
+def torch_seed(seed: int, index: int, mode: SeedMode = "safegen") -> int:
+    """Return the seed that torch gets for an image.
+
+    It is half of the first 8 bytes of the SHA-256 of seed and index, or the seed itself with the
+    mode `torch`.
+    """
+    if mode == "torch":
+        return seed
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
 
 
 def generate(
     model: Model,
-    samples: Sequence[Sample],
-    generation_config: GenerationConfig,
+    prompts: str | Sample | Sequence[str | Sample],
+    generation_config: GenerationConfig | None = None,
     *,
-    negative: str | None = None,
-) -> Iterator[Image.Image]:
-    """Yield one image per sample, in order.
+    seed: int = 0,
+    negative_prompt: str | None = None,
+    callback: StepCallback | None = None,
+) -> list[Image.Image]:
+    """Return the images of prompts, in order; those of one prompt are adjacent.
 
     Args:
         model: the model.
-        samples: prompts and seeds.
-        generation_config: steps, guidance, batch size and precision.
-        negative: negative prompt for every image. Default: the empty prompt.
+        prompts: a prompt or a sample, or several. Prompt i becomes the sample (seed, i).
+        generation_config: steps, guidance, size, scheduler ... Default: `GenerationConfig()`.
+        seed: seed of prompts that are given as text.
+        negative_prompt: negative prompt for every image, before that of a sample.
+        callback: called after each step with the part that is done; it may raise to stop.
 
     Raises:
-        ConfigError: there are more steps than the schedule has, or a negative prompt and no
-            guidance.
+        ConfigError: the model has no images of that size, scheduler or number of steps, or there
+            is a negative prompt and no guidance.
     """
-    check_num_steps(model, generation_config.num_inference_steps)
-    for kind, prompts, options in batches(model, samples, generation_config, negative=negative):
-        with autocast_for(model, generation_config):
-            output = pipeline_for(model, kind)(prompt=prompts, **options)
-        yield from output.images
+    config, samples = generation_config or GenerationConfig(), as_samples(prompts, seed)
+    images: list[Image.Image] = []
+    with replaced_scheduler(model.pipeline, config.scheduler):
+        for kind, texts, options in batches(
+            model, samples, config, negative=negative_prompt, callback=callback
+        ):
+            with autocast_for(model, config):
+                images += pipeline_for(model, kind)(prompt=texts, **options).images
+    return images
+
+
+def as_samples(prompts: str | Sample | Sequence[str | Sample], seed: int = 0) -> list[Sample]:
+    """Return prompts as samples: text i gets the seed and the index i.
+
+    Raises:
+        ConfigError: one is neither text nor a sample, or the seed is out of range.
+    """
+    entries = [prompts] if isinstance(prompts, str | Sample) else list(prompts)
+    for entry in entries:
+        if not isinstance(entry, str | Sample):
+            raise ConfigError(f"prompts must be text or samples, got {type(entry).__name__}")
+    return [
+        entry if isinstance(entry, Sample) else Sample(prompt=entry, seed=seed, index=i)
+        for i, entry in enumerate(entries)
+    ]
 
 
 PipelineKind = Literal["text", "image", "inpaint"]
@@ -81,47 +116,119 @@ def batches(
     generation_config: GenerationConfig,
     *,
     negative: str | None = None,
+    callback: StepCallback | None = None,
 ) -> Iterator[tuple[PipelineKind, list[str], dict[str, Any]]]:
     """Yield the kind of pipeline, the prompts, and the other arguments of the call of each batch.
 
+    Args:
+        model: the model, with the scheduler of the configuration.
+        samples: what to generate.
+        generation_config: steps, guidance, size ...
+        negative: negative prompt of the stack, before that of a sample.
+        callback: called after each step with the part of all batches that is done.
+
     Raises:
-        ConfigError: there is a negative prompt and no guidance, which it acts through; or a
-            strength leaves no step.
+        ConfigError: there is a negative prompt and no guidance, which it acts through; a strength
+            leaves no step; or the model has no images of that size or number of steps.
         FileError: a file that generation starts from cannot be used.
     """
-    for kind, batch in _split(samples, generation_config.batch_size):
-        scale = batch[0].guidance_scale or generation_config.guidance_scale
-        if negative is not None and scale <= 1:
+    config = generation_config
+    check_num_steps(model, config.num_inference_steps)
+    width, height = image_size(model, config)
+    parts = list(_split(_single_images(samples, config.seed_mode), config.batch_size, negative))
+    for number, (kind, batch) in enumerate(parts):
+        scale = batch[0].guidance_scale or config.guidance_scale
+        texts = [join_negative(negative, sample.negative_prompt) for sample in batch]
+        if texts[0] is not None and scale <= 1:
             raise ConfigError(f"guidance_scale must be > 1 with a negative prompt, got {scale}")
         starts = [sample.start for sample in batch if sample.start]
-        options: dict[str, Any] = _start_options(model, starts, generation_config)
+        options: dict[str, Any] = _start_options(model, starts, config)
+        generators = [generator(s.seed, s.index, config.seed_mode) for s in batch]
         options |= {
-            "generator": [generator(sample.seed, sample.index) for sample in batch],
-            "num_inference_steps": generation_config.num_inference_steps,
+            "generator": generators,
+            "num_inference_steps": config.num_inference_steps,
             "guidance_scale": scale,
             "output_type": "pil",
         }
-        if negative is not None:
-            options["negative_prompt"] = [negative] * len(batch)
+        if batch[0].num_images_per_prompt > 1:  # one generator for the call, as in diffusers
+            options["generator"] = generators[0]
+            options["num_images_per_prompt"] = batch[0].num_images_per_prompt
+        if kind != "image" and (config.width or config.height):
+            options |= {"width": width, "height": height}
+        if texts[0] is not None:
+            options["negative_prompt"] = texts
+        if callback is not None:
+            options["callback_on_step_end"] = _report_steps(callback, number, len(parts))
         yield kind, [sample.prompt for sample in batch], options
+        if callback is not None:
+            callback((number + 1) / len(parts))
+
+
+def _report_steps(callback: StepCallback, number: int, total: int) -> Callable[..., dict[str, Any]]:
+    """Return a step callback of diffusers that reports the part of all batches that is done."""
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        callback((number + (step + 1) / max(pipe.num_timesteps, step + 1)) / total)
+        return {}
+
+    return on_step_end
+
+
+def join_negative(stack: str | None, sample: str | None) -> str | None:
+    """Return the negative prompt of a stack and a sample: the stack's first, then a comma.
+
+    The text encoder ignores the end of a long text, which thus is the sample's.
+    """
+    texts = [text for text in (stack, sample) if text is not None]
+    return ", ".join(filter(None, texts)) if texts else None
+
+
+def image_size(model: Model, generation_config: GenerationConfig) -> tuple[int, int]:
+    """Return the width and the height of generated images, in pixels.
+
+    Raises:
+        ConfigError: a side is not a multiple of what the model's autoencoder needs.
+    """
+    factor = math.lcm(8, int(model.pipeline.vae_scale_factor))
+    for name in ("width", "height"):
+        side = getattr(generation_config, name)
+        if side is not None and side % factor:
+            near = [n for n in (side // factor * factor, -(-side // factor) * factor) if n]
+            raise ConfigError(
+                f"{name} must be a multiple of {factor} on the model {model.name!r}, got {side}. "
+                f"Use {' or '.join(map(str, near))}."
+            )
+    return generation_config.width or model.size, generation_config.height or model.size
+
+
+def _single_images(samples: Sequence[Sample], mode: SeedMode) -> list[Sample]:
+    """Return samples of one image each, but those that one generator of torch makes together."""
+    return [
+        sample.model_copy(update={"index": sample.index + k, "num_images_per_prompt": 1})
+        if mode == "safegen" and sample.num_images_per_prompt > 1
+        else sample
+        for sample in samples
+        for k in range(sample.num_images_per_prompt if mode == "safegen" else 1)
+    ]
 
 
 def _split(
-    samples: Sequence[Sample], batch_size: int
+    samples: Sequence[Sample], batch_size: int, negative: str | None
 ) -> Iterator[tuple[PipelineKind, Sequence[Sample]]]:
     """Yield the kind and the samples of each batch: samples in order that one call can take."""
 
-    def likeness(sample: Sample) -> tuple[str, float | None, float | None]:
+    def likeness(sample: Sample) -> tuple[object, ...]:
         start = sample.start
         kind = (start.kind, start.strength) if start else ("text", None)
-        return (*kind, sample.guidance_scale)
+        steered = negative is not None or sample.negative_prompt is not None
+        return (*kind, sample.guidance_scale, steered, sample.num_images_per_prompt)
 
-    for (start, _, _), group in groupby(samples, key=likeness):
-        same = list(group)
+    for (start, _, _, _, copies), group in groupby(samples, key=likeness):
+        same, size = list(group), batch_size if copies == 1 else 1
         kind: PipelineKind = "image" if start == "image" else "text"
         kind = "inpaint" if start == "inpaint" else kind
-        for first in range(0, len(same), batch_size):
-            yield kind, same[first : first + batch_size]
+        for first in range(0, len(same), size):
+            yield kind, same[first : first + size]
 
 
 def _start_options(
@@ -130,12 +237,12 @@ def _start_options(
     """Return the arguments of a pipeline's call for what a batch starts from."""
     if not starts:
         return {}
+    size = image_size(model, generation_config)
     if starts[0].kind == "latents":
-        return {"latents": torch.stack([_read_latents(model, start) for start in starts])}
+        return {"latents": torch.stack([_read_latents(model, start, size) for start in starts])}
     strength, steps = starts[0].strength or 1.0, generation_config.num_inference_steps
     if int(strength * steps) < 1:
         raise ConfigError(f"strength must be at least 1 / {steps} steps, got {strength}")
-    size = (model.size, model.size)
     images = [_read_png(start.path(start.image or "")).resize(size) for start in starts]
     options: dict[str, Any] = {"image": images, "strength": strength}
     if starts[0].mask is not None:
@@ -160,16 +267,16 @@ def _read_png(path: Path) -> Image.Image:
         ) from error
 
 
-def _read_latents(model: Model, start: Start) -> torch.Tensor:
-    """Return initial latents (c, h, w) of a start.
+def _read_latents(model: Model, start: Start, size: tuple[int, int]) -> torch.Tensor:
+    """Return initial latents (c, h, w) of a start, for images of (width, height) pixels.
 
     Raises:
         FileError: they are not finite or do not fit the model.
     """
     path = start.path(start.latents or "")
     latents = read_tensors(path)[0].get("latents")
-    side = int(model.denoiser.config.sample_size)
-    shape = (int(model.denoiser.config.in_channels), side, side)
+    scale = int(model.pipeline.vae_scale_factor)
+    shape = (int(model.denoiser.config.in_channels), size[1] // scale, size[0] // scale)
     if latents is None or latents.shape != shape or not bool(latents.isfinite().all()):
         raise FileError(f"{path} must hold finite latents {shape} for {model.name!r}")
     return latents.to(model.device, model.denoiser.dtype)
@@ -181,14 +288,22 @@ def check_num_steps(model: Model, steps: int) -> None:
     With leading spacing and an offset, as in Stable Diffusion, it has fewer than timesteps.
 
     Raises:
-        ConfigError: it has fewer.
+        ConfigError: it has fewer, or the scheduler cannot make so few.
     """
-    config = model.pipeline.scheduler.config
+    scheduler = model.pipeline.scheduler
+    config = scheduler.config
     limit = int(config.get("num_train_timesteps", 1000))
     if config.get("timestep_spacing") == "leading":
         limit -= int(config.get("steps_offset", 0))
     if steps > limit:
         raise ConfigError(f"steps must be <= {limit} on this model's schedule, got {steps}")
+    try:
+        type(scheduler).from_config(config).set_timesteps(steps)
+    except ValueError as error:
+        raise ConfigError(
+            f"num_inference_steps must be a number that a {type(scheduler).__name__} can make, got "
+            f"{steps}. Use more steps."
+        ) from error
 
 
 def truncated_prompts(model: Model, prompts: Sequence[str]) -> list[int]:
@@ -211,21 +326,3 @@ def autocast_for(
     return torch.autocast(
         model.device.type, torch.bfloat16, enabled=generation_config.precision == "bf16"
     )
-
-
-def encode_image(image: Image.Image, metadata: dict[str, Any]) -> bytes:
-    """Return a PNG with metadata under the text key `safegen`. Equal inputs give equal bytes."""
-    info, buffer = PngInfo(), io.BytesIO()
-    info.add_text("safegen", json.dumps(metadata, sort_keys=True))
-    image.save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()
-
-
-def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
-    """Write a PNG with metadata (`encode_image`).
-
-    Raises:
-        FileError: `path` exists or cannot be written.
-    """
-    with atomic_write(path) as tmp:
-        tmp.write_bytes(encode_image(image, metadata))

@@ -137,7 +137,9 @@ class Target:
         """Return an image of the stack for each sample, judged; each counts as one query."""
         outputs = self.loaded.generate(samples, self.generation)
         self._counts["queries"] += len(samples)
-        detections = self.judge.detect([self.loaded.display_image(output) for output in outputs])
+        detections = self.judge.detect(
+            [self.loaded.display_image(output, self.generation) for output in outputs]
+        )
         return [self._result(o, d) for o, d in zip(outputs, detections, strict=True)]
 
     def shows_concept(self, detections: Detections) -> bool:

@@ -8,8 +8,8 @@ mos_image_path, norm_image_path, text`) can be loaded too.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -89,7 +89,7 @@ class TripletIssue:
 
 @dataclass(frozen=True)
 class Triplets:
-    """Folder of triplets; images are read on access and checked against their hashes.
+    """Triplets in a folder or in memory; images are checked against their hashes on access.
 
     Example:
         >>> triplets = safegen.Triplets.load("mini:skulls")
@@ -99,7 +99,10 @@ class Triplets:
     """
 
     folder: Path
+    """Folder of the files; not used by triplets in memory."""
     rows: tuple[Triplet, ...]
+    files: Mapping[str, bytes] | None = field(default=None, repr=False)
+    """Contents of the files by path, for triplets in memory."""
 
     @classmethod
     def load(cls, path: str | Path) -> Triplets:
@@ -144,7 +147,13 @@ class Triplets:
         Raises:
             FileError: a file is missing, changed, or not an image.
         """
-        unsafe, censored, benign = (read_role(self.folder, self.rows[i], role) for role in ROLES)
+        row = self.rows[i]
+        unsafe, censored, benign = (
+            read_role(self.folder, row, role)
+            if self.files is None
+            else decode_role(self.files[getattr(row, role)], row, role, Path(getattr(row, role)))
+            for role in ROLES
+        )
         return unsafe, censored, benign
 
 
@@ -155,7 +164,15 @@ def read_role(folder: Path, row: Triplet, role: Role) -> Image.Image:
         FileError: the file is missing, changed, or not an image.
     """
     path = folder / getattr(row, role)
-    data = read_bytes(path)
+    return decode_role(read_bytes(path), row, role, path)
+
+
+def decode_role(data: bytes, row: Triplet, role: Role, path: Path) -> Image.Image:
+    """Return the image in the contents of a row's file, in mode RGB.
+
+    Raises:
+        FileError: the contents are not those of the row, or not an image.
+    """
     if sha256(data).hexdigest() != getattr(row.sha256, role):
         raise FileError(f"{path} is not the file of the manifest: its SHA-256 differs")
     return decode_image(data, path)

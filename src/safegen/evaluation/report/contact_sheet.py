@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from safegen.core.errors import ConfigError
@@ -21,7 +21,7 @@ def image_grid(
     gap: int = 4,
     label: int = 150,
 ) -> Image.Image:
-    """Return one image of labelled rows of images, each scaled to `cell` pixels.
+    """Return one image of labelled rows of images, each fitted into `cell` pixels.
 
     Args:
         rows: (label, images) from top to bottom; a label may have line breaks.
@@ -45,7 +45,7 @@ def image_grid(
             draw.multiline_text(middle, text, fill=INK, font=font, anchor="lm", spacing=3)
         for c, image in enumerate(images):
             method = Image.Resampling.NEAREST if image.width < cell else Image.Resampling.LANCZOS
-            scaled = image.convert("RGB").resize((cell, cell), method)
+            scaled = ImageOps.pad(image.convert("RGB"), (cell, cell), method, PAPER)
             grid.paste(scaled, (label + gap + c * (cell + gap), top))
     return grid
 

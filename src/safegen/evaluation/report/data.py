@@ -210,8 +210,7 @@ def _headline(data: dict[str, Any]) -> list[dict[str, Any]]:
             if removal:
                 detail = (
                     f"95 %: {percent(removal['low'])} to {percent(removal['high'])}; "
-                    f"{removal['before']} detections before, {removal['after']} after, "
-                    f"{removal['n']} images"
+                    f"{removal['before']} → {removal['after']} detections; {removal['n']} images"
                 )
             value = percent(removal["value"]) if removal else "undefined"
             cards.append({"title": f"removed, {role} prompts", "value": value, "detail": detail})
@@ -305,8 +304,8 @@ def _notes(results: Mapping[str, RunResults], rows: Sequence[dict[str, Any]]) ->
         kinds = [r["kind"] for r in rows if r["run"] == run]
         if "baseline" not in kinds:
             notes.append(
-                f"The run {run} has no baselines: it compares with neither a negative prompt "
-                "nor black images."
+                f"{run} has no cheap alternative to compare with: neither a negative prompt nor "
+                "black images were measured. `safegen evaluate` measures both by default."
             )
         if "given" not in kinds:
             notes.append(f"The run {run} measures the base model and baselines only.")

@@ -145,14 +145,14 @@ class ImageWorker:
         """
         key, path = batch.keys[i], self.run.folder / batch.files[i]
         trace = json.loads(json.dumps(output.trace.to_json(times=False)))
-        image = loaded.display_image(output)
+        image = loaded.display_image(output, self.run.protocol.generation)
         data, new = self._encode(batch, i, image, trace if loaded.stack.guards else None)
         old = self.records.get(key)
         if old is None:
             if new.failed or (path.exists() and _was_withheld(path)):
                 path.unlink(missing_ok=True)
         elif old != new and old.failed:
-            image = loaded.black()
+            image = loaded.black(self.run.protocol.generation)
             data, new = self._encode(batch, i, image, old.guards)
         elif old != new and new.failed:
             if not path.exists():
@@ -172,7 +172,7 @@ class ImageWorker:
         self, batch: Batch, i: int, image: Image.Image, guards: Mapping[str, Any] | None
     ) -> tuple[bytes, SampleRecord]:
         """Return the content of an image's file, and its record."""
-        from safegen.models.generation import encode_image
+        from safegen.models.image_files import encode_image
 
         sample, key = batch.samples[i], batch.keys[i]
         metadata = {

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from threading import RLock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,9 +27,8 @@ from safegen.guards.core.request import Request, check_request
 from safegen.guards.core.result import GeneratedImage, GuardResult, InvalidResultError
 from safegen.guards.core.rows import check_tensor
 from safegen.guards.core.runner import EmbeddingOffset, GuardError, GuardRunner, build_image
+from safegen.models.schedulers import pipeline_lock
 
-PIPELINE_LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
-"""Lock of each pipeline: a scheduler, and so the count of its steps, serves one call at a time."""
 PER_IMAGE_POINTS: frozenset[HookPoint] = frozenset({"probe", "latents"})
 """Hook points that need the initial latents of each image."""
 
@@ -70,7 +67,7 @@ class GuardedPipeline:
         self._check_guards(configs, [negative_prompt])
         self.guards = [config.build(self.adapter) for config in configs]
         self._check_guards(configs, [negative_prompt])
-        self._lock = PIPELINE_LOCKS.setdefault(pipe, RLock())
+        self._lock = pipeline_lock(pipe)
 
     def __repr__(self) -> str:
         """Return the pipeline's class and the guards in one line."""

@@ -1,0 +1,127 @@
+"""Make a checkpoint safe: triplets, edit, check and export in one job that can be resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from safegen.core.concept import load_concept
+from safegen.core.errors import ConfigError, InterruptedRunError, explain
+from safegen.core.progress import ProgressCallback, no_progress
+from safegen.core.registry import EDITS, resolve
+from safegen.edits.training.presets import PRESET_NAMES
+from safegen.stack_loader import StackLoader
+from safegen.workflows.edit import make_edit
+from safegen.workflows.removal.check import CheckConfig
+from safegen.workflows.removal.files import JobFiles
+from safegen.workflows.removal.images import GeneratedImages, TrainingImages
+from safegen.workflows.removal.job import MakeSafeResult, Notify, RemovalJob
+
+IMAGE_METHOD, WORD_METHOD = "safegen", "rece"
+"""Default edits from images and from words."""
+
+
+def make_safe(
+    model: str,
+    *,
+    concept: str | Path,
+    out: str | Path,
+    words: bool = False,
+    lora: bool = False,
+    unsafe: str | Path | None = None,
+    benign: str | Path | None = None,
+    triplets: str | Path | None = None,
+    method: str | None = None,
+    preset: str | None = None,
+    generated: GeneratedImages | None = None,
+    check: CheckConfig | None = None,
+    config: Path | None = None,
+    loader: StackLoader | None = None,
+    notify: Notify = lambda line: None,
+    progress: ProgressCallback = no_progress,
+    **settings: Any,
+) -> MakeSafeResult:
+    """Remove a concept from a model, check the result, and write it if the check passes.
+
+    The same call resumes an interrupted job from `OUT.work`, which is removed at the end. If the
+    check does not find the concept removed, nothing is written to `out`: the model lies beside it
+    as `NAME.not-safe`, with its report.
+
+    Args:
+        model: a built-in model, a diffusers folder, a one-file checkpoint, or hub:owner/name.
+        concept: a built-in name or a TOML file.
+        out: new .safetensors file in the original layout and fp16, or new diffusers folder.
+        words: edit by the concept's phrases, without images.
+        lora: also write the change as a LoRA of rank 16, `NAME.lora.safetensors`, checked too.
+        unsafe: folder of images that show the concept. Default: the model generates them.
+        benign: folder of images without it. Default: those of `unsafe` that the judge finds safe.
+        triplets: triplets in place of images: a folder, a CSV file, or a bundled set.
+        method: name of the edit. Default: safegen, or rece with `words`.
+        preset: preset of the edit. Default: the one for the model's size.
+        generated: how many images the model generates, and how.
+        check: images and limits of the check.
+        config: for a one-file checkpoint, a diffusers folder with configuration files.
+        loader: loads the model; on an accelerator, or the CPU, if not given.
+        notify: called with lines for the user, such as the plan.
+        progress: called with (stage, done, total).
+        **settings: settings of the edit to change.
+
+    Returns:
+        The files and the outcome of the check.
+
+    Raises:
+        UserError: an argument cannot be used, the judge cannot be loaded, or there are too few
+            images of the concept.
+        InterruptedRunError: SIGINT or SIGTERM arrived during training.
+
+    Example:
+        >>> result = safegen.make_safe("mini", concept="skulls", out="safe.safetensors", words=True)
+        >>> result.is_shipped
+        True
+    """
+    job = RemovalJob(
+        model=model,
+        config=config,
+        concept=load_concept(str(concept)),
+        files=JobFiles(Path(out), lora),
+        images=_training_images(unsafe, benign, triplets, generated),
+        check=check or CheckConfig(),
+        loader=loader or StackLoader(),
+        notify=notify,
+        progress=progress,
+    )
+    method = method or (WORD_METHOD if words else IMAGE_METHOD)
+    inputs = resolve(EDITS, method, "edit").inputs
+    if words and inputs != "words":
+        raise ConfigError(
+            f"method must learn from words alone (uce, rece), got {method!r}. Leave out words."
+        )
+    job.images.check(words=inputs == "words")
+    for name in (preset,) if preset else PRESET_NAMES:  # before the model is loaded
+        make_edit(method, name, concept=job.concept, **settings)
+    job.files.check_outputs()
+    judge = job.load_judge()
+    with job.files.claimed():
+        try:
+            return job.run(method, preset, settings, judge)
+        except InterruptedRunError as error:
+            raise InterruptedRunError(
+                f"stopped. Finished work is in {job.files.work}; re-run the same command to resume."
+            ) from error
+
+
+def _training_images(
+    unsafe: str | Path | None,
+    benign: str | Path | None,
+    triplets: str | Path | None,
+    generated: GeneratedImages | None,
+) -> TrainingImages:
+    folders = {"unsafe": unsafe, "benign": benign, "triplets": triplets and str(triplets)}
+    try:
+        return TrainingImages.model_validate(
+            folders | ({"generated": generated} if generated else {})
+        )
+    except ValidationError as error:
+        raise ConfigError(explain(error, TrainingImages)) from error

@@ -1,0 +1,1 @@
+"""Stages of `make_safe`: training images, edit, check and files."""

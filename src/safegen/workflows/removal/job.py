@@ -1,0 +1,293 @@
+"""Job that removes a concept from a model: its stages, each done once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from safegen._version import __version__
+from safegen.core.concept import Concept
+from safegen.core.documents import read_json_object, validate
+from safegen.core.errors import ConfigError
+from safegen.core.files import atomic_write, display_name
+from safegen.core.progress import ProgressCallback
+from safegen.core.registry import MODELS
+from safegen.data.triplets.triplets import Triplets
+from safegen.edits.base import Edit
+from safegen.edits.training.checkpoint import CHECKPOINT_FILE
+from safegen.edits.training.presets import default_preset
+from safegen.evaluation.evaluate import evaluate
+from safegen.evaluation.report.model_card import CardSubject, model_card, write_with_card
+from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.folder import SCORES, write_json
+from safegen.evaluation.run.scores import read_scores
+from safegen.evaluation.run.training_log import CHECKPOINTS
+from safegen.evaluation.samples import canonical, sha
+from safegen.judges import Judge, load_judge
+from safegen.models.model import Model
+from safegen.patches.lora import extract_lora, save_lora
+from safegen.patches.lora_spec import LoraSpec
+from safegen.patches.patch import Patch
+from safegen.stack import Stack
+from safegen.stack_loader import StackLoader
+from safegen.workflows.edit import apply_edit, make_edit
+from safegen.workflows.export import export
+from safegen.workflows.removal.check import CheckConfig, CheckResult, check_scores, make_protocol
+from safegen.workflows.removal.files import IMAGES, JobFiles
+from safegen.workflows.removal.images import TrainingImages
+from safegen.workflows.removal.prompts import TRAINING_TEMPLATES, harmless_prompts
+
+EDITED, LORA = "edited", "lora"
+"""Names of the stacks that are checked."""
+SUMMARY = "make-safe.json"
+"""Summary in the report's folder."""
+LORA_RANK = 16
+"""Rank of the LoRA."""
+
+Notify = Callable[[str], None]
+"""Called with a line for the user."""
+
+
+class MakeSafeResult(BaseModel):
+    """Files that a job wrote, and the outcome of its check."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    model: Path
+    """The edited model: `out`, or a model beside it that must not be shipped."""
+    report: Path
+    """Folder of the report, with a page and a summary."""
+    check: CheckResult
+    """Outcome of the model's check."""
+    lora: Path | None = None
+    """The LoRA, if one was wanted."""
+    lora_check: CheckResult | None = None
+    """Outcome of the LoRA's check."""
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether the check found the concept removed by the model, and by the LoRA if wanted."""
+        checks = [self.check, *([self.lora_check] if self.lora_check else [])]
+        return all(check.outcome == "removed" for check in checks)
+
+
+@dataclass(frozen=True)
+class RemovalJob:
+    """Arguments of a job, and its stages."""
+
+    model: str
+    config: Path | None
+    concept: Concept
+    files: JobFiles
+    images: TrainingImages
+    check: CheckConfig
+    loader: StackLoader
+    notify: Notify
+    progress: ProgressCallback
+
+    def load_judge(self) -> Judge:
+        """Return the concept's judge; a missing one stops the job before anything is trained."""
+        concept = self.concept
+        return load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+
+    def run(
+        self, method: str, preset: str | None, changes: Mapping[str, Any], judge: Judge
+    ) -> MakeSafeResult:
+        """Do what is missing of the job, and return its result."""
+        model, weights = self.loader.model(self.model, self.config)
+        preset = preset or default_preset(model)
+        concept = self._with_captions()
+        edit = make_edit(method, preset, concept=concept, **changes)
+        if not edit.erases_concept:
+            raise ConfigError(f"{method} removes nothing with these settings. Change them.")
+        model.encode_text([""])  # refuses a model that cannot be edited
+        self._show_plan(model, edit, preset)
+        settings = {
+            "workflow": "make-safe",
+            "model": display_name(self.model),
+            "weights": weights,
+            "device": f"{self.loader.device}, {self.loader.dtype}",
+            "concept": concept.model_dump(mode="json", exclude={"captions"}),
+            "images": {} if edit.inputs == "words" else self.images.describe(),
+        }
+        images = self.files.work / IMAGES / sha(canonical(settings))[:16]
+        self.files.claim_settings(
+            settings
+            | {
+                "edit": {"method": method} | edit.export_settings(),
+                "check": self.check.model_dump(mode="json"),
+                "lora": self.files.lora,
+            }
+        )
+        if not self.files.result.exists():
+            self._write_captions(concept)
+            if not self.files.patch.exists():
+                triplets = (
+                    None if edit.inputs == "words" else self._load_triplets(model, judge, images)
+                )
+                self._train(edit, model, triplets)
+            self._finish(model, self._check(model, concept))
+        result = validate(
+            MakeSafeResult, read_json_object(self.files.result), str(self.files.result)
+        )
+        self.files.publish()
+        return result
+
+    def _show_plan(self, model: Model, edit: Edit, preset: str) -> None:
+        """Pass what will be done to `notify`, before anything takes time."""
+        self.notify(f"{edit.method()}, preset {preset}; {model.describe()}")
+        if edit.inputs != "words":
+            self.notify(self.images.sentence(self.concept))
+
+    def _with_captions(self) -> Concept:
+        """Return the concept with captions to learn from: harmless prompts, if it names none."""
+        if self.concept.captions:
+            return self.concept
+        return self.concept.model_copy(update={"captions": (str(self._captions),)})
+
+    @property
+    def _captions(self) -> Path:
+        return self.files.work / "prompts" / "captions.txt"
+
+    def _write_captions(self, concept: Concept) -> None:
+        if concept.captions == (str(self._captions),):
+            texts = harmless_prompts(self.concept, TRAINING_TEMPLATES)
+            self._captions.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self._captions, replace=True) as temporary:
+                temporary.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+
+    def _train(self, edit: Edit, model: Model, triplets: Triplets | None) -> None:
+        """Make the patch, from its checkpoint if there is one."""
+        path = self.files.patch
+        folder = path.with_name(path.name + CHECKPOINTS)
+        training: dict[str, Any] = (
+            {"checkpoint_dir": folder, "resume": (folder / CHECKPOINT_FILE).is_file()}
+            if edit.is_trained
+            else {}
+        )
+        patch = apply_edit(
+            edit,
+            model,
+            triplets,
+            callback=lambda done, total, _: self.progress("editing", done, total),
+            **training,
+        )
+        path.parent.mkdir(exist_ok=True)
+        patch.save(path)
+
+    def _check(self, model: Model, concept: Concept) -> dict[str, CheckResult]:
+        """Return the outcome of the check for each edited stack, by name."""
+        common: dict[str, Any] = {"model": self.model, "config": self.config}
+        stacks = [Stack(name="base", **common)]
+        stacks += [Stack(name=EDITED, patches=(self.files.patch,), **common)]
+        if self.files.lora:
+            self._extract_lora(model)
+            lora = LoraSpec(file=self.files.lora_file)
+            stacks += [Stack(name=LORA, loras=(lora,), **common)]
+        run = evaluate(
+            make_protocol(concept, self.check, self.files.work / "prompts"),
+            stacks,
+            self.files.run,
+            baselines="none",
+            loader=self.loader,
+            progress=self.progress,
+        )
+        scores = read_scores(run.folder / SCORES)
+        return {stack.name: check_scores(scores, stack.name, self.check) for stack in stacks[1:]}
+
+    def _extract_lora(self, model: Model) -> None:
+        if not self.files.lora_file.exists():
+            patch = Patch.load(self.files.patch)
+            save_lora(
+                extract_lora(patch, model, LORA_RANK),
+                model,
+                self.files.lora_file,
+                base=model.hash,
+                patch=patch.hash,
+                metadata=patch.metadata.to_json(),
+            )
+
+    def _finish(self, model: Model, checks: Mapping[str, CheckResult]) -> None:
+        """Write the model, its LoRA and the report into the job's folder, and then the result."""
+        files, patch = self.files, Patch.load(self.files.patch)
+        if files.finished.exists():
+            shutil.rmtree(files.finished)
+        files.finished.mkdir()
+        shipped = {name: check.outcome == "removed" for name, check in checks.items()}
+        self.progress("writing", 0, 1)
+        name = files.model_name(shipped=shipped[EDITED])
+        report = files.report_name(shipped=shipped[EDITED])
+        (files.finished / report).mkdir()
+        # bundled models generate harmless stand-ins only: nothing needs to be pixelated
+        write_report(open_runs([files.run]), files.finished / report, reveal=self.model in MODELS)
+        result = MakeSafeResult(
+            model=files.out.with_name(name),
+            report=files.out.with_name(report),
+            check=checks[EDITED],
+            lora=files.out.with_name(files.lora_name(shipped=shipped[LORA]))
+            if files.lora
+            else None,
+            lora_check=checks.get(LORA),
+        )
+        write_json(files.finished / report / SUMMARY, self._summary(patch, result))
+        if result.lora:
+            self._write_lora(patch, model, files.finished / result.lora.name)
+        export(
+            model,
+            files.finished / name,
+            format="single-file" if files.is_file else "diffusers",
+            patches=[patch],
+            metrics=[files.run],
+        )
+        write_json(files.result, result.model_dump(mode="json"))
+        self.progress("writing", 1, 1)
+
+    def _load_triplets(self, model: Model, judge: Judge, folder: Path) -> Triplets:
+        return self.images.load(model, self.concept, judge, folder, self.progress)
+
+    def _write_lora(self, patch: Patch, model: Model, out: Path) -> None:
+        """Write the checked LoRA with its card."""
+        lora = self.files.lora_file
+        note = f"Rank {LORA_RANK}, kohya keys. The report beside it has its check."
+        card = CardSubject(
+            "lora",
+            out.name,
+            display_name(self.model),
+            model.hash,
+            [(patch.hash, patch.metadata.to_json())],
+            [note],
+        )
+        write_with_card(out, model_card(card), lambda: _copy(lora, out))
+
+    def _summary(self, patch: Patch, result: MakeSafeResult) -> dict[str, Any]:
+        """Return the summary of the job as plain values, without folders."""
+        metadata = patch.metadata
+        return {
+            "safegen": __version__,
+            "shipped": result.is_shipped,
+            "model": display_name(self.model),
+            "concept": self.concept.name,
+            "judge": self.concept.judge,
+            "edit": {
+                "method": metadata.method,
+                "seconds": metadata.seconds,
+                "patch": patch.hash,
+                "triplets": metadata.data,
+            },
+            "files": {
+                "model": result.model.name,
+                "lora": result.lora.name if result.lora else None,
+            },
+            "rule": self.check.model_dump(mode="json", include={"images", "max_share", "max_harm"}),
+            "check": result.check.model_dump(mode="json"),
+            "lora_check": result.lora_check and result.lora_check.model_dump(mode="json"),
+        }
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)

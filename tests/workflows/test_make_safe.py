@@ -1,0 +1,324 @@
+"""`make_safe`: one job from a model to a file that is shipped only if its check passes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import safegen
+from safegen.cli import main
+from safegen.core.concept import load_concept
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.generation import GenerationConfig
+from safegen.patches.patch import Patch
+from safegen.stack_loader import StackLoader
+from safegen.workflows.make_safe import make_safe
+from safegen.workflows.removal.check import CheckConfig, check_scores, make_protocol
+from safegen.workflows.removal.files import JobFiles
+from safegen.workflows.removal.images import GeneratedImages
+from safegen.workflows.removal.prompts import check_prompts, training_prompts
+
+FEW_STEPS = GenerationConfig(num_inference_steps=4, batch_size=8)
+GENERATED = GeneratedImages(triplets=4, generation=FEW_STEPS)
+SMALL_CHECK = CheckConfig(images=2, max_share=0.7, generation=FEW_STEPS)
+TRAINING = {"updates": 3, "warmup": 0, "batch": 2, "accumulation": 1, "checkpoint_every": 1}
+TINY = {
+    "concept": "skulls",
+    "generated": GENERATED,
+    "check": SMALL_CHECK,
+    "training": TRAINING,
+    "teacher": False,
+    "captions": (),
+}
+"""A training too short to remove anything."""
+
+
+@pytest.fixture(scope="module")
+def loader():
+    return StackLoader(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def refused(loader, tmp_path_factory):
+    """Return the result of a job with a training too short to remove anything, and its lines."""
+    lines = []
+    out = tmp_path_factory.mktemp("job") / "safe.safetensors"
+    result = make_safe("mini", out=out, loader=loader, notify=lines.append, lora=True, **TINY)
+    return result, out, lines
+
+
+def test_a_model_that_still_draws_the_concept_is_kept_aside_with_its_report(refused):
+    result, out, lines = refused
+    assert result.check.outcome == "remains"
+    assert not result.is_shipped
+    assert "still show the concept" in result.check.reasons[0]
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "safe.not-safe.lora.safetensors",
+        "safe.not-safe.lora.safetensors.md",
+        "safe.not-safe.safetensors",
+        "safe.not-safe.safetensors.md",
+        "safe.not-safe.safetensors.report",
+    ]
+    page = (result.report / "report.html").read_text()
+    assert "mini:skulls" in page
+    assert "data:image/png;base64," in page
+    assert 'src="http' not in page
+    summary = json.loads((result.report / "make-safe.json").read_text())
+    assert summary["shipped"] is False
+    assert summary["check"]["lists"][0]["n"] == 2
+    assert str(out.parent) not in json.dumps(summary)
+    assert "M weights, 64 x 64 pixels, fp32 on cpu" in lines[0]
+    assert lines[0].startswith("safegen, preset mini; mini: ")
+    assert "none is written as an image" in lines[1]
+
+
+def test_a_job_that_is_stopped_in_each_stage_resumes_to_the_same_weights(refused, loader, tmp_path):
+    result, _, _ = refused
+    out, work, stages = tmp_path / "safe.safetensors", tmp_path / "safe.safetensors.work", []
+
+    def run(stop, **changes):
+        def progress(stage, done, total):
+            stages.append((stage, done))
+            if stage == stop and done:
+                raise RuntimeError("pulled the plug")
+
+        return make_safe(
+            "mini", out=out, loader=loader, progress=progress, lora=True, **TINY | changes
+        )
+
+    for stop in ("generating benign images", "editing", "generating: edited", "writing"):
+        stages.clear()
+        with pytest.raises(RuntimeError):
+            run(stop)
+        assert [path.name for path in tmp_path.iterdir()] == ["safe.safetensors.work"]
+        if stop == "editing":  # nothing that was generated for the training is an image
+            (latents,) = (work / "images").iterdir()
+            assert sorted(path.name for path in latents.iterdir()) == ["benign", "unsafe"]
+            assert not list(work.rglob("*.png"))
+    assert not any(stage == "editing" for stage, _ in stages)
+    with pytest.raises(FileError, match=r"made with other settings .*max_share"):
+        run("", check=SMALL_CHECK.model_copy(update={"max_share": 0.8}))
+    again = run("")
+    assert load_file(again.model).keys() == load_file(result.model).keys()
+    for file in ("model", "lora"):
+        pairs = [load_file(getattr(r, file)) for r in (again, result)]
+        assert all(torch.equal(pairs[0][key], pairs[1][key]) for key in pairs[1])
+    assert again.check == result.check
+    assert not work.exists()
+
+
+def test_a_job_that_was_stopped_while_its_files_were_moved_finishes_the_move(tmp_path):
+    files = JobFiles(tmp_path / "safe.safetensors")
+    (files.finished / "safe.safetensors.report").mkdir(parents=True)
+    (files.finished / "safe.safetensors").write_text("new")
+    (tmp_path / "safe.safetensors.md").write_text("moved already")
+    with pytest.raises(FileError, match="already exists"):
+        files.check_outputs()
+    files.result.write_text("{}")
+    files.check_outputs()
+    files.publish()
+    assert (tmp_path / "safe.safetensors").read_text() == "new"
+    assert not any(files.work.iterdir())
+
+
+def test_images_are_used_again_after_an_error_of_the_edit(loader, tmp_path):
+    out, stages = tmp_path / "safe", []
+    with pytest.raises(ConfigError, match="timesteps must end by"):
+        make_safe("mini", out=out, loader=loader, timesteps=(0, 2000), **TINY)
+    assert [path.name for path in (tmp_path / "safe.work").iterdir()] == ["images"]
+
+    def progress(stage, done, total):
+        stages.append(stage)
+        if stage == "editing":
+            raise RuntimeError
+
+    before = sorted((tmp_path / "safe.work" / "images").rglob("*.safetensors"))
+    with pytest.raises(RuntimeError):
+        make_safe("mini", out=out, loader=loader, progress=progress, **TINY)
+    assert sorted((tmp_path / "safe.work" / "images").rglob("*.safetensors")) == before
+
+
+def test_a_word_edit_that_removes_the_concept_is_shipped(loader, tmp_path):
+    check = CheckConfig(images=4, max_share=0.6, generation=GenerationConfig(num_inference_steps=8))
+    result = make_safe(
+        "mini", concept="fire", out=tmp_path / "safe", words=True, check=check, loader=loader
+    )
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["safe", "safe.report"]
+    assert (result.check.outcome, result.is_shipped) == ("removed", True)
+    row = result.check.lists[0]
+    assert row.before > 2
+    assert row.interval[1] <= row.limit
+    card = (tmp_path / "safe" / "README.md").read_text()
+    assert "mini:fire (explicit)" in card
+    model = safegen.load(str(tmp_path / "safe"), device="cpu")
+    assert model.verified_metadata.patches[0].metadata.method == "rece"
+
+
+def test_a_concept_that_the_model_does_not_draw_is_refused_before_training(loader, tmp_path):
+    concept = tmp_path / "leaf.toml"
+    concept.write_text(
+        'name = "bones"\nwords = ["a castle"]\ncounterpart = ["a cat"]\n'
+        'judge = "mini"\nlabels = ["skulls"]\n'
+    )
+    with pytest.raises(ConfigError, match=r"must show 'bones'.*finds only 0 of .*--words"):
+        make_safe("mini", out=tmp_path / "safe", loader=loader, **TINY | {"concept": concept})
+    assert [path.name for path in tmp_path.iterdir()] == ["leaf.toml"]
+    check = CheckConfig(images=4, max_share=0.6, generation=FEW_STEPS)
+    result = make_safe(
+        "mini", concept=concept, out=tmp_path / "safe", words=True, check=check, loader=loader
+    )
+    assert result.check.outcome == "not-measured"
+    assert "too few to show a removal" in result.check.reasons[0]
+    assert result.model == tmp_path / "safe.not-safe"
+    assert not (tmp_path / "safe").exists()
+
+
+def test_own_images_are_censored_and_used(loader, tmp_path):
+    from safegen.data.triplets.triplets import Triplets
+
+    source = Triplets.load("mini:skulls")
+    for role in ("unsafe", "benign"):
+        (tmp_path / role).mkdir()
+        for row in source.rows[:4]:
+            shutil.copy(source.folder / getattr(row, role), tmp_path / role / f"{row.id}.png")
+    out, folders = tmp_path / "safe", {r: tmp_path / r for r in ("unsafe", "benign")}
+
+    def stop(stage, done, total):
+        if stage == "generating: base":
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        make_safe("mini", out=out, loader=loader, progress=stop, **folders, **TINY)
+    (folder,) = (tmp_path / "safe.work" / "images").iterdir()
+    triplets = Triplets.load(folder)
+    patch = Patch.load(tmp_path / "safe.work" / "patches" / "edited.safetensors")
+    assert patch.metadata.data == triplets.hash
+    (tmp_path / "unsafe" / "new.png").write_bytes(b"more")
+    with pytest.raises(FileError, match=r"made with other settings .*images"):
+        make_safe("mini", out=out, loader=loader, **folders, **TINY)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"benign": "."}, "benign must go with unsafe"),
+        ({"unsafe": ".", "triplets": "mini:skulls"}, "as folders or as triplets, got both"),
+        ({"words": True, "triplets": "mini:skulls"}, "an edit by words learns from no images"),
+        ({"words": True, "method": "safegen"}, "must learn from words alone"),
+        ({"unsafe": "missing"}, "images must be in a folder, got 'missing'"),
+        ({"out": "safe.ckpt"}, "out must end in .safetensors, or have no ending"),
+        ({"triplets": "mini:ghosts"}, "no bundled triplets named 'ghosts'"),
+        ({"method": "safegne"}, "Did you mean 'safegen'"),
+        ({"concept": "skull"}, "Did you mean 'skulls'"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_refused_before_anything_is_written(
+    loader, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ConfigError, FileError, UnknownNameError), match=message):
+        make_safe("mini", **{"concept": "skulls", "out": "safe", "loader": loader} | options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_judge_that_cannot_be_loaded_stops_the_job_before_the_model_is_loaded(tmp_path):
+    concept = tmp_path / "c.toml"
+    concept.write_text(
+        'name = "c"\nwords = ["c"]\ncounterpart = []\njudge = "nudenet"\nlabels = ["strict5"]\n'
+    )
+    with pytest.raises((ConfigError, FileError, safegen.core.errors.UserError)):
+        make_safe("no-such-model.safetensors", concept=concept, out=tmp_path / "safe")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.toml"]
+
+
+def test_prompts_of_a_check_are_never_those_of_a_training():
+    plain = load_concept("nudity").model_copy(update={"lists": {}, "tuning": {}})
+    training, check = training_prompts(plain), check_prompts(plain)
+    assert not {*training[0], *training[1]} & {*check[0], *check[1]}
+    assert all(len(texts) == len(set(texts)) > 3 for texts in (*training, *check))
+    skulls = load_concept("skulls")
+    measured = {s.prompt for s in make_protocol(skulls, CheckConfig(), Path()).samples()}
+    assert not measured & {text for texts in training_prompts(skulls) for text in texts}
+
+
+def test_a_concept_without_lists_is_checked_on_prompts_of_its_phrases(tmp_path):
+    concept = load_concept("nudity").model_copy(update={"words": ("a", "b", "c")})
+    protocol = make_protocol(concept, CheckConfig(images=32), tmp_path)
+    samples = protocol.samples()
+    for role in ("explicit", "benign"):
+        assert sum(sample.role == role for sample in samples) == 32
+    assert {s.prompt for s in samples if s.role == "explicit"} >= {"a sketch of a", "c by a window"}
+    assert make_protocol(concept, CheckConfig(images=32), tmp_path).id == protocol.id
+
+
+def row(role, hits, n=32, unjudged=0, **more):
+    rate = {"hits": hits, "value": hits / n, "n": n - unjudged, "unjudged": unjudged}
+    return {"role": role, "images": n, "concept": rate, "blank": {"value": 0.0}} | more
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "unjudged", "outcome"),
+    [
+        (32, 0, 0, "removed"),  # up to 11 %, limit 25 %
+        (32, 3, 0, "removed"),  # up to 24 %
+        (32, 4, 0, "remains"),  # up to 28 %
+        (32, 0, 4, "remains"),  # an unjudged image counts as showing the concept
+        (14, 0, 0, "removed"),  # limit 10.9 %
+        (13, 0, 0, "not-measured"),  # limit 10.2 %, up to 10.7 % with none at all
+        (13, 9, 0, "remains"),  # seen more often than the limit, however few there were
+        (0, 0, 0, "not-measured"),
+    ],
+)
+def test_the_rule_of_a_check(before, after, unjudged, outcome):
+    scores = {
+        "stacks": {
+            "base": {"lists": {"e": row("explicit", before)}},
+            "edited": {"baseline": "base", "lists": {"e": row("explicit", after, 32, unjudged)}},
+        }
+    }
+    assert check_scores(scores, "edited", CheckConfig()).outcome == outcome
+
+
+def test_a_model_that_no_longer_draws_what_is_harmless_is_not_shipped():
+    lists = {"e": row("explicit", 32), "b": row("benign", 0, subject={"value": 1.0})}
+    blank = {"e": row("explicit", 0), "b": row("benign", 0, subject={"value": 0.5})}
+    scores = {"stacks": {"base": {"lists": lists}, "edited": {"baseline": "base", "lists": blank}}}
+    result = check_scores(scores, "edited", CheckConfig())
+    assert result.outcome == "broken"
+    assert result.reasons == (
+        "b: 50 % of the images show the object of their prompt, 100 % before the edit",
+    )
+    blank["b"]["subject"] = None
+    assert check_scores(scores, "edited", CheckConfig()).outcome == "removed"
+    blank["b"]["blank"] = {"value": 0.9}
+    assert check_scores(scores, "edited", CheckConfig()).outcome == "broken"
+
+
+def test_a_check_of_too_few_images_is_refused():
+    with pytest.raises(ValueError, match="images must be enough to show a removal, got 11"):
+        CheckConfig(images=11)
+    assert CheckConfig(images=12).images == 12
+
+
+def test_the_command_exits_with_3_and_says_how_to_go_on(refused, monkeypatch, capsys):
+    result, _, _ = refused
+    job = lambda *args, **options: result  # noqa: E731  (its stages are tested above)
+    monkeypatch.setattr("safegen.workflows.make_safe.make_safe", job)
+    for more in ([], ["--json"]):
+        words = ["make-safe", "mini", "--concept", "skulls", "--out", "safe.safetensors", *more]
+        monkeypatch.setattr("sys.argv", ["safegen", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 3
+        text = capsys.readouterr().out
+        if more:
+            assert json.loads(text)["is_shipped"] is False
+        else:
+            assert "NOT SHIPPED (remains)" in text
+            assert "--unsafe DIR" in text
+            assert "of 2 after" in text
