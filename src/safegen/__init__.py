@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from safegen.workflows.export import export as export
     from safegen.workflows.export import save_patch as save_patch
     from safegen.workflows.judge import judge as judge
+    from safegen.workflows.make_safe import make_safe as make_safe
 
 disable_telemetry()
 _MODULES = {
@@ -63,6 +64,7 @@ _MODULES = {
     "load_concept": "safegen.core.concept",
     "load_judge": "safegen.judges",
     "load_protocol": "safegen.evaluation.protocol",
+    "make_safe": "safegen.workflows.make_safe",
     "save_patch": "safegen.workflows.export",
 }
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
     "load_concept",
     "load_judge",
     "load_protocol",
+    "make_safe",
     "save_patch",
 ]
 

@@ -17,7 +17,7 @@ from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserEr
 from safegen.core.files import exists
 from safegen.core.hub import HUB
 from safegen.core.registry import MODELS
-from safegen.core.settings import FOLDER_NAME, BaseSettings, FolderName
+from safegen.core.settings import FOLDER_NAME, BaseSettings, FolderName, raises_config_error
 from safegen.guards import GuardConfig, read_guard
 from safegen.patches.lora_spec import LoraSpecs
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from safegen.models.model import Model
 
 
+@raises_config_error
 class Stack(BaseSettings):
     """Settings of what generates images. Nothing is loaded until `StackLoader.open`.
 

@@ -11,7 +11,7 @@ from safegen.core.documents import read_toml, validate
 from safegen.core.errors import FileError, UnknownNameError
 from safegen.core.files import exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
-from safegen.core.settings import BaseSettings, Name
+from safegen.core.settings import BaseSettings, Name, raises_config_error
 from safegen.core.text import short_repr
 
 
@@ -27,6 +27,7 @@ Phrases = tuple[Phrase, ...]
 """Type of a setting with phrases."""
 
 
+@raises_config_error
 class Concept(BaseSettings):
     """Visual concept to remove, built in or read from a TOML file.
 

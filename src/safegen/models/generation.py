@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from safegen.core.documents import read_bytes
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, check_keywords
 from safegen.core.generation import MAX_START_FILE, GenerationConfig, Sample, SeedMode, Start
 from safegen.core.progress import StepCallback
 from safegen.core.tensor_files import read_tensors
@@ -41,6 +41,7 @@ def torch_seed(seed: int, index: int, mode: SeedMode = "safegen") -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+@check_keywords
 def generate(
     model: Model,
     prompts: str | Sample | Sequence[str | Sample],
@@ -63,6 +64,12 @@ def generate(
     Raises:
         ConfigError: the model has no images of that size, scheduler or number of steps, or there
             is a negative prompt and no guidance.
+
+    Example:
+        >>> model = safegen.load("mini")
+        >>> image = safegen.generate(model, "a castle", seed=1)[0]
+        >>> image.size
+        (64, 64)
     """
     config, samples = generation_config or GenerationConfig(), as_samples(prompts, seed)
     images: list[Image.Image] = []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from safegen.core.concept import load_concept
-from safegen.core.errors import ConfigError, InterruptedRunError, explain
+from safegen.core.errors import ConfigError, InterruptedRunError, check_names, explain
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import EDITS, resolve
 from safegen.edits.training.presets import PRESET_NAMES
@@ -35,8 +37,8 @@ def make_safe(
     triplets: str | Path | None = None,
     method: str | None = None,
     preset: str | None = None,
-    generated: GeneratedImages | None = None,
-    check: CheckConfig | None = None,
+    generated: GeneratedImages | Mapping[str, Any] | None = None,
+    check: CheckConfig | Mapping[str, Any] | None = None,
     config: Path | None = None,
     loader: StackLoader | None = None,
     notify: Notify = lambda line: None,
@@ -61,7 +63,7 @@ def make_safe(
         method: name of the edit. Default: safegen, or rece with `words`.
         preset: preset of the edit. Default: the one for the model's size.
         generated: how many images the model generates, and how.
-        check: images and limits of the check.
+        check: images and limits of the check, as settings by name or a `CheckConfig`.
         config: for a one-file checkpoint, a diffusers folder with configuration files.
         loader: loads the model; on an accelerator, or the CPU, if not given.
         notify: called with lines for the user, such as the plan.
@@ -77,23 +79,29 @@ def make_safe(
         InterruptedRunError: SIGINT or SIGTERM arrived during training.
 
     Example:
-        >>> result = safegen.make_safe("mini", concept="skulls", out="safe.safetensors", words=True)
-        >>> result.is_shipped
-        True
+        >>> few = {"images": 2, "max_share": 0.7, "generation": {"num_inference_steps": 4}}
+        >>> result = safegen.make_safe(
+        ...     "mini", concept="skulls", words=True, check=few, out="safe.safetensors"
+        ... )
+        >>> result.is_shipped  # a check that is too small: the model is kept aside
+        False
     """
+    method = method or (WORD_METHOD if words else IMAGE_METHOD)
+    edit_class = resolve(EDITS, method, "edit")
+    arguments = [*edit_class.model_fields, *signature(make_safe).parameters]
+    check_names(f"setting of {method!r}", settings, arguments)
     job = RemovalJob(
         model=model,
         config=config,
         concept=load_concept(str(concept)),
         files=JobFiles(Path(out), lora),
         images=_training_images(unsafe, benign, triplets, generated),
-        check=check or CheckConfig(),
+        check=_read_check(check),
         loader=loader or StackLoader(),
         notify=notify,
         progress=progress,
     )
-    method = method or (WORD_METHOD if words else IMAGE_METHOD)
-    inputs = resolve(EDITS, method, "edit").inputs
+    inputs = edit_class.inputs
     if words and inputs != "words":
         raise ConfigError(
             f"method must learn from words alone (uce, rece), got {method!r}. Leave out words."
@@ -116,7 +124,7 @@ def _training_images(
     unsafe: str | Path | None,
     benign: str | Path | None,
     triplets: str | Path | None,
-    generated: GeneratedImages | None,
+    generated: GeneratedImages | Mapping[str, Any] | None,
 ) -> TrainingImages:
     folders = {"unsafe": unsafe, "benign": benign, "triplets": triplets and str(triplets)}
     try:
@@ -125,3 +133,10 @@ def _training_images(
         )
     except ValidationError as error:
         raise ConfigError(explain(error, TrainingImages)) from error
+
+
+def _read_check(check: CheckConfig | Mapping[str, Any] | None) -> CheckConfig:
+    try:
+        return CheckConfig.model_validate(check or {})
+    except ValidationError as error:
+        raise ConfigError(f"check: {explain(error, CheckConfig)}") from error

@@ -17,6 +17,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.files import atomic_write, display_name
 from safegen.core.progress import ProgressCallback
 from safegen.core.registry import MODELS
+from safegen.core.text import short_repr
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE
@@ -68,6 +69,12 @@ class MakeSafeResult(BaseModel):
     """The LoRA, if one was wanted."""
     lora_check: CheckResult | None = None
     """Outcome of the LoRA's check."""
+
+    def __repr__(self) -> str:
+        """Return the file and the outcome of its check in one line."""
+        return short_repr(
+            MakeSafeResult, repr(str(self.model)), check=self.check.outcome, report=str(self.report)
+        )
 
     @property
     def is_shipped(self) -> bool:
