@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     from safegen.stack import Stack as Stack
     from safegen.workflows.attack import attack as attack
     from safegen.workflows.edit import edit as edit
+    from safegen.workflows.evaluate import evaluate as evaluate
     from safegen.workflows.export import export as export
     from safegen.workflows.export import save_patch as save_patch
     from safegen.workflows.judge import judge as judge
     from safegen.workflows.make_safe import make_safe as make_safe
+    from safegen.workflows.patch_from_model import patch_from_model as patch_from_model
 
 disable_telemetry()
 _MODULES = {
@@ -57,6 +59,7 @@ _MODULES = {
     "Triplets": "safegen.data.triplets.triplets",
     "attack": "safegen.workflows.attack",
     "edit": "safegen.workflows.edit",
+    "evaluate": "safegen.workflows.evaluate",
     "export": "safegen.workflows.export",
     "generate": "safegen.models.generation",
     "judge": "safegen.workflows.judge",
@@ -65,6 +68,7 @@ _MODULES = {
     "load_judge": "safegen.judges",
     "load_protocol": "safegen.evaluation.protocol",
     "make_safe": "safegen.workflows.make_safe",
+    "patch_from_model": "safegen.workflows.patch_from_model",
     "save_patch": "safegen.workflows.export",
 }
 __all__ = [
@@ -82,6 +86,7 @@ __all__ = [
     "Triplets",
     "attack",
     "edit",
+    "evaluate",
     "export",
     "generate",
     "judge",
@@ -90,6 +95,7 @@ __all__ = [
     "load_judge",
     "load_protocol",
     "make_safe",
+    "patch_from_model",
     "save_patch",
 ]
 

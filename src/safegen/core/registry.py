@@ -153,6 +153,14 @@ def expand_labels(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(one for label in labels for one in LABEL_SETS.get(label, (label,))))
 
 
+def collapse_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the name of the label set with these labels, or the labels if there is none."""
+    labels = tuple(labels)
+    sets = (name for name, members in LABEL_SETS.items() if set(members) == set(labels))
+    name = next(sets, None)
+    return labels if name is None else (name,)
+
+
 def resolve(table: Mapping[str, str], name: str, noun: str) -> Any:
     """Return the object that `name` stands for.
 

@@ -11,12 +11,15 @@ from safegen.core.errors import ConfigError, FileError, check_keywords, first_li
 from safegen.core.files import exists
 from safegen.core.hub import HUB, check_model_name, fetch_snapshot
 from safegen.core.logging import silence_libraries
-from safegen.core.registry import MODELS, resolve
+from safegen.core.registry import MODELS, TRIPLETS, resolve
+from safegen.core.tensor_files import read_header
 from safegen.models.checkpoint.diffusers_folder import read_folder
-from safegen.models.checkpoint.metadata import CheckpointMetadata
+from safegen.models.checkpoint.metadata import PATCH_FORMAT, CheckpointMetadata
 from safegen.models.checkpoint.single_file_reader import read_single_file
 from safegen.models.model import DTYPES, Model, Pipeline, components_of
 
+LORA_ENDINGS = (".lora_down.weight", ".lora_A.weight")
+"""Endings of a key in a LoRA file."""
 _SMALL_FILES = (
     "model_index.json",
     "safegen.json",
@@ -75,6 +78,7 @@ def load(
         'bf16'
     """
     name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
+    check_is_model(name)
     torch_dtype = DTYPES[resolve_dtype(dtype)]
     device = resolve_device(device)
     check_device(device)
@@ -91,6 +95,34 @@ def load(
     folder = _find_folder(name, allow_pickle)
     pipeline, metadata = read_folder(name, folder, dtype=torch_dtype, allow_pickle=allow_pickle)
     return finish_loading(name, pipeline, device, folder=folder, metadata=metadata)
+
+
+def check_is_model(name: str) -> None:
+    """Check that a name is not that of a patch, a LoRA or triplets, as after swapped arguments.
+
+    Only the header of a file is read. Other names are checked by `load`.
+
+    Raises:
+        FileError: it is one of these.
+    """
+    path, option = Path(name), ""
+    source = name.partition(":")[0]
+    if ":" in name and source in TRIPLETS and not exists(name):
+        option = "triplets, which go with --triplets"
+    elif path.suffix == ".safetensors" and exists(path, file=True):
+        header = read_header(path)
+        metadata = header.get("__metadata__")
+        if isinstance(metadata, dict) and metadata.get("format") == PATCH_FORMAT:
+            option = "a safegen patch, which goes with --patch"
+        elif any(key.endswith(LORA_ENDINGS) for key in header):
+            option = "a LoRA, which goes with --lora"
+    elif exists(path / "manifest.jsonl") and exists(path / "unsafe"):
+        option = "a folder of triplets, which goes with --triplets"
+    if option:
+        raise FileError(
+            f"MODEL must be a model, got {name!r}: {option}. Did you swap the arguments? MODEL "
+            "comes first."
+        )
 
 
 def check_device(device: str) -> None:

@@ -15,14 +15,14 @@ from torch.linalg import vector_norm
 
 from safegen.core.errors import FileError, PatchError, SafegenWarning
 from safegen.core.hashing import hash_tensors
+from safegen.core.registry import MODELS
 from safegen.core.tensor_files import check_weights, read_tensors, write_tensors
 from safegen.core.text import short_repr
 from safegen.models.applied_patch import AppliedPatch
-from safegen.models.checkpoint.metadata import PatchMetadata, read_patch_metadata
+from safegen.models.checkpoint.metadata import PATCH_FORMAT, PatchMetadata, read_patch_metadata
+from safegen.models.loading import LORA_ENDINGS
 from safegen.models.model import Model
 
-FORMAT = "safegen-patch/1"
-LORA_SUFFIXES = (".lora_down.weight", ".lora_A.weight")
 LARGE_CHANGE = 10.0
 """Size of a change, as a multiple of the size of the changed weights, that is warned about.
 
@@ -98,7 +98,10 @@ class Patch:
                 raise PatchError(
                     f"{path} is not written: the patch has NaN or infinite values in {name}"
                 )
-        header = {"format": FORMAT, "metadata": json.dumps(self.metadata.to_json(), sort_keys=True)}
+        header = {
+            "format": PATCH_FORMAT,
+            "metadata": json.dumps(self.metadata.to_json(), sort_keys=True),
+        }
         write_tensors(path, self.tensors, header)
 
     @classmethod
@@ -109,6 +112,11 @@ class Patch:
             FileError: the file is missing, damaged or no patch, or has no tensors or NaN values.
         """
         path = Path(path)
+        if str(path) in MODELS or (path / "model_index.json").is_file():
+            raise FileError(
+                f"PATCH must be a patch file, got the model {str(path)!r}. Did you swap the "
+                "arguments? MODEL comes first."
+            )
         tensors, header = read_tensors(path)
         _check_format(path, header, tensors)
         if not tensors:
@@ -293,9 +301,9 @@ def warn_base_mismatch(kind: str, base: str | None, model: Model, change: str = 
 
 def _check_format(path: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     """Check that a safetensors file is a patch."""
-    if header.get("format") == FORMAT:
+    if header.get("format") == PATCH_FORMAT:
         return
-    if any(name.endswith(LORA_SUFFIXES) for name in tensors):
+    if any(name.endswith(LORA_ENDINGS) for name in tensors):
         raise FileError(
             f"{path} must be a safegen patch, got a LoRA. Use it with `generate --lora`, or "
             "convert it with `safegen patch from-lora`"
@@ -303,6 +311,6 @@ def _check_format(path: Path, header: Mapping[str, str], tensors: Mapping[str, T
     stated = header.get("format")
     found = f"the format {stated[:80]!r}" if stated else "a file that states none"
     raise FileError(
-        f"{path} must be a safegen patch, with the format {FORMAT!r} in its header, got {found}. "
-        "An exported model is loaded as MODEL, not as a patch"
+        f"{path} must be a safegen patch, with the format {PATCH_FORMAT!r} in its header, got "
+        f"{found}. An exported model is loaded as MODEL, not as a patch"
     )
