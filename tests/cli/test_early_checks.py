@@ -42,7 +42,7 @@ ANSWERS = {
     ("export", "mini", "--patch", "none.safetensors", *OUT): "'none.safetensors' does not exist",
     ("export", "mini", "--out", "old.safetensors"): "old.safetensors",
     ("patch", "info", "none.safetensors"): "'none.safetensors' does not exist",
-    ("patch", "extract-lora", "none.safetensors", "mini", *OUT): "does not exist",
+    ("patch", "extract-lora", "mini", "none.safetensors", *OUT): "does not exist",
     ("triplets", "check", "mini:skulls", "--judge", "minni"): "no judge named 'minni'",
     ("verify", "nowhere"): "nowhere is not a run",
     ("report", "nowhere"): "nowhere is not a run",

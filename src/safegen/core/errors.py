@@ -115,16 +115,16 @@ class UnusedSettingWarning(SafegenWarning):
     """Setting, concept or guard that has no effect."""
 
 
-def check_names(noun: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Check that names are known.
+def check_names(noun: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Check that all names are known.
 
     Raises:
         UnknownNameError: one is not; the message has the nearest known name and all of them.
     """
-    names = list(known)
-    for name in given:
-        if name not in names:
-            raise UnknownNameError(noun, name, names)
+    table = list(known)
+    for name in names:
+        if name not in table:
+            raise UnknownNameError(noun, name, table)
 
 
 def check_keywords(function: Callable[P, T]) -> Callable[P, T]:

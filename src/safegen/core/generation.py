@@ -28,6 +28,7 @@ from safegen.core.settings import (
     Digest,
     Name,
     Seed,
+    changed_repr,
     raises_config_error,
 )
 
@@ -198,13 +199,17 @@ def _file_digest(folder: Path, name: str) -> str:
 
 
 @raises_config_error
-class Sample(BaseSettings):
+class Sample(BaseModel):
     """Request for an image: a prompt, a seed and an index.
 
     Example:
         >>> safegen.Sample(prompt="a castle", seed=1)
         Sample(prompt='a castle', seed=1)
     """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
 
     prompt: str
     seed: Seed
@@ -219,3 +224,11 @@ class Sample(BaseSettings):
     num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_BATCH)
     """Number of images. With the seed mode `safegen`, image k has the noise of (seed, index + k);
     with `torch`, one generator makes all of them in one call, as in diffusers."""
+
+    def __repr__(self) -> str:
+        """Return the fields that differ from their defaults in one line."""
+        return changed_repr(self)
+
+    def __str__(self) -> str:
+        """Return the `repr`."""
+        return repr(self)

@@ -101,7 +101,6 @@ def edit(
 
     Example:
         >>> model = safegen.load("mini")
-        >>> patch = safegen.edit(model, "uce", concept="skulls")  # from phrases, in seconds
         >>> trial = {"updates": 1, "warmup": 0}  # without it: minutes
         >>> patch = safegen.edit(model, triplets="mini:skulls", training=trial)  # from images
         >>> patch.metadata.method

@@ -79,12 +79,12 @@ def make_safe(
         InterruptedRunError: SIGINT or SIGTERM arrived during training.
 
     Example:
-        >>> few = {"images": 2, "max_share": 0.7, "generation": {"num_inference_steps": 4}}
+        >>> few = {"images": 2, "max_share": 0.7}
         >>> result = safegen.make_safe(
         ...     "mini", concept="skulls", words=True, check=few, out="safe.safetensors"
         ... )
-        >>> result.is_shipped  # a check that is too small: the model is kept aside
-        False
+        >>> result.is_shipped
+        True
     """
     method = method or (WORD_METHOD if words else IMAGE_METHOD)
     edit_class = resolve(EDITS, method, "edit")

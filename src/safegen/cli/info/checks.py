@@ -35,7 +35,7 @@ def with_checks(command: Callable[P, T]) -> Callable[P, T]:
 
 
 RESUMABLE = ("attack", "card_", "demo", "evaluate", "make_safe", "report")
-"""Commands whose output may be there: they resume it, or write it again."""
+"""Commands that resume an output, or write it again."""
 
 
 def check_new_output(arguments: Mapping[str, Any]) -> None:
