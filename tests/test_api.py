@@ -91,6 +91,7 @@ def objects(tmp_path_factory):
     """Return an object of every public class, with long values, and of classes that they hold."""
     from safegen.guards.core.pipeline import GuardedPipeline
     from safegen.stack_loader import StackLoader
+    from safegen.workflows.protect import ProtectedPipeline
 
     model = safegen.load("mini", device="cpu")
     patch = safegen.edit(model, "uce", concept="skulls")
@@ -111,6 +112,7 @@ def objects(tmp_path_factory):
         safegen.SafegenError("x"),
         safegen.SafegenWarning("x"),
         GuardedPipeline(model.pipeline, stack.guards[:1]),
+        ProtectedPipeline(model.pipeline, [], stack.guards[:1]),
         StackLoader(device="cpu"),
     ]
     return {type(one).__name__: one for one in made}
@@ -190,10 +192,14 @@ def test_load_and_export_take_torch_objects(tmp_path):
         ("export", "formt", "format"),
         ("save_patch", "metric", "metrics"),
         ("judge", "label", "labels"),
+        ("generate", "prompt", "prompts"),
+        ("protect", "gards", "guards"),
+        ("make_safe", "trainning", "training"),
+        ("evaluate", "protokol", "protocol"),
     ],
 )
 def test_an_unknown_keyword_is_answered_with_the_nearest_name(name, keyword, nearest):
-    needed = {"concept": "skulls", "out": "run"} if name == "attack" else {}
+    needed = {"concept": "skulls", "out": "run"} if name in ("attack", "make_safe") else {}
     with pytest.raises(UnknownNameError, match=f"'{keyword}'. Did you mean '{nearest}'") as raised:
         getattr(safegen, name)("mini", **needed, **{keyword: 1})
     assert "\n" not in str(raised.value)

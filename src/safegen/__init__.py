@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from safegen.workflows.judge import judge as judge
     from safegen.workflows.make_safe import make_safe as make_safe
     from safegen.workflows.patch_from_model import patch_from_model as patch_from_model
+    from safegen.workflows.protect import protect as protect
+    from safegen.workflows.protect import unprotect as unprotect
 
 disable_telemetry()
 _MODULES = {
@@ -69,7 +71,9 @@ _MODULES = {
     "load_protocol": "safegen.evaluation.protocol",
     "make_safe": "safegen.workflows.make_safe",
     "patch_from_model": "safegen.workflows.patch_from_model",
+    "protect": "safegen.workflows.protect",
     "save_patch": "safegen.workflows.export",
+    "unprotect": "safegen.workflows.protect",
 }
 __all__ = [
     "Concept",
@@ -96,7 +100,9 @@ __all__ = [
     "load_protocol",
     "make_safe",
     "patch_from_model",
+    "protect",
     "save_patch",
+    "unprotect",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class OwnBaseWarning(SafegenWarning):
 
 @check_keywords
 def evaluate(
-    base: Model | str | Path | None = None,
+    base: Model | Stack | str | Path | None = None,
     stacks: Stacks = (),
     *,
     out: str | Path,
@@ -112,8 +113,79 @@ def evaluate(
     """
     if isinstance(base, Model):
         loader = loader or StackLoader(model=base)
-        base = base.name
+        base = Stack(name=BASE, model=base.name)
     loader = loader or StackLoader()
+    prepared = prepare_evaluation(
+        base,
+        stacks,
+        concept=concept,
+        prompts=prompts,
+        column=column,
+        judge=judge,
+        labels=labels,
+        threshold=threshold,
+        judge_options=judge_options,
+        protocol=protocol,
+        seeds=seeds,
+        limit=limit,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        precision=precision,
+        loader=loader,
+    )
+    announce(prepared.protocol)
+    run = engine.evaluate(
+        prepared.protocol,
+        prepared.stacks,
+        Path(out),
+        base=prepared.base,
+        baselines=baselines,
+        until=until,
+        loader=loader,
+        save_protocol=True,
+        argv=argv,
+        progress=progress,
+    )
+    if until == "score":
+        write_report(open_runs([run.folder]), run.folder)
+    return run
+
+
+@dataclass(frozen=True)
+class PreparedEvaluation:
+    """Arguments of an evaluation, read and checked."""
+
+    protocol: Protocol
+    """What is generated and how it is judged."""
+    stacks: Sequence[Stack]
+    """Stacks to evaluate."""
+    base: Stack | None
+    """Stated base of all stacks."""
+
+
+def prepare_evaluation(
+    base: Stack | str | Path | None = None,
+    stacks: Stacks = (),
+    *,
+    concept: Concept | str | Path | None = None,
+    prompts: str | Path | Sequence[str | Path] = (),
+    column: str | None = None,
+    judge: str | None = None,
+    labels: Sequence[str] = (),
+    threshold: float | None = None,
+    judge_options: Mapping[str, Any] | None = None,
+    protocol: Protocol | str | Path | None = None,
+    seeds: int | Sequence[int] | RowSeeds | None = None,
+    limit: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    precision: NativePrecision | None = None,
+    loader: StackLoader,
+) -> PreparedEvaluation:
+    """Return the protocol, stacks and base of an evaluation; nothing is generated.
+
+    Arguments and errors are those of `evaluate`.
+    """
     members, plain = _load_stacks(stacks), _load_base(base)
     sources = [prompts] if isinstance(prompts, str | Path) else list(prompts)
     first = plain or (members[0] if members else None)
@@ -140,22 +212,7 @@ def evaluate(
         rules = rules.with_precision(precision)
     if plain is None:
         _warn_of_own_bases(members)
-    announce(rules)
-    run = engine.evaluate(
-        rules,
-        members,
-        Path(out),
-        base=plain,
-        baselines=baselines,
-        until=until,
-        loader=loader,
-        save_protocol=True,
-        argv=argv,
-        progress=progress,
-    )
-    if until == "score":
-        write_report(open_runs([run.folder]), run.folder)
-    return run
+    return PreparedEvaluation(rules, members, plain)
 
 
 def _load_stacks(stacks: Stacks) -> list[Stack]:
@@ -165,10 +222,10 @@ def _load_stacks(stacks: Stacks) -> list[Stack]:
     return [stack if isinstance(stack, Stack) else load_stack(stack) for stack in stacks]
 
 
-def _load_base(base: str | Path | None) -> Stack | None:
+def _load_base(base: Stack | str | Path | None) -> Stack | None:
     """Return the base stack; it is named `base` unless the user wrote `NAME=MODEL`."""
-    if base is None:
-        return None
+    if base is None or isinstance(base, Stack):
+        return base
     stack = load_stack(base)
     name = stack.name if str(base).startswith(f"{stack.name}=") else BASE
     return stack.model_copy(update={"name": name})
