@@ -17,6 +17,7 @@ from PIL import Image
 from safegen.core.documents import read_bytes
 from safegen.core.errors import ConfigError, FileError, check_keywords
 from safegen.core.generation import MAX_START_FILE, GenerationConfig, Sample, SeedMode, Start
+from safegen.core.logging import silence_libraries
 from safegen.core.progress import StepCallback
 from safegen.core.tensor_files import read_tensors
 from safegen.models.model import Model
@@ -106,7 +107,8 @@ def pipeline_for(model: Model, kind: PipelineKind) -> Any:
     """Return a model's pipeline of a kind, with the same components."""
     if kind == "text":
         return model.pipeline
-    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+    with silence_libraries():  # its import loads every pipeline, and logs about torchvision
+        from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
     classes: dict[str, Any] = {
         "image": AutoPipelineForImage2Image,
