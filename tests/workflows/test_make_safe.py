@@ -17,7 +17,7 @@ from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.generation import GenerationConfig
 from safegen.patches.patch import Patch
 from safegen.stack_loader import StackLoader
-from safegen.workflows.make_safe import make_safe
+from safegen.workflows.make_safe import make_safe, prepare_job
 from safegen.workflows.removal.check import CheckConfig, check_scores, make_protocol
 from safegen.workflows.removal.files import JobFiles
 from safegen.workflows.removal.images import GeneratedImages
@@ -45,15 +45,14 @@ def loader():
 
 @pytest.fixture(scope="module")
 def refused(loader, tmp_path_factory):
-    """Return the result of a job with a training too short to remove anything, and its lines."""
-    lines = []
+    """Return the result of a job with a training too short to remove anything, and its `out`."""
     out = tmp_path_factory.mktemp("job") / "safe.safetensors"
-    result = make_safe("mini", out=out, loader=loader, notify=lines.append, lora=True, **TINY)
-    return result, out, lines
+    result = make_safe("mini", out=out, loader=loader, lora=True, **TINY)
+    return result, out
 
 
 def test_a_model_that_still_draws_the_concept_is_kept_aside_with_its_report(refused):
-    result, out, lines = refused
+    result, out = refused
     assert result.check.outcome == "remains"
     assert not result.is_shipped
     assert "still show the concept" in result.check.reasons[0]
@@ -72,13 +71,44 @@ def test_a_model_that_still_draws_the_concept_is_kept_aside_with_its_report(refu
     assert summary["shipped"] is False
     assert summary["check"]["lists"][0]["n"] == 2
     assert str(out.parent) not in json.dumps(summary)
-    assert "M weights, 64 x 64 pixels, fp32 on cpu" in lines[0]
+
+
+@pytest.fixture
+def short_probes(monkeypatch):
+    """End probes early."""
+    monkeypatch.setattr("safegen.workflows.plan.edit.PROBE_SECONDS", 0.1)
+
+
+def test_the_plan_comes_before_the_first_stage_and_leaves_nothing(loader, tmp_path, short_probes):
+    lines, stages, out = [], [], tmp_path / "safe"
+
+    def stop(*stage):
+        stages.append(stage)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        make_safe("mini", out=out, loader=loader, notify=lines.append, progress=stop, **TINY)
     assert lines[0].startswith("safegen, preset mini; mini: ")
     assert "none is written as an image" in lines[1]
+    assert lines[2] == (
+        "plan: 8 training images, safegen, 3 updates of 2 x 1 samples, check of 1 edited stack"
+    )
+    assert lines[3].split() == ["images", "28", "to", "generate"]  # 8, and 2 x 2 of 5 lists
+    assert [line.split()[0] for line in lines[4:7]] == ["passes", "time", "memory"]
+    assert not list(tmp_path.iterdir())
+    assert len(stages) == 1
+
+
+def test_a_plan_alone_writes_nothing(loader, tmp_path):
+    job = prepare_job("mini", concept="skulls", out=tmp_path / "safe", words=True, loader=loader)
+    plan = job.plan()
+    assert plan.images == 2 * 5 * 32
+    assert plan.seconds > 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_job_that_is_stopped_in_each_stage_resumes_to_the_same_weights(refused, loader, tmp_path):
-    result, _, _ = refused
+    result, _ = refused
     out, work, stages = tmp_path / "safe.safetensors", tmp_path / "safe.safetensors.work", []
 
     def run(stop, **changes):
@@ -306,7 +336,7 @@ def test_a_check_of_too_few_images_is_refused():
 
 
 def test_the_command_exits_with_3_and_says_how_to_go_on(refused, monkeypatch, capsys):
-    result, _, _ = refused
+    result, _ = refused
     job = lambda *args, **options: result  # noqa: E731  (its stages are tested above)
     monkeypatch.setattr("safegen.workflows.make_safe.make_safe", job)
     for more in ([], ["--json"]):
@@ -322,3 +352,13 @@ def test_the_command_exits_with_3_and_says_how_to_go_on(refused, monkeypatch, ca
             assert "NOT SHIPPED (remains)" in text
             assert "--unsafe DIR" in text
             assert "of 2 after" in text
+
+
+@pytest.mark.slow  # about five minutes on one core
+def test_the_default_job_on_the_miniature_removes_skulls_and_ships(tmp_path):
+    result = make_safe("mini", concept="skulls", out=tmp_path / "safe.safetensors")
+    assert result.is_shipped
+    assert max(row.after for row in result.check.lists) <= 3
+    scores = json.loads((result.report / "report.json").read_text())
+    roles = {row["label"]: row["roles"] for row in scores["stacks"]}["edited"]
+    assert roles["benign"]["subject"]["value"] > 0.9
