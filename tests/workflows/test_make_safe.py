@@ -27,15 +27,36 @@ FEW_STEPS = GenerationConfig(num_inference_steps=4, batch_size=8)
 GENERATED = GeneratedImages(triplets=4, generation=FEW_STEPS)
 SMALL_CHECK = CheckConfig(images=2, max_share=0.7, generation=FEW_STEPS)
 TRAINING = {"updates": 3, "warmup": 0, "batch": 2, "accumulation": 1, "checkpoint_every": 1}
-TINY = {
-    "concept": "skulls",
-    "generated": GENERATED,
-    "check": SMALL_CHECK,
-    "training": TRAINING,
-    "teacher": False,
-    "captions": (),
-}
-"""A training too short to remove anything."""
+
+
+@pytest.fixture(scope="module")
+def concepts(tmp_path_factory):
+    """Return the files of two concepts with fewer prompt lists, by name."""
+    files = {}
+    for name in ("skulls", "fire"):
+        concept = load_concept(name)
+        lists = {role: list(concept.lists[role]) for role in ("explicit", "benign")}
+        values = concept.model_dump(mode="json", exclude_none=True, exclude={"shows", "lists"})
+        tables = {"tuning": values.pop("tuning"), "lists": lists}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        for table, rows in tables.items():
+            lines += [f"[{table}]", *(f"{key} = {json.dumps(row)}" for key, row in rows.items())]
+        files[name] = tmp_path_factory.mktemp("concepts") / f"{name}.toml"
+        files[name].write_text("\n".join(lines))
+    return files
+
+
+@pytest.fixture(scope="module")
+def tiny(concepts):
+    """Return options of a job with a training too short to remove anything."""
+    return {
+        "concept": concepts["skulls"],
+        "generated": GENERATED,
+        "check": SMALL_CHECK,
+        "training": TRAINING,
+        "teacher": False,
+        "captions": (),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +65,10 @@ def loader():
 
 
 @pytest.fixture(scope="module")
-def refused(loader, tmp_path_factory):
+def refused(loader, tiny, tmp_path_factory):
     """Return the result of a job with a training too short to remove anything, and its `out`."""
     out = tmp_path_factory.mktemp("job") / "safe.safetensors"
-    result = make_safe("mini", out=out, loader=loader, lora=True, **TINY)
+    result = make_safe("mini", out=out, loader=loader, lora=True, **tiny)
     return result, out
 
 
@@ -79,7 +100,7 @@ def short_probes(monkeypatch):
     monkeypatch.setattr("safegen.workflows.plan.edit.PROBE_SECONDS", 0.1)
 
 
-def test_the_plan_comes_before_the_first_stage_and_leaves_nothing(loader, tmp_path, short_probes):
+def test_the_plan_comes_before_the_first_stage(loader, tiny, tmp_path, short_probes):
     lines, stages, out = [], [], tmp_path / "safe"
 
     def stop(*stage):
@@ -87,27 +108,31 @@ def test_the_plan_comes_before_the_first_stage_and_leaves_nothing(loader, tmp_pa
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        make_safe("mini", out=out, loader=loader, notify=lines.append, progress=stop, **TINY)
+        make_safe("mini", out=out, loader=loader, notify=lines.append, progress=stop, **tiny)
     assert lines[0].startswith("safegen, preset mini; mini: ")
     assert "none is written as an image" in lines[1]
     assert lines[2] == (
         "plan: 8 training images, safegen, 3 updates of 2 x 1 samples, check of 1 edited stack"
     )
-    assert lines[3].split() == ["images", "28", "to", "generate"]  # 8, and 2 x 2 of 5 lists
+    assert lines[3].split() == ["images", "16", "to", "generate"]  # 8, and 2 x 2 of 2 lists
     assert [line.split()[0] for line in lines[4:7]] == ["passes", "time", "memory"]
-    assert not list(tmp_path.iterdir())
     assert len(stages) == 1
+    (work,) = tmp_path.iterdir()
+    assert not list(work.rglob("*.safetensors"))
 
 
-def test_a_plan_alone_writes_nothing(loader, tmp_path):
-    job = prepare_job("mini", concept="skulls", out=tmp_path / "safe", words=True, loader=loader)
+def test_a_plan_alone_writes_nothing(concepts, loader, tmp_path):
+    options = {"words": True, "method": "uce", "check": SMALL_CHECK, "loader": loader}
+    job = prepare_job("mini", concept=concepts["skulls"], out=tmp_path / "safe", **options)
     plan = job.plan()
-    assert plan.images == 2 * 5 * 32
+    assert plan.images == 2 * 2 * 2
     assert plan.seconds > 0
     assert not list(tmp_path.iterdir())
 
 
-def test_a_job_that_is_stopped_in_each_stage_resumes_to_the_same_weights(refused, loader, tmp_path):
+def test_a_job_that_is_stopped_in_each_stage_resumes_to_the_same_weights(
+    refused, loader, tiny, tmp_path
+):
     result, _ = refused
     out, work, stages = tmp_path / "safe.safetensors", tmp_path / "safe.safetensors.work", []
 
@@ -118,7 +143,7 @@ def test_a_job_that_is_stopped_in_each_stage_resumes_to_the_same_weights(refused
                 raise RuntimeError("pulled the plug")
 
         return make_safe(
-            "mini", out=out, loader=loader, progress=progress, lora=True, **TINY | changes
+            "mini", out=out, loader=loader, progress=progress, lora=True, **tiny | changes
         )
 
     for stop in ("generating benign images", "editing", "generating: edited", "writing"):
@@ -156,10 +181,10 @@ def test_a_job_that_was_stopped_while_its_files_were_moved_finishes_the_move(tmp
     assert not any(files.work.iterdir())
 
 
-def test_images_are_used_again_after_an_error_of_the_edit(loader, tmp_path):
+def test_images_are_used_again_after_an_error_of_the_edit(loader, tiny, tmp_path):
     out, stages = tmp_path / "safe", []
     with pytest.raises(ConfigError, match="timesteps must end by"):
-        make_safe("mini", out=out, loader=loader, timesteps=(0, 2000), **TINY)
+        make_safe("mini", out=out, loader=loader, timesteps=(0, 2000), **tiny)
     assert [path.name for path in (tmp_path / "safe.work").iterdir()] == ["images"]
 
     def progress(stage, done, total):
@@ -169,14 +194,19 @@ def test_images_are_used_again_after_an_error_of_the_edit(loader, tmp_path):
 
     before = sorted((tmp_path / "safe.work" / "images").rglob("*.safetensors"))
     with pytest.raises(RuntimeError):
-        make_safe("mini", out=out, loader=loader, progress=progress, **TINY)
+        make_safe("mini", out=out, loader=loader, progress=progress, **tiny)
     assert sorted((tmp_path / "safe.work" / "images").rglob("*.safetensors")) == before
 
 
-def test_a_word_edit_that_removes_the_concept_is_shipped(loader, tmp_path):
+def test_a_word_edit_that_removes_the_concept_is_shipped(concepts, loader, tmp_path):
     check = CheckConfig(images=4, max_share=0.6, generation=GenerationConfig(num_inference_steps=8))
     result = make_safe(
-        "mini", concept="fire", out=tmp_path / "safe", words=True, check=check, loader=loader
+        "mini",
+        concept=concepts["fire"],
+        out=tmp_path / "safe",
+        words=True,
+        check=check,
+        loader=loader,
     )
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["safe", "safe.report"]
     assert (result.check.outcome, result.is_shipped) == ("removed", True)
@@ -189,14 +219,14 @@ def test_a_word_edit_that_removes_the_concept_is_shipped(loader, tmp_path):
     assert model.verified_metadata.patches[0].metadata.method == "rece"
 
 
-def test_a_concept_that_the_model_does_not_draw_is_refused_before_training(loader, tmp_path):
+def test_a_concept_that_the_model_does_not_draw_is_refused_before_training(loader, tiny, tmp_path):
     concept = tmp_path / "leaf.toml"
     concept.write_text(
         'name = "bones"\nwords = ["a castle"]\ncounterpart = ["a cat"]\n'
         'judge = "mini"\nlabels = ["skulls"]\n'
     )
     with pytest.raises(ConfigError, match=r"must show 'bones'.*finds only 0 of .*--words"):
-        make_safe("mini", out=tmp_path / "safe", loader=loader, **TINY | {"concept": concept})
+        make_safe("mini", out=tmp_path / "safe", loader=loader, **tiny | {"concept": concept})
     assert [path.name for path in tmp_path.iterdir()] == ["leaf.toml"]
     check = CheckConfig(images=4, max_share=0.6, generation=FEW_STEPS)
     result = make_safe(
@@ -208,7 +238,7 @@ def test_a_concept_that_the_model_does_not_draw_is_refused_before_training(loade
     assert not (tmp_path / "safe").exists()
 
 
-def test_own_images_are_censored_and_used(loader, tmp_path):
+def test_own_images_are_censored_and_used(loader, tiny, tmp_path):
     from safegen.data.triplets.triplets import Triplets
 
     source = Triplets.load("mini:skulls")
@@ -223,14 +253,14 @@ def test_own_images_are_censored_and_used(loader, tmp_path):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        make_safe("mini", out=out, loader=loader, progress=stop, **folders, **TINY)
+        make_safe("mini", out=out, loader=loader, progress=stop, **folders, **tiny)
     (folder,) = (tmp_path / "safe.work" / "images").iterdir()
     triplets = Triplets.load(folder)
     patch = Patch.load(tmp_path / "safe.work" / "patches" / "edited.safetensors")
     assert patch.metadata.data == triplets.hash
     (tmp_path / "unsafe" / "new.png").write_bytes(b"more")
     with pytest.raises(FileError, match=r"made with other settings .*images"):
-        make_safe("mini", out=out, loader=loader, **folders, **TINY)
+        make_safe("mini", out=out, loader=loader, **folders, **tiny)
 
 
 @pytest.mark.parametrize(
