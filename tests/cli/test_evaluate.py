@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 
 import pytest
@@ -51,6 +52,7 @@ def test_score_and_verify_accept_the_run_of_evaluate(safegen, few, tmp_path):
     code, text, _ = safegen("score", out, "--threshold", "0.3", "--out", tmp_path / "low.json")
     assert code == 0
     assert "differs from the run's protocol: compare like with like" in text
+    assert re.search(r"judge mini on \d+ drawn scenes: recall [\d.]+ % \(.*n = \d+\)", text)
     assert (
         json.loads((tmp_path / "low.json").read_text())["protocol"]["decides"]["judge"]["threshold"]
         == 0.3
@@ -155,7 +157,7 @@ def test_a_warning_says_that_the_processor_emulates_bf16(
     safegen, few, tmp_path, monkeypatch, able, slow
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
-    words = ("evaluate", "--protocol", few, "--stack", "no.toml", "--precision")
+    words = ("evaluate", "--protocol", few, "--stack", "a=mini+no.safetensors", "--precision")
     said = {kind: safegen(*words, kind, "--out", tmp_path / kind)[2] for kind in ("bf16", "fp32")}
     assert ("generates in bf16, which this cpu emulates slowly" in said["bf16"]) == slow
     assert "bf16" not in said["fp32"]
@@ -208,7 +210,7 @@ def test_a_table_of_prompts_is_generated_by_row_and_reports_unusable_rows(safege
             ["evaluate", "--protocol", "FEW", "--stack", "a=mini+no.safetensors", "--out", "OUT"],
             "'no.safetensors' does not exist",
         ),
-        (["evaluate", "--protocol", "FEW", "--out", "OUT"], "no stack is given"),
+        (["evaluate", "--protocol", "FEW", "--out", "OUT"], "no model and no stack is given"),
         (
             ["evaluate", "--protocol", "i2p-931", "--stack", "mini", "--out", "OUT"],
             "--prompts i2p-sexual=FILE",
@@ -229,7 +231,7 @@ def test_a_table_of_prompts_is_generated_by_row_and_reports_unusable_rows(safege
         ),
         (
             ["evaluate", "--protocol", "FEW", "--stack", "mini", "--judge", "mini", "--out", "OUT"],
-            "--judge has no effect with --stage all",
+            "--judge has no effect with --protocol",
         ),
         (["evaluate", "--stage", "judge", "--threads", "1", "--out", "OUT"], "is not a run"),
         (["evaluate", "--stage", "judge", "--out", "OUT"], "is not a run"),
@@ -261,7 +263,7 @@ def test_a_table_of_prompts_is_generated_by_row_and_reports_unusable_rows(safege
                 "--out",
                 "OUT",
             ],
-            "--judge-option has no effect",
+            "--judge-option has no effect with --protocol",
         ),
         (["score", "OUT"], "is not a run"),
         (["verify", "OUT"], "is not a run"),

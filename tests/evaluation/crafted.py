@@ -55,14 +55,14 @@ def hex_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make_protocol() -> Protocol:
+def make_protocol(prompts: int = 2) -> Protocol:
     lists = [
         {
             "role": role,
             "name": name,
             "source": name,
-            "prompts": 2,
-            "sha256": hash_prompts(read_prompt_list(name, prompts=2).rows),
+            "prompts": prompts,
+            "sha256": hash_prompts(read_prompt_list(name, prompts=prompts).rows),
             "shows": shows,
         }
         for role, name, shows in LISTS
@@ -82,10 +82,10 @@ def make_protocol() -> Protocol:
     )
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, prompts: int = 2) -> Path:
     """Write a small complete run with every kind of file, and return its folder."""
     folder.mkdir(parents=True)
-    protocol = make_protocol()
+    protocol = make_protocol(prompts)
     (folder / names.PATCHES / "calm").mkdir(parents=True)
     patch = Patch(
         {"mid_block.attn1.to_q.weight": torch.ones(2, 2)},

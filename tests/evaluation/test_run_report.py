@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,7 +289,7 @@ def test_bold_needs_a_significant_paired_test_after_correction(copy, tmp_path):
     page = page_of(copy, tmp_path)
     assert "<b>0 %</b>" in page
     assert "**0 %** (0.0 to 39.0 %; n = 6)" in (tmp_path / TABLE).read_text()
-    assert "compares with neither a negative prompt nor black images" in page
+    assert "neither a negative prompt nor black images were measured" in page
 
 
 def test_the_correction_counts_all_stacks_of_the_page(copy, tmp_path):
@@ -356,7 +355,7 @@ def test_runs_of_one_protocol_are_compared_and_others_are_refused(copy, finished
     write_report(open_runs([finished, copy]), tmp_path / "both")
     page = (tmp_path / "both" / PAGE).read_text()
     for run in (finished.name, copy.name):
-        assert f"<th>{run}: calm</th>" in page
+        assert f'<th scope="row">{run}: calm</th>' in page
     edit_card(copy, lambda card: card["protocol"]["judge"].update(threshold=0.6))
     with pytest.raises(
         ConfigError, match=r"cannot be compared\. They differ in judge.threshold: 0.5 and 0.6"
@@ -381,54 +380,6 @@ def test_without_matplotlib_the_page_names_the_package_to_install(copy, tmp_path
     assert "<svg" not in page
     command = "pip install &#34;safegen[report]&#34;"
     assert f"No chart: a chart needs matplotlib; install it with: {command}." in page
-
-
-@pytest.mark.slow
-def test_a_browser_shows_the_page_without_errors_and_without_a_network(copy, tmp_path):
-    chromium = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
-    if not chromium:
-        pytest.skip("no chromium here (Debian: apt-get install chromium)")
-    page = page_of(copy, tmp_path)
-
-    def dump(path: Path) -> tuple[str, str]:
-        done = subprocess.run(
-            [
-                chromium,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-quic",
-                "--no-first-run",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--host-resolver-rules=MAP * ~NOTFOUND",
-                "--enable-logging=stderr",
-                f"--user-data-dir={path.with_suffix('.profile')}",
-                "--dump-dom",
-                path.as_uri(),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=250,
-            check=True,
-        )
-        return done.stdout, done.stderr
-
-    _, said = dump(tmp_path / PAGE)
-    assert "CONSOLE" not in said
-    probe = (
-        "<script>addEventListener('load', () => { document.title = "
-        "[...document.images].map(i => i.naturalWidth > 0).join() })</script>"
-    )
-    (tmp_path / "probe.html").write_text(re.sub(r"<meta http-equiv=.*?>", "", page) + probe)
-    dom, _ = dump(tmp_path / "probe.html")
-    title = re.search("<title>(.*?)</title>", dom)[1]
-    assert title.split(",") == ["true"] * len(images_of(page))
 
 
 @pytest.mark.parametrize("n", [1, 5, 6, 7, 16, 112, 192])
@@ -456,7 +407,7 @@ def test_an_edit_is_described_with_its_loss_curve(copy, tmp_path):
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = page_of(copy, tmp_path)
     assert "It learns from &lt;nothing&gt;." in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6  # one chart for each loss
     assert "L_m: unsafe image to its censored image" in page
     assert "mathdefault" not in page  # no unrendered tick label
     log.write_text("{")
@@ -476,7 +427,7 @@ def test_the_cards_of_a_single_stack_show_its_scores(copy, tmp_path):
     removal = scores["mini:skulls"]["removal"]
     assert cards["removed, explicit prompts"]["value"] == "100 %"
     assert (
-        f"{removal['before']} detections before, 0 after, 6 images"
+        f"{removal['before']} → 0 detections; 6 images"
         in (cards["removed, explicit prompts"]["detail"])
     )
     assert cards["right object, benign prompts"]["value"] == percent(
@@ -484,4 +435,4 @@ def test_the_cards_of_a_single_stack_show_its_scores(copy, tmp_path):
     )
     assert cards["time for the edit"]["value"] == "1.5 s"
     page = (tmp_path / PAGE).read_text()
-    assert all(card["detail"] in page for card in data["headline"])
+    assert all(part in page for card in data["headline"] for part in card["detail"].split("; "))

@@ -132,6 +132,10 @@ PROTOCOLS = (
     "mini-smoke-fire",
     "mini-full",
     "mini-full-fire",
+    "mini-ladder",
+    "mini-ladder-fire",
+    "mini-composition",
+    "mini-composition-fire",
     "safegen-four",
     "i2p-931",
     "esd-i2p-4703",
@@ -151,6 +155,14 @@ Each is a file in `protocols/`. All but the mini ones need a file of prompts tha
 def expand_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Return the labels with every name of a label set spelt out, each label once, in order."""
     return tuple(dict.fromkeys(one for label in labels for one in LABEL_SETS.get(label, (label,))))
+
+
+def collapse_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the name of the label set with these labels, or the labels if there is none."""
+    labels = tuple(labels)
+    sets = (name for name, members in LABEL_SETS.items() if set(members) == set(labels))
+    name = next(sets, None)
+    return labels if name is None else (name,)
 
 
 def resolve(table: Mapping[str, str], name: str, noun: str) -> Any:

@@ -28,6 +28,7 @@ from safegen.core.files import display_name
 from safegen.core.hashing import hash_tensors
 from safegen.core.text import short_repr
 from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef
+from safegen.models.selectors import plain_name, weights_by_name
 from safegen.models.text_encoder import expand_prompt
 
 if TYPE_CHECKING:
@@ -156,18 +157,25 @@ class Model:
 
     def hash_denoiser(self) -> str:
         """Return the SHA-256 of the denoiser's values in fp32 as they are now, patches included."""
-        return hash_tensors(self.denoiser.state_dict(), dtype=torch.float32)
+        state = self.denoiser.state_dict()
+        weights = {plain_name(key): state[key] for key in state if ".lora_" not in key}
+        return hash_tensors(weights, dtype=torch.float32)
 
     @property
     def pipeline_hash(self) -> str:
         """SHA-256 of all that decides an image: weights without patches, schedule, vocabulary."""
+        return hashlib.sha256(json.dumps(self.pipeline_parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def pipeline_parts(self) -> dict[str, Any]:
+        """Hashes and settings that `pipeline_hash` is taken over, by part of the pipeline."""
         pipeline, second = self.pipeline, "text_encoder_2" in self.components
         tokenizers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if second else [])]
         configs = UNHASHED_CONFIG | (
             {"text_encoder_2": UNHASHED_CONFIG["text_encoder"]} if second else {}
         )
         schedule = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-        entries = {
+        return {
             "unet": self.hash,
             "dtype": self.dtype,
             "weights": {
@@ -190,7 +198,6 @@ class Model:
             },
             "empty_prompt": str(pipeline.config.get("force_zeros_for_empty_prompt")),
         }
-        return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def verified_metadata(self) -> CheckpointMetadata | None:
@@ -217,7 +224,7 @@ class Model:
     @contextmanager
     def without_patches(self) -> Iterator[None]:
         """Take all patches off inside the block, and put them on again bit for bit."""
-        patches, parameters = list(self.applied_patches), dict(self.denoiser.named_parameters())
+        patches, parameters = list(self.applied_patches), weights_by_name(self.denoiser)
         names = {name for applied in patches for name in applied.before}
         values = {name: parameters[name].detach().clone() for name in names}
         try:

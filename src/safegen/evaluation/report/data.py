@@ -17,7 +17,9 @@ from safegen.evaluation.report.comparison import (
     base_test,
     hit_rate,
     hits,
+    judge_errors,
     label_removal,
+    reference_tests,
     threshold_sweep,
 )
 from safegen.evaluation.report.format import METRICS, percent
@@ -94,6 +96,7 @@ def report_data(
             "decides": protocol.decides(),
         },
         "judge": first.judge,
+        "judge_errors": judge_errors(first),
         "runs": {name: _run_card(run, results[name]) for name, run in runs.items()},
         "attacks": {
             name: section
@@ -106,6 +109,7 @@ def report_data(
                 "role": p.role,
                 "meaning": MEANING[p.role],
                 "shows": p.shows,
+                "rung": p.rung,
                 "prompts": p.prompts,
                 "unsafe": p.name in unsafe,
                 "sha256": p.sha256,
@@ -121,7 +125,7 @@ def report_data(
         "weights": first.weights,
         "scores": scores,
     }
-    tables = {"metrics": _metric_table(data), "references": _references(data)}
+    tables = {"metrics": _metric_table(data), "references": reference_tests(data)}
     if not data["attacks"] and any(part.role == "attack" for part in protocol.lists):
         tables["transfers"] = attack_groups(results, {})
     return data | {"headline": _headline(data)} | tables, results
@@ -210,8 +214,7 @@ def _headline(data: dict[str, Any]) -> list[dict[str, Any]]:
             if removal:
                 detail = (
                     f"95 %: {percent(removal['low'])} to {percent(removal['high'])}; "
-                    f"{removal['before']} detections before, {removal['after']} after, "
-                    f"{removal['n']} images"
+                    f"{removal['before']} → {removal['after']} detections; {removal['n']} images"
                 )
             value = percent(removal["value"]) if removal else "undefined"
             cards.append({"title": f"removed, {role} prompts", "value": value, "detail": detail})
@@ -252,16 +255,6 @@ def _metric_table(data: dict[str, Any]) -> dict[str, Any]:
             )
     heads = [METRICS[m][0] for m in wanted] if rows else []
     return {"heads": heads, "rows": rows, "undefined": list(undefined)}
-
-
-def _references(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the paired tests of stacks against another stack than their base, one row per list."""
-    return [
-        {"label": stack["label"], "list": name} | row["reference"]
-        for stack in data["stacks"]
-        for name, row in data["scores"][stack["run"]]["stacks"][stack["name"]]["lists"].items()
-        if "reference" in row
-    ]
 
 
 def _adjust(rows: Sequence[dict[str, Any]]) -> None:
@@ -305,8 +298,8 @@ def _notes(results: Mapping[str, RunResults], rows: Sequence[dict[str, Any]]) ->
         kinds = [r["kind"] for r in rows if r["run"] == run]
         if "baseline" not in kinds:
             notes.append(
-                f"The run {run} has no baselines: it compares with neither a negative prompt "
-                "nor black images."
+                f"{run} has no cheap alternative to compare with: neither a negative prompt nor "
+                "black images were measured. `safegen evaluate` measures both by default."
             )
         if "given" not in kinds:
             notes.append(f"The run {run} measures the base model and baselines only.")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from safegen.evaluation.report.attack_format import (
 from safegen.evaluation.report.attack_table import compare_attacks
 from safegen.evaluation.report.charts import charts
 from safegen.evaluation.report.comparison import SWEEP
-from safegen.evaluation.report.curves import loss_curve, objective_curve
+from safegen.evaluation.report.curves import loss_change, loss_curve, loss_names, objective_curve
 from safegen.evaluation.report.data import TESTS, report_data
 from safegen.evaluation.report.format import (
     METRICS,
@@ -38,6 +41,9 @@ from safegen.evaluation.report.format import (
     points,
     split_cell,
 )
+from safegen.evaluation.report.html.next_steps import next_steps
+from safegen.evaluation.report.html.summary import KINDS, has_fewer_hits, list_table, summary_table
+from safegen.evaluation.report.html.words import setting_line, setting_pairs
 from safegen.evaluation.report.redaction import TILES, image_grids
 from safegen.evaluation.report.reward_curves import has_rewards, reward_charts, reward_table
 from safegen.evaluation.run.attack_records import read_attack
@@ -113,28 +119,36 @@ def write_report(
 
 def render(data: dict[str, Any], grids: Sequence[dict[str, Any]]) -> str:
     """Return the self-contained HTML page; texts of the run are escaped."""
-    return (
-        _environment()
-        .get_template("report.html")
-        .render(
-            report=_OptionalKeys(data),
-            charts=charts(data),
-            grids=grids,
-            roles={role for row in data["stacks"] for role in row["roles"]},
-            sweep=SWEEP,
-            tiles=TILES,
-            version=__version__,
-        )
+    return _render(
+        "report.html",
+        data,
+        charts=charts(data),
+        grids=grids,
+        summary=summary_table(data),
+        by_list=list_table(data),
+        steps=next_steps(data),
+        roles={role for row in data["stacks"] for role in row["roles"]},
+        sweep=SWEEP,
+        tiles=TILES,
     )
 
 
 def render_comparison(data: dict[str, Any]) -> str:
     """Return the self-contained HTML page of attacks against stacks."""
-    return (
-        _environment()
-        .get_template("comparison.html")
-        .render(report=_OptionalKeys(data), version=__version__)
-    )
+    return _render("comparison.html", data)
+
+
+def _render(template: str, data: Mapping[str, Any], **values: Any) -> str:
+    values |= {"report": _OptionalKeys(data), "version": __version__}
+    page = _environment().get_template(template).render(**values)
+    numbers = count(1)
+    chart = re.compile(r"<svg .*?</svg>", re.DOTALL)
+    return chart.sub(lambda svg: _prefix_ids(svg[0], f"c{next(numbers)}-"), page)
+
+
+def _prefix_ids(svg: str, prefix: str) -> str:
+    """Return a chart with a prefix before its IDs, which then differ from those of other charts."""
+    return re.sub(r'(\bid="|url\(#|href="#)', lambda start: start[0] + prefix, svg)
 
 
 def _environment() -> jinja2.Environment:
@@ -150,9 +164,11 @@ def _environment() -> jinja2.Environment:
         "percent": percent,
         "interval": lambda rate: interval(rate).replace(" %", "\N{NO-BREAK SPACE}%"),
         "points": points,
-        "fewer": fewer,
         "split_cell": split_cell,
-        "loss_chart": lambda log: draw_curve(loss_curve, log),
+        "loss_charts": loss_charts,
+        "setting_pairs": setting_pairs,
+        "setting_line": setting_line,
+        "kinds": KINDS,
         "has_rewards": has_rewards,
         "reward_charts": reward_charts,
         "reward_table": reward_table,
@@ -190,6 +206,15 @@ def _optional_keys(value: object) -> object:
     return [_optional_keys(v) for v in value] if isinstance(value, list | tuple) else value
 
 
+def loss_charts(log: Sequence[Mapping[str, float]]) -> list[dict[str, str]]:
+    """Return the chart of each loss of a training: `title`, `say`, and `svg` or `why` not."""
+    return [
+        {"title": name, "say": loss_change(log, term)}
+        | draw_curve(partial(loss_curve, term=term), log)
+        for term, name in loss_names(log).items()
+    ]
+
+
 def draw_curve(
     draw: Callable[[Sequence[Mapping[str, float]]], str], rows: Sequence[Mapping[str, float]]
 ) -> dict[str, str]:
@@ -198,12 +223,6 @@ def draw_curve(
         return {"svg": draw(rows), "why": ""}
     except MissingExtraError as error:
         return {"svg": "", "why": f"{error}."}
-
-
-def fewer(row: Mapping[str, Any], column: str) -> bool:
-    """Return whether the paired test finds fewer hits in a column for a stack than for its base."""
-    test = (row.get("tests") or {}).get(column)
-    return bool(test and test["differs"] and test["direction"] < 0)
 
 
 def markdown(data: dict[str, Any]) -> str:
@@ -226,7 +245,7 @@ def markdown(data: dict[str, Any]) -> str:
         cells = [markdown_text(row["label"])]
         for role in roles:
             text = format_rate(row["roles"][role].get(hit_of[role]), missing="–")
-            if role in ("explicit", "innocent") and fewer(row, role):
+            if role in ("explicit", "innocent") and has_fewer_hits(row, role):
                 value, _, rest = text.partition(" (")
                 text = f"**{value}** ({rest}"
             cells.append(text)
@@ -245,7 +264,8 @@ def markdown(data: dict[str, Any]) -> str:
     return (
         f"Protocol {markdown_text(protocol['name'])} ({markdown_code(protocol['id'])}), "
         f"judge {markdown_code(data['judge'])}, threshold {threshold}: "
-        f"{markdown_text(protocol['concept'])} seen, 95 % intervals.\n\n"
+        f"{markdown_text(protocol['concept'])} seen, 95 % intervals. Of the judge: "
+        f"{markdown_text(data['judge_errors']['about'])}.\n\n"
         f"{markdown_table(lines)}\n\n{attacks}{_metrics(data)}"
         "Bold: fewer images than the base on the same prompts and seeds (exact McNemar test, "
         f"Holm over stacks, p ≤ {data['level']}). "

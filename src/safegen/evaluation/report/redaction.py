@@ -14,6 +14,7 @@ from safegen.core.concept import load_concept
 from safegen.core.documents import read_bytes
 from safegen.core.errors import FileError
 from safegen.core.registry import CONCEPTS, LABEL_SETS, expand_labels
+from safegen.evaluation.report.html.failures import failing_positions, failure, measured_stacks
 from safegen.evaluation.run.folder import Run, image_file, read_image
 from safegen.evaluation.scoring.results import RunResults
 from safegen.evaluation.scoring.verdict_metrics import MOSAIC
@@ -25,6 +26,10 @@ SIDE = 256
 """Longest side of an image on the page, in pixels."""
 IMAGES_PER_ROW = 8
 """Images of each list and stack on the page."""
+FAILURES_PER_ROW = 8
+"""Further images of each list and stack, of prompts with a failure, behind the page's filter."""
+LOSSLESS_SIDE = 128
+"""Longest side of an image that is embedded without loss."""
 
 
 def pixelate(image: Image.Image) -> Image.Image:
@@ -35,13 +40,17 @@ def pixelate(image: Image.Image) -> Image.Image:
 
 
 def data_uri(image: Image.Image) -> str:
-    """Return an image as a PNG in a data URI, at most `SIDE` pixels a side and without metadata."""
+    """Return an image in a data URI, at most `SIDE` pixels a side and without metadata.
+
+    Small images are PNG, those of more than `LOSSLESS_SIDE` pixels a side WebP.
+    """
     image = image.convert("RGB")
     image.thumbnail((SIDE, SIDE))
     image.info.clear()
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    buffer, kind = io.BytesIO(), "png" if max(image.size) <= LOSSLESS_SIDE else "webp"
+    options = {"optimize": True} if kind == "png" else {"quality": 85, "method": 4}
+    image.save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def hidden_images(run: Run, results: RunResults) -> dict[str, str]:
@@ -77,6 +86,9 @@ def image_grids(
 ) -> list[dict[str, Any]]:
     """Return a grid of images for each list: one row per stack, one column per prompt and seed.
 
+    The first columns are an even choice of the list; `extra` ones are further failures. `seed` is
+    that of all images of the list, None where they differ.
+
     Args:
         runs: the runs by name.
         results: their results.
@@ -93,10 +105,13 @@ def image_grids(
         for name, run in runs.items()
     }
     keys = {(name, e.name): run.keys(e) for name, run in runs.items() for e in run.stacks}
+    measured = measured_stacks(runs)
     grids: list[dict[str, Any]] = []
     for part in first_run.protocol.lists:
         at = [i for i, item in enumerate(first.samples) if item.list_name == part.name]
-        picks = [at[k] for k in evenly_spaced(len(at))]
+        even = [at[k] for k in evenly_spaced(len(at))]
+        failing = failing_positions(results, measured, at)
+        picks = even + [i for i in failing if i not in even][:FAILURES_PER_ROW]
         rows = []
         for (name, stack), stack_keys in keys.items():
             cells = []
@@ -104,7 +119,8 @@ def image_grids(
                 key = stack_keys[i]
                 why = "unsafe list" if part.name in unsafe else hidden[name].get(key, "")
                 cell = _cell(runs[name], stack, key, digests[name], why, reveal=reveal)
-                cells.append(cell | {"seen": _seen(results[name], stack, i)})
+                fails = failure(results[name], stack, i) if (name, stack) in measured else ""
+                cells.append(cell | {"seen": _seen(results[name], stack, i), "fails": fails})
             label = f"{name}: {stack}" if len(runs) > 1 else stack
             rows.append({"label": label, "cells": cells})
         heads = [
@@ -112,10 +128,15 @@ def image_grids(
                 "text": "" if part.name in unsafe else first.samples[i].prompt,
                 "id": first.samples[i].id,
                 "seed": first.samples[i].seed,
+                "fails": i in failing,
+                "extra": i not in even,
             }
             for i in picks
         ]
-        grids.append({"list": part.name, "role": part.role, "heads": heads, "rows": rows})
+        grid: dict[str, Any] = {"list": part.name, "role": part.role, "heads": heads, "rows": rows}
+        seeds = {first.samples[i].seed for i in at}
+        numbers = {"failures": len(failing), "columns": len(at)}
+        grids.append(grid | numbers | {"seed": seeds.pop() if len(seeds) == 1 else None})
     return grids
 
 

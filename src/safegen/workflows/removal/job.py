@@ -27,7 +27,6 @@ from safegen.evaluation.report.model_card import CardSubject, model_card, write_
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.folder import SCORES, write_json
 from safegen.evaluation.run.scores import read_scores
-from safegen.evaluation.run.training_log import CHECKPOINTS
 from safegen.evaluation.samples import canonical, sha
 from safegen.judges import Judge, load_judge
 from safegen.models.model import Model
@@ -36,7 +35,7 @@ from safegen.patches.lora_spec import LoraSpec
 from safegen.patches.patch import Patch
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
-from safegen.workflows.edit import apply_edit, make_edit
+from safegen.workflows.edit import apply_edit, keep_log, make_edit
 from safegen.workflows.export import export
 from safegen.workflows.plan import Plan
 from safegen.workflows.removal.check import CheckConfig, CheckResult, check_scores, make_protocol
@@ -203,7 +202,7 @@ class RemovalJob:
     def _train(self, edit: Edit, model: Model, triplets: Triplets | None) -> None:
         """Make the patch, from its checkpoint if there is one."""
         path = self.files.patch
-        folder = path.with_name(path.name + CHECKPOINTS)
+        folder = path.with_name(path.name + ".checkpoints")
         training: dict[str, Any] = (
             {"checkpoint_dir": folder, "resume": (folder / CHECKPOINT_FILE).is_file()}
             if edit.is_trained
@@ -218,6 +217,8 @@ class RemovalJob:
         )
         path.parent.mkdir(exist_ok=True)
         patch.save(path)
+        if edit.is_trained:
+            keep_log(folder, path, keep_checkpoints=False)
 
     def _check(self, model: Model, concept: Concept) -> dict[str, CheckResult]:
         """Return the outcome of the check for each edited stack, by name."""

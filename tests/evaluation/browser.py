@@ -1,0 +1,116 @@
+"""A headless Chromium that tests drive over its debugging pipe, one start for many pages."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe"),
+)
+
+
+def find_chromium() -> str | None:
+    """Return the path of an installed Chromium, None if there is none."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Browser:
+    """Browser with one tab. Commands and events are those of the Chrome DevTools Protocol."""
+
+    def __init__(self, executable: str, profile: Path) -> None:
+        (source, self._write), (self._read, sink) = os.pipe(), os.pipe()
+        theirs = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (source, sink)]
+        # Chromium reads from 3 and writes to 4; dash knows no descriptor of two digits
+        shell = 'exec "$0" "$@" 3<&{} 4>&{}'.format(*theirs)
+        self._process = subprocess.Popen(
+            ["bash", "-c", shell, executable, *FLAGS, f"--user-data-dir={profile}"],
+            pass_fds=theirs,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for fd in (source, sink, *theirs):
+            os.close(fd)
+        self._buffer, self._count, self._session = b"", 0, ""
+        self.events: list[dict[str, Any]] = []
+        try:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+            attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+            self._session = attached["sessionId"]
+            for domain in ("Page", "Network", "Log", "Runtime"):
+                self.call(f"{domain}.enable")
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Send a command and return its result; events that arrive meanwhile are collected."""
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": params}
+        message |= {"sessionId": self._session} if self._session else {}
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        reply = self._wait(lambda got: got.get("id") == self._count)
+        if "error" in reply:
+            raise RuntimeError(f"{method}: {reply['error']['message']}")
+        return reply["result"]
+
+    def _wait(self, is_wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        while True:
+            while b"\0" not in self._buffer:
+                data = os.read(self._read, 1 << 20)
+                if not data:
+                    raise RuntimeError("the browser ended")
+                self._buffer += data
+            line, _, self._buffer = self._buffer.partition(b"\0")
+            message = json.loads(line)
+            self.events += [message] if "method" in message else []
+            if is_wanted(message):
+                return message
+
+    def open(self, path: Path, *, width: int, dark: bool = False, height: int = 844) -> None:
+        """Show a file in a window of `width` x `height` CSS pixels, in light or in dark."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", media="", features=[scheme])
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.events.clear()
+        self.call("Page.navigate", url=path.as_uri())
+        if not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self._wait(lambda got: got.get("method") == "Page.loadEventFired")
+
+    def evaluate(self, script: str) -> Any:
+        """Return the value of a JavaScript expression in the page; promises are awaited."""
+        got = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
+        if "exceptionDetails" in got:
+            raise RuntimeError(got["exceptionDetails"]["exception"]["description"])
+        return got["result"].get("value")
+
+    def screenshot(self, path: Path, *, whole: bool = False) -> None:
+        """Write a PNG of the window, or of the whole page."""
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def close(self) -> None:
+        """End the browser."""
+        os.close(self._write)
+        self._process.terminate()
+        self._process.wait(30)
+        os.close(self._read)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
