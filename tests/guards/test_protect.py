@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -340,3 +342,17 @@ def test_a_loaded_pipeline_is_a_model(make_model, make_xl):
         safegen.load(pipe, dtype="bf16")
     with pytest.raises(ConfigError, match="must be a Stable Diffusion or an SDXL"):
         safegen.load(diffusers.DDPMPipeline(unet=pipe.unet, scheduler=pipe.scheduler))
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "use-in-diffusers.md"
+    monkeypatch.chdir(tmp_path)
+    patch_of(safegen.load("mini").pipeline).save("patch.safetensors")
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    scope = {}
+    exec("\n".join(blocks), scope)
+    with Image.open("castle.png") as image:
+        assert image.size == (64, 64)
+    assert capsys.readouterr().out.startswith("[")
+    assert [image.size for image in scope["images"]] == [(96, 64)] * 2
+    assert scope["model"].patches == []
