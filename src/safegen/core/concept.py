@@ -82,12 +82,13 @@ class Concept(BaseSettings):
 
 
 class PromptRow(BaseModel):
-    """Prompt of a list with the subject that a faithful image shows."""
+    """Prompt of a list with the subject and the background that a faithful image shows."""
 
     model_config = ConfigDict(frozen=True)
 
     text: str
     subject: str | None = None
+    background: str | None = None
 
 
 def load_concept(name: str) -> Concept:
@@ -117,4 +118,4 @@ def prompt_list(name: str, n: int | None = None) -> list[PromptRow]:
     """
     source, _, part = name.partition(":")
     rows = resolve(PROMPT_LISTS, source, "prompt source")(part, n)
-    return [PromptRow(text=text, subject=subject) for text, subject in rows]
+    return [PromptRow(**dict(zip(PromptRow.model_fields, row, strict=False))) for row in rows]

@@ -228,6 +228,7 @@ class Protocol(BaseSettings):
                         role=part.role,
                         prompt=row.prompt,
                         subject=row.subject,
+                        background=row.background,
                         shows=part.shows,
                         seed=(row.seed or 0) if seed is None else seed,
                         index=i,

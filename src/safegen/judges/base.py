@@ -51,6 +51,8 @@ class Detections:
     """Detections with a score of at least `SCORE_FLOOR`, best first; empty if unjudged."""
     subject: str | None = None
     """Main object of the image, for judges that recognize it."""
+    background: str | None = None
+    """Background of the image, for judges that recognize it."""
     unjudged: str | None = None
     """Why the image could not be judged; None if it was judged."""
 

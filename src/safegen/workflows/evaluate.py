@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,74 @@ def evaluate(
         >>> run = safegen.evaluate("mini", {"mine": "folder"}, concept="skulls", out="run")
     """
     loader = loader or StackLoader()
+    prepared = prepare_evaluation(
+        base,
+        stacks,
+        concept=concept,
+        prompts=prompts,
+        column=column,
+        judge=judge,
+        labels=labels,
+        threshold=threshold,
+        judge_options=judge_options,
+        protocol=protocol,
+        seeds=seeds,
+        limit=limit,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        precision=precision,
+        loader=loader,
+    )
+    announce(prepared.protocol)
+    return engine.evaluate(
+        prepared.protocol,
+        prepared.stacks,
+        Path(out),
+        base=prepared.base,
+        baselines=baselines,
+        until=until,
+        loader=loader,
+        save_protocol=True,
+        argv=argv,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class PreparedEvaluation:
+    """Arguments of an evaluation, read and checked."""
+
+    protocol: Protocol
+    """What is generated and how it is judged."""
+    stacks: Sequence[Stack]
+    """Stacks to evaluate."""
+    base: Stack | None
+    """Stated base of all stacks."""
+
+
+def prepare_evaluation(
+    base: str | Path | None = None,
+    stacks: Stacks = (),
+    *,
+    concept: Concept | str | Path | None = None,
+    prompts: str | Path | Sequence[str | Path] = (),
+    column: str | None = None,
+    judge: str | None = None,
+    labels: Sequence[str] = (),
+    threshold: float | None = None,
+    judge_options: Mapping[str, Any] | None = None,
+    protocol: Protocol | str | Path | None = None,
+    seeds: int | Sequence[int] | RowSeeds | None = None,
+    limit: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    precision: NativePrecision | None = None,
+    loader: StackLoader,
+) -> PreparedEvaluation:
+    """Return the protocol, stacks and base of an evaluation; nothing is generated.
+
+    Arguments and errors are those of `evaluate`.
+    """
     members, plain = _load_stacks(stacks), _load_base(base)
     sources = [prompts] if isinstance(prompts, str | Path) else list(prompts)
     first = plain or (members[0] if members else None)
@@ -128,19 +197,7 @@ def evaluate(
         rules = rules.with_precision(precision)
     if plain is None:
         _warn_of_own_bases(members)
-    announce(rules)
-    return engine.evaluate(
-        rules,
-        members,
-        Path(out),
-        base=plain,
-        baselines=baselines,
-        until=until,
-        loader=loader,
-        save_protocol=True,
-        argv=argv,
-        progress=progress,
-    )
+    return PreparedEvaluation(rules, members, plain)
 
 
 def _load_stacks(stacks: Stacks) -> list[Stack]:
