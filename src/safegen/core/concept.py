@@ -11,7 +11,7 @@ from safegen.core.documents import read_toml, validate
 from safegen.core.errors import FileError, UnknownNameError
 from safegen.core.files import exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
-from safegen.core.settings import BaseSettings, Name
+from safegen.core.settings import BaseSettings, Name, raises_config_error
 from safegen.core.text import short_repr
 
 
@@ -27,8 +27,19 @@ Phrases = tuple[Phrase, ...]
 """Type of a setting with phrases."""
 
 
+@raises_config_error
 class Concept(BaseSettings):
-    """Visual concept to remove, built in or read from a TOML file."""
+    """Visual concept to remove, built in or read from a TOML file.
+
+    Example:
+        >>> concept = safegen.Concept(
+        ...     name="wings",
+        ...     words=("wings", "a wing"),
+        ...     counterpart=("nothing on it",),
+        ...     judge="clip",
+        ...     labels=("wings",),
+        ... )
+    """
 
     name: Name
     """Name of the concept, one word."""
@@ -97,6 +108,10 @@ def load_concept(name: str) -> Concept:
     Raises:
         UnknownNameError: the name is neither a built-in concept nor a TOML file.
         FileError: the file does not exist or is not a concept.
+
+    Example:
+        >>> safegen.load_concept("skulls").words
+        ('skulls', 'a skull')
     """
     path = Path(name)
     if name in CONCEPTS:

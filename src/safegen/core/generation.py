@@ -28,6 +28,7 @@ from safegen.core.settings import (
     Digest,
     Name,
     Seed,
+    changed_repr,
     raises_config_error,
 )
 
@@ -69,7 +70,12 @@ REQUEST_SETTINGS = frozenset({"width", "height", "scheduler", "seed_mode"})
 
 @raises_config_error
 class GenerationConfig(BaseSettings):
-    """Settings of image generation."""
+    """Settings of image generation.
+
+    Example:
+        >>> safegen.GenerationConfig(num_inference_steps=10)
+        GenerationConfig(num_inference_steps=10)
+    """
 
     num_inference_steps: int = Field(default=25, ge=1, le=MAX_STEPS)
     """Denoising steps."""
@@ -205,7 +211,12 @@ def _file_digest(folder: Path, name: str) -> str:
 
 @raises_config_error
 class Sample(BaseModel):
-    """Request for an image: a prompt, a seed and an index."""
+    """Request for an image: a prompt, a seed and an index.
+
+    Example:
+        >>> safegen.Sample(prompt="a castle", seed=1)
+        Sample(prompt='a castle', seed=1)
+    """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True
@@ -224,3 +235,11 @@ class Sample(BaseModel):
     num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_BATCH)
     """Number of images. With the seed mode `safegen`, image k has the noise of (seed, index + k);
     with `torch`, one generator makes all of them in one call, as in diffusers."""
+
+    def __repr__(self) -> str:
+        """Return the fields that differ from their defaults in one line."""
+        return changed_repr(self)
+
+    def __str__(self) -> str:
+        """Return the `repr`."""
+        return repr(self)

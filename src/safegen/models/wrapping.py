@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 from weakref import ref
 
-from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from safegen.core.errors import ConfigError
+from safegen.core.logging import silence_libraries
 from safegen.models.model import Model
 
 ATTRIBUTE = "_safegen_model"
@@ -84,6 +85,9 @@ def text_to_image(pipe: Any) -> Any:
             f"with {pipe.unet.config.in_channels} input channels. Use safegen.protect or "
             "Patch.apply on it."
         )
+    with silence_libraries():  # its import loads every pipeline, and logs about torchvision
+        from diffusers import AutoPipelineForText2Image
+
     return AutoPipelineForText2Image.from_pipe(pipe)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, check_keywords
 from safegen.guards import GuardConfig, GuardTrace, read_guard
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ CHECKER = "safety-checker"
 _OWN = frozenset({"pipe", "guards", "patches", "traces", "_guarded", "_resources"})
 
 
+@check_keywords
 def protect(
     pipe: Any,
     *,
@@ -50,6 +51,13 @@ def protect(
 
     Warns:
         BaseMismatchWarning: a patch was made on other weights.
+
+    Example:
+        >>> pipe = safegen.load("mini").pipeline  # or a diffusers pipeline of your own
+        >>> protected = safegen.protect(pipe, guards=["sld-medium"], concept="skulls")
+        >>> output = protected("a castle made of skulls", num_inference_steps=4)
+        >>> output.nsfw_content_detected
+        [False]
     """
     if isinstance(pipe, ProtectedPipeline):
         raise ConfigError("pipe must not be protected already. Give all guards in one call.")
@@ -69,6 +77,12 @@ def unprotect(protected: ProtectedPipeline) -> Any:
 
     Raises:
         ConfigError: it is not the result of `protect`.
+
+    Example:
+        >>> pipe = safegen.load("mini").pipeline
+        >>> protected = safegen.protect(pipe, guards=["sld-medium"], concept="skulls")
+        >>> safegen.unprotect(protected) is pipe
+        True
     """
     if not isinstance(protected, ProtectedPipeline):
         raise ConfigError(
