@@ -12,7 +12,7 @@ from safegen.core.documents import read_toml, validate
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.files import atomic_write, exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
-from safegen.core.settings import FOLDER_NAME, BaseSettings, JsonObject, Name
+from safegen.core.settings import FOLDER_NAME, BaseSettings, JsonObject, Name, raises_config_error
 from safegen.core.text import short_repr
 
 CONCEPT_FOLDER = Path(__file__).parent / "concepts"
@@ -31,8 +31,19 @@ Phrases = tuple[Phrase, ...]
 """Type of a setting with phrases."""
 
 
+@raises_config_error
 class Concept(BaseSettings):
-    """Visual concept to remove, built in or read from a TOML file."""
+    """Visual concept to remove, built in or read from a TOML file.
+
+    Example:
+        >>> concept = safegen.Concept(
+        ...     name="wings",
+        ...     words=("wings", "a wing"),
+        ...     counterpart=("nothing on it",),
+        ...     judge="clip",
+        ...     labels=("wings",),
+        ... )
+    """
 
     name: Name
     """Name of the concept, one word."""
@@ -110,12 +121,13 @@ def write_template(name: str, path: Path) -> None:
 
 
 class PromptRow(BaseModel):
-    """Prompt of a list with the subject that a faithful image shows."""
+    """Prompt of a list with the subject and the background that a faithful image shows."""
 
     model_config = ConfigDict(frozen=True)
 
     text: str
     subject: str | None = None
+    background: str | None = None
 
 
 def load_concept(name: str) -> Concept:
@@ -124,6 +136,10 @@ def load_concept(name: str) -> Concept:
     Raises:
         UnknownNameError: the name is neither a built-in concept nor a TOML file.
         FileError: the file does not exist or is not a concept.
+
+    Example:
+        >>> safegen.load_concept("skulls").words
+        ('skulls', 'a skull')
     """
     path = Path(name)
     if name in CONCEPTS:
@@ -145,4 +161,4 @@ def prompt_list(name: str, n: int | None = None) -> list[PromptRow]:
     """
     source, _, part = name.partition(":")
     rows = resolve(PROMPT_LISTS, source, "prompt source")(part, n)
-    return [PromptRow(text=text, subject=subject) for text, subject in rows]
+    return [PromptRow(**dict(zip(PromptRow.model_fields, row, strict=False))) for row in rows]
