@@ -64,6 +64,10 @@ def preferred_precision(device: str = AUTO) -> NativePrecision:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
+REQUEST_SETTINGS = frozenset({"width", "height", "scheduler", "seed_mode"})
+"""Settings of a configuration that are left out of what is hashed and written where unset."""
+
+
 @raises_config_error
 class GenerationConfig(BaseSettings):
     """Settings of image generation.
@@ -95,8 +99,15 @@ class GenerationConfig(BaseSettings):
     def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return the plain values; what a request may leave unset is left out, and not hashed."""
         values: dict[str, Any] = handler(self)
-        unset = {"width": None, "height": None, "scheduler": None, "seed_mode": "safegen"}
-        return {k: v for k, v in values.items() if k not in unset or v != unset[k]}
+        unset = REQUEST_SETTINGS - self.request_settings.keys()
+        return {name: value for name, value in values.items() if name not in unset}
+
+    @property
+    def request_settings(self) -> dict[str, object]:
+        """Size, scheduler and seed mode, those that are not the default."""
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name in sorted(REQUEST_SETTINGS)}
+        return {name: v for name, v in values.items() if v != fields[name].default}
 
 
 class Start(BaseModel):

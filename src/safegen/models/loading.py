@@ -87,6 +87,11 @@ def load(
                 "already. Use pipe.to(...)."
             )
         return _wrap_pipeline(name)
+    if not isinstance(name, str | Path):
+        raise ConfigError(
+            "model must be a name, a path or a diffusers pipeline, got "
+            f"{type(name).__name__}. Use one of them."
+        )
     name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
     check_is_model(name)
     torch_dtype = DTYPES[resolve_dtype(dtype)]

@@ -183,8 +183,9 @@ class ProtectedPipeline:
         is_single = generator is not None and not isinstance(generator, list | tuple)
         if is_single and len(prompts) == copies == 1:  # the same noise, and guards take the list
             options["generator"] = [generator]
+        vars(self)["traces"] = []
         found = self._guarded.generate(prompts, num_images_per_prompt=copies, **options)
-        vars(self)["traces"] = [each.trace for each in found]
+        traces = vars(self)["traces"] = [each.trace for each in found]
         adapter = PipelineAdapter(self.pipe)
         images = stack_images([each.image for each in found], adapter, options)
         flags = [each.is_covered for each in found]
@@ -193,7 +194,7 @@ class ProtectedPipeline:
         output = kind(images=images, **({"nsfw_content_detected": flags} if has_flags else {}))
         if not returns_dict:
             return output.to_tuple()
-        output.nsfw_content_detected, output.traces = flags, self.traces
+        output.nsfw_content_detected, output.traces = flags, traces
         return output
 
     def __getattr__(self, name: str) -> Any:
