@@ -63,3 +63,10 @@ def test_a_request_that_does_not_fit_is_refused_in_one_line(safegen, tmp_path, w
     assert code == 2
     assert says in " ".join(err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_negative_prompt_that_is_too_long_is_said(safegen, tmp_path):
+    words = ["--negative-prompt", "fog " * 90, "--steps", "1", "--out", tmp_path / "out"]
+    code, _, err = safegen("generate", "mini", "--prompt", "a castle", *words)
+    assert code == 0
+    assert "warning: the negative prompt is longer than" in err
