@@ -31,7 +31,7 @@ from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.edits.training.config import TrainingCallback
 from safegen.edits.training.presets import PRESET_NAMES, default_preset
 from safegen.evaluation.run.training_log import LOG_SUFFIX
-from safegen.judges import judge_images, load_judge
+from safegen.judges import judge_images, load_concept_judge
 from safegen.models.model import Model
 from safegen.patches.arithmetic import include
 from safegen.patches.patch import Patch
@@ -272,7 +272,7 @@ def check_triplets(concept: Concept, triplets: Triplets) -> None:
         UncheckedTripletsWarning: the judge cannot be loaded, or all images are unjudged.
     """
     try:
-        judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+        judge = load_concept_judge(concept)
     except (MissingExtraError, FileError, ConfigError) as error:
         _warn_unchecked(str(error))
         return

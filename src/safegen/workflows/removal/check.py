@@ -15,7 +15,7 @@ from safegen.core.generation import GenerationConfig
 from safegen.core.settings import MAX_COUNT, BaseSettings
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.samples import Role, hash_prompts, read_prompt_list
-from safegen.evaluation.schema import JudgeRule, PromptList
+from safegen.evaluation.schema import PromptList, concept_rule
 from safegen.metrics.rates import wilson_interval
 from safegen.workflows.removal.prompts import check_prompts
 
@@ -137,7 +137,7 @@ def make_protocol(concept: Concept, config: CheckConfig, folder: Path) -> Protoc
         ),
         seeds=tuple(range(FIRST_SEED, FIRST_SEED + repeats)),
         generation=config.generation,
-        judge=JudgeRule(name=concept.judge, labels=concept.labels, threshold=concept.threshold),
+        judge=concept_rule(concept),
         metrics=CONCEPT_METRICS,
     )
 
