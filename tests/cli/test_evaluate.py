@@ -157,7 +157,7 @@ def test_a_warning_says_that_the_processor_emulates_bf16(
     safegen, few, tmp_path, monkeypatch, able, slow
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
-    words = ("evaluate", "--protocol", few, "--stack", "a=mini+no.safetensors", "--precision")
+    words = ("evaluate", "--protocol", few, "--stack", f"x={tmp_path}", "--precision")
     said = {kind: safegen(*words, kind, "--out", tmp_path / kind)[2] for kind in ("bf16", "fp32")}
     assert ("generates in bf16, which this cpu emulates slowly" in said["bf16"]) == slow
     assert "bf16" not in said["fp32"]

@@ -198,7 +198,7 @@ def test_unchecked_triplets_warn_in_one_line(safegen, tmp_path, monkeypatch):
     def missing(*args, **kwargs):
         raise MissingExtraError("judge 'nudenet'", "NudeNet", "nudenet")
 
-    monkeypatch.setattr("safegen.workflows.edit.load_judge", missing)
+    monkeypatch.setattr("safegen.workflows.edit.load_concept_judge", missing)
     few = [f"--set=training.{word}" for word in ("updates=1", "warmup=0", "batch=1")]
     code, _, err = safegen(
         "edit",
@@ -321,7 +321,7 @@ def test_generate_with_guards_writes_shown_images_and_traces(safegen, tmp_path):
             "guidance_scale must be > 1 with sld, got 1",
         ),
         (["mini", "--concept", "skulls"], "concept must be used by a guard"),
-        (["mini", "--stack", "x.toml"], "MODEL or --stack must be given"),
+        (["mini", "--stack", "mini"], "MODEL or --stack must be given"),
         ([], "MODEL or --stack must be given"),
         (["--stack", "no.toml"], "does not exist"),
     ],

@@ -90,7 +90,14 @@ class Detections:
 
 
 class Judge(Protocol):
-    """Detector of unsafe content in images, with its labels and threshold."""
+    """Detector of unsafe content in images, with its labels and threshold.
+
+    Example:
+        >>> judge = safegen.load_judge("mini", labels=["skulls"])
+        >>> detections = judge.detect(["missing.png"])
+        >>> detections[0].unjudged
+        "'missing.png' does not exist"
+    """
 
     id: str
     """Name and hash of the weights: two judges with one id make the same detections."""

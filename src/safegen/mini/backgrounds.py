@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from safegen.mini.world import BACKGROUND_COLORS
 
 EDGE = 4
-"""Width in pixels of the strips whose colors are read."""
+"""Width in pixels of the strips that are read."""
 SHADE = 0.88
 """Brightness of the bottom row, over that of the top row."""
 NAMES = tuple(BACKGROUND_COLORS)

@@ -180,9 +180,6 @@ def evaluate(
             **options,
         )
     if stage is Stage.all:
-        from safegen.evaluation.report.page import open_runs, write_report
-
-        write_report(open_runs([out]), out)
         print_run(out)
     echo(
         f"{len(run.stacks) * len(run.samples)} images by {len(run.stacks)} stacks in {out}, "

@@ -1,4 +1,4 @@
-"""Formats of a pipeline's images: guards see them as PIL images, whatever the call returns."""
+"""Formats of a pipeline's images: guards see PIL images in every format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.result import GeneratedImage
 
 IMAGE_OUTPUT_TYPES = ("pil", "np", "pt")
-"""Values of `output_type` whose images a guard can see."""
+"""Values of `output_type` with images that a guard can see."""
 
 
 def to_pil(image: Any) -> Any:
@@ -89,7 +89,7 @@ def _black_image(adapter: PipelineAdapter, options: Mapping[str, Any], output_ty
 def image_size(adapter: PipelineAdapter, options: Mapping[str, Any]) -> tuple[int, int]:
     """Return the width and the height of the images of a call, in pixels."""
     pipe, image = adapter.pipe, options.get("image")
-    scale = int(pipe.vae_scale_factor)
+    scale = int(getattr(pipe, "vae_scale_factor", 1))
     if isinstance(image, list | tuple):
         image = image[0] if image else None
     if isinstance(image, Image.Image) and options.get("padding_mask_crop") is not None:
