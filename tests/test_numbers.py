@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 import safegen
-from safegen.core.errors import MissingExtraError, UserError, explain
+from safegen.core.errors import ConfigError, MissingExtraError, UserError, explain
 from safegen.core.settings import MAX_NUMBER, MAX_SEED, BaseSettings
 
 EXTREMES = (math.nan, math.inf, -math.inf, 1e308, -1e308, -1, 0, 2**64, -(2**64), "nan", "1e999")
