@@ -9,7 +9,7 @@ import typer
 
 from safegen.cli import attack, demo, edit, export, generate, make_safe, patch, prompts, triplets
 from safegen.cli.console import echo
-from safegen.cli.info import show
+from safegen.cli.info import doctor, show
 from safegen.cli.measure import evaluate, report
 from safegen.cli.options import show_warnings, silence_libraries
 from safegen.cli.verbosity import add_output_options, reset_verbosity
@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 '--prompt "a castle" --out images',
             ),
         ),
+        Command(doctor.doctor, "index.md", ("doctor", "doctor --json")),
         Command(show.list_, "index.md", ("list methods", "list presets --json"), name="list"),
         Command(show.show, "index.md", ("show esd", "show mini --kind judges"), name="show"),
     ),
