@@ -321,7 +321,7 @@ def test_generate_with_guards_writes_shown_images_and_traces(safegen, tmp_path):
             "guidance_scale must be > 1 with sld, got 1",
         ),
         (["mini", "--concept", "skulls"], "concept must be used by a guard"),
-        (["mini", "--stack", "x.toml"], "MODEL or --stack must be given"),
+        (["mini", "--stack", "mini"], "MODEL or --stack must be given"),
         ([], "MODEL or --stack must be given"),
         (["--stack", "no.toml"], "does not exist"),
     ],
@@ -452,6 +452,10 @@ def test_a_demo_ends_with_commands_that_work_on_its_folder(safegen, tmp_path, mo
     assert (tmp_path / "a demo-model.safetensors").stat().st_size > 1e6
     code, text, err = safegen("verify", *commands["verify"])
     assert (code, "no problems" in text) == (0, True), text + err
+    code, text, err = safegen("verify", "a demo", "--json")
+    assert (code, json.loads(text)["problems"]) == (0, [])
+    code, text, err = safegen("score", "a demo", "--json", "--out", "scores.json")
+    assert (code, json.loads(text)) == (0, json.loads((tmp_path / "scores.json").read_text()))
     code, text, err = safegen("report", "a demo", "--html", "page.html")
     assert code == 0, err
     assert "skulls" in (tmp_path / "page.html").read_text()

@@ -9,7 +9,9 @@ import typer
 
 from safegen.cli import attack, demo, edit, export, generate, make_safe, patch, prompts, triplets
 from safegen.cli.console import echo
+from safegen.cli.data import concept
 from safegen.cli.info import doctor, show
+from safegen.cli.info.checks import with_checks
 from safegen.cli.measure import evaluate, report
 from safegen.cli.options import show_warnings, silence_libraries
 from safegen.cli.verbosity import add_output_options, reset_verbosity
@@ -126,7 +128,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             report.results, "how-to/evaluate-and-compare.md", ("results run", "results run-1 run-2")
         ),
         Command(
-            report.verify, "how-to/evaluate-and-compare.md", ("verify run", "verify safegen-demo")
+            report.verify,
+            "how-to/evaluate-and-compare.md",
+            ("verify run", "verify safegen-demo --json"),
         ),
         Command(
             attack.attack,
@@ -149,6 +153,12 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 ),
                 "check": ("triplets check t", "triplets check t --judge mini"),
             },
+        ),
+        Command(
+            concept.app,
+            "tutorials/own-concept.md",
+            name="concept",
+            below={"new": ("concept new smoke", "concept new smoke --out concepts/smoke.toml")},
         ),
         Command(
             prompts.app,
@@ -178,7 +188,7 @@ def add_group(group: typer.Typer, command: Command, panel: str) -> None:
         function = info.callback
         assert function is not None
         name = info.name or function.__name__
-        info.callback = add_output_options(function)
+        info.callback = add_output_options(with_checks(function))
         info.epilog = epilog(command.page, command.below.get(name, ()))
     end = epilog(command.page)
     app.add_typer(group, name=command.name, rich_help_panel=panel, epilog=end)
@@ -199,7 +209,7 @@ for panel, commands in COMMANDS.items():
             register = app.command(
                 command.name, rich_help_panel=panel, epilog=epilog(command.page, command.examples)
             )
-            register(add_output_options(command.function))
+            register(add_output_options(with_checks(command.function)))
 
 
 @app.callback(invoke_without_command=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,8 +15,10 @@ from safegen.cli.options import (
     Dtype,
     ModelArg,
     Pickle,
+    PlanOnly,
     Settings,
     Threads,
+    print_plan,
     read_settings,
     resumable,
     set_threads,
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
 NOT_SHIPPED = 3
 """Exit status if the check does not find the concept removed."""
 ADVICE = {
-    "remains": "Give images of your own (--unsafe DIR, --benign DIR), train longer "
-    "(--set training.updates=N), or try another --method.",
+    "remains": "Train longer (--set training.updates=N), give images of your own (--unsafe DIR, "
+    "--benign DIR), or try another --method.",
+    "remains, words": "Leave --words out, so that the edit learns from images, or add words that "
+    "name the concept to its TOML file.",
     "not-measured": "Without images of it, nothing shows a removal. Raise --check-images, or give "
     "prompts that the model answers with it in the concept's TOML file (lists or words).",
     "broken": "Train less (--set training.updates=N, --set training.lr=X), or try another "
@@ -85,6 +89,7 @@ def make_safe(
     threads: Threads = None,
     allow_pickle: Pickle = False,
     config: Config = None,
+    plan: PlanOnly = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove a concept from a checkpoint, check the result, and write it if the check passes.
@@ -95,52 +100,50 @@ def make_safe(
     from safegen.core.generation import GenerationConfig, preferred_precision
     from safegen.core.registry import EDITS, resolve
     from safegen.stack_loader import StackLoader
-    from safegen.workflows.make_safe import IMAGE_METHOD, WORD_METHOD
+    from safegen.workflows.make_safe import IMAGE_METHOD, WORD_METHOD, prepare_job
     from safegen.workflows.make_safe import make_safe as run_job
     from safegen.workflows.removal.check import CheckConfig
     from safegen.workflows.removal.images import GeneratedImages
 
     method = method or (WORD_METHOD if words else IMAGE_METHOD)
-    resolve(EDITS, method, "edit")
+    by_words = resolve(EDITS, method, "edit").inputs == "words"
     changes = read_settings(method, preset, set_ or [])
     set_threads(threads)
     precision = preferred_precision(device)
+    options: dict[str, Any] = {
+        "concept": concept,
+        "out": out,
+        "words": words,
+        "lora": lora,
+        "unsafe": unsafe,
+        "benign": benign,
+        "triplets": triplets,
+        "method": method,
+        "preset": preset,
+        "generated": GeneratedImages(
+            triplets=images, generation=GenerationConfig(batch_size=8, precision=precision)
+        ),
+        "check": CheckConfig(images=check_images, generation=GenerationConfig(precision=precision)),
+        "config": config,
+        "loader": StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle),
+    }
+    if plan:
+        print_plan(prepare_job(model, **options, **changes).plan())
+        return
     with resumable(out.with_name(out.name + ".work")), show_progress() as progress:
-        result = run_job(
-            model,
-            concept=concept,
-            out=out,
-            words=words,
-            lora=lora,
-            unsafe=unsafe,
-            benign=benign,
-            triplets=triplets,
-            method=method,
-            preset=preset,
-            generated=GeneratedImages(
-                triplets=images, generation=GenerationConfig(batch_size=8, precision=precision)
-            ),
-            check=CheckConfig(
-                images=check_images, generation=GenerationConfig(precision=precision)
-            ),
-            config=config,
-            loader=StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle),
-            notify=echo_status,
-            progress=progress,
-            **changes,
-        )
+        result = run_job(model, **options, notify=echo_status, progress=progress, **changes)
     if as_json:
         echo_json(result.model_dump(mode="json") | {"is_shipped": result.is_shipped})
     else:
-        _print_check(result.check, str(result.model))
+        _print_check(result.check, str(result.model), words=by_words)
         if result.lora and result.lora_check:
-            _print_check(result.lora_check, str(result.lora))
+            _print_check(result.lora_check, str(result.lora), words=by_words)
         echo(f"report: {result.report / 'report.html'}")
     if not result.is_shipped:
         raise typer.Exit(NOT_SHIPPED)
 
 
-def _print_check(check: CheckResult, file: str) -> None:
+def _print_check(check: CheckResult, file: str, *, words: bool) -> None:
     """Print the figures of a check, its outcome and what to do next."""
     for row in check.lists:
         low, high = (100 * bound for bound in row.interval)
@@ -155,4 +158,4 @@ def _print_check(check: CheckResult, file: str) -> None:
     echo(f"NOT SHIPPED ({check.outcome}): {file} must not be used as a safe model.")
     for reason in check.reasons:
         echo(reason)
-    echo(ADVICE[check.outcome])
+    echo(ADVICE.get(f"{check.outcome}, words" if words else "") or ADVICE[check.outcome])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from safegen.models.applied_patch import AppliedPatch
 from safegen.models.checkpoint.metadata import PATCH_FORMAT, PatchMetadata, read_patch_metadata
 from safegen.models.loading import LORA_ENDINGS
 from safegen.models.model import Model
+from safegen.models.selectors import weights_by_name
+from safegen.models.wrapping import model_of
 
 LARGE_CHANGE = 10.0
 """Size of a change, as a multiple of the size of the changed weights, that is warned about.
@@ -44,7 +47,16 @@ class PatchOverlapWarning(SafegenWarning):
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """New values by parameter name of the denoiser, with their metadata."""
+    """New values by parameter name of the denoiser, with their metadata.
+
+    Example:
+        >>> model = safegen.load("mini")
+        >>> patch = safegen.edit(model, "uce", concept="skulls")
+        >>> patch.save("patch.safetensors")
+        >>> with safegen.Patch.load("patch.safetensors").apply(model):
+        ...     print(len(model.patches))
+        1
+    """
 
     tensors: Mapping[str, Tensor]
     metadata: PatchMetadata = field(default_factory=PatchMetadata)
@@ -143,7 +155,7 @@ class Patch:
 
     def _matching_parameters(self, model: Model) -> dict[str, torch.nn.Parameter]:
         """Return a model's parameters by name, after a check that every tensor fits one."""
-        parameters = dict(model.denoiser.named_parameters())
+        parameters = weights_by_name(model.denoiser)
         prefix = f"the patch does not fit the model {model.name!r}"
         for name, value in self.tensors.items():
             if name not in parameters:
@@ -193,24 +205,26 @@ class Patch:
                 )
 
     @torch.no_grad()
-    def apply(self, model: Model, *, hidden: bool = False) -> AppliedPatch:
+    def apply(self, model: Any, *, hidden: bool = False) -> AppliedPatch:
         """Write the new values into a model in memory; `undo()` restores the old ones exactly.
 
         Args:
-            model: the model.
+            model: a `Model`, a diffusers pipeline, or its UNet.
             hidden: do not list this patch as a parent of patches that are made on the model
                 meanwhile.
 
         Raises:
+            ConfigError: `model` is none of them, or its weights are offloaded.
             PatchError: see `check_compatible`, or a value is not finite in the model's type.
 
         Warns:
             BaseMismatchWarning: see `check_compatible` and `warn_missing_parents`.
             LargeChangeWarning: the weights change by more than `LARGE_CHANGE` times their size.
         """
+        model = model_of(model)
         _ = model.hash  # taken before any weight changes
         self.check_compatible(model)
-        parameters = dict(model.denoiser.named_parameters())
+        parameters = weights_by_name(model.denoiser)
         for name, value in self.tensors.items():
             if not bool(value.to(parameters[name].dtype).isfinite().all()):
                 raise PatchError(

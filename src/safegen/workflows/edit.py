@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safegen.core.errors import (
     MissingExtraError,
     SafegenWarning,
     UnusedSettingWarning,
+    check_names,
     explain,
 )
 from safegen.core.files import atomic_write
@@ -29,7 +31,7 @@ from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.edits.training.config import TrainingCallback
 from safegen.edits.training.presets import PRESET_NAMES, default_preset
 from safegen.evaluation.run.training_log import LOG_SUFFIX
-from safegen.judges import judge_images, load_judge
+from safegen.judges import judge_images, load_concept_judge
 from safegen.models.model import Model
 from safegen.patches.arithmetic import include
 from safegen.patches.patch import Patch
@@ -99,9 +101,13 @@ def edit(
 
     Example:
         >>> model = safegen.load("mini")
-        >>> patch = safegen.edit(model, "safegen", triplets="mini:skulls")
-        >>> safegen.save_patch(patch, "patch.safetensors")
+        >>> trial = {"updates": 1, "warmup": 0}  # without it: minutes
+        >>> patch = safegen.edit(model, triplets="mini:skulls", training=trial)  # from images
+        >>> patch.metadata.method
+        'safegen'
     """
+    arguments = [*resolve(EDITS, method, "edit").model_fields, *signature(edit).parameters]
+    check_names(f"setting of {method!r}", settings, arguments)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     prepared = prepare_edit(
         method,
@@ -266,7 +272,7 @@ def check_triplets(concept: Concept, triplets: Triplets) -> None:
         UncheckedTripletsWarning: the judge cannot be loaded, or all images are unjudged.
     """
     try:
-        judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+        judge = load_concept_judge(concept)
     except (MissingExtraError, FileError, ConfigError) as error:
         _warn_unchecked(str(error))
         return
