@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo, echo_json
+from safegen.cli.console import echo, echo_json, echo_message, echo_status
 from safegen.cli.options import AsJson
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_scores
