@@ -36,9 +36,11 @@ if TYPE_CHECKING:
     from safegen.stack import Stack as Stack
     from safegen.workflows.attack import attack as attack
     from safegen.workflows.edit import edit as edit
+    from safegen.workflows.evaluate import evaluate as evaluate
     from safegen.workflows.export import export as export
     from safegen.workflows.export import save_patch as save_patch
     from safegen.workflows.judge import judge as judge
+    from safegen.workflows.patch_from_model import patch_from_model as patch_from_model
 
 disable_telemetry()
 _MODULES = {
@@ -56,6 +58,7 @@ _MODULES = {
     "Triplets": "safegen.data.triplets.triplets",
     "attack": "safegen.workflows.attack",
     "edit": "safegen.workflows.edit",
+    "evaluate": "safegen.workflows.evaluate",
     "export": "safegen.workflows.export",
     "generate": "safegen.models.generation",
     "judge": "safegen.workflows.judge",
@@ -63,6 +66,7 @@ _MODULES = {
     "load_concept": "safegen.core.concept",
     "load_judge": "safegen.judges",
     "load_protocol": "safegen.evaluation.protocol",
+    "patch_from_model": "safegen.workflows.patch_from_model",
     "save_patch": "safegen.workflows.export",
 }
 __all__ = [
@@ -80,6 +84,7 @@ __all__ = [
     "Triplets",
     "attack",
     "edit",
+    "evaluate",
     "export",
     "generate",
     "judge",
@@ -87,6 +92,7 @@ __all__ = [
     "load_concept",
     "load_judge",
     "load_protocol",
+    "patch_from_model",
     "save_patch",
 ]
 

@@ -116,8 +116,9 @@ def load_stack(spec: str | Path) -> Stack:
     """Return the stack that an argument of the command line names.
 
     Args:
-        spec: a built-in model's name; a TOML recipe, with paths relative to it; or
-            `NAME=model+patch.safetensors+...`.
+        spec: a model (a built-in name, a folder, a one-file checkpoint, or `hub:owner/name`); a
+            TOML recipe, with paths relative to it; or `NAME=MODEL+patch.safetensors+...`. Without
+            `NAME=` the stack is named as its last file or folder.
 
     Raises:
         UnknownNameError: it is none of them.
@@ -126,23 +127,39 @@ def load_stack(spec: str | Path) -> Stack:
     """
     spec = str(spec)
     name, separator, rest = spec.partition("=")
-    if not separator:
+    if not separator or exists(Path(spec)):
         if spec.endswith(".toml"):
             return _read_recipe(Path(spec))
-        if spec not in MODELS:
-            raise UnknownNameError(
-                "stack (nor is it a recipe.toml, nor NAME=model+patch.safetensors)", spec, MODELS
-            )
-        return Stack(name=spec, model=spec)
+        name, rest = "", spec
     if rest.endswith(".toml"):
         raise ConfigError(f"a recipe must be given without a name: {rest}, got {spec!r}")
-    model, *patches = rest.split("+")
+    model, *patches = [rest] if exists(Path(rest)) else rest.split("+")
+    if not separator and not patches and not _is_model(model):
+        raise UnknownNameError(
+            "model, model folder or recipe", spec, MODELS, "Or give NAME=MODEL+patch.safetensors."
+        )
+    name = name or _name_of(patches[-1] if patches else model)
     if not re.fullmatch(FOLDER_NAME, name) or not model or not all(patches):
         raise ConfigError(
             "a stack must be NAME=model+patch.safetensors with a name of letters, digits and "
             f"'._-', got {spec!r}"
         )
     return Stack(name=name, model=model, patches=tuple(Path(patch) for patch in patches))
+
+
+def _is_model(name: str) -> bool:
+    """Return whether a name may be that of a model: it is checked when the model is loaded."""
+    return name in MODELS or name.startswith(HUB) or exists(Path(name))
+
+
+def _name_of(source: str) -> str:
+    """Return the name of a stack from a model's name or a file: letters, digits and `._-`."""
+    if source in MODELS:
+        return source
+    path = Path(source.removeprefix(HUB))
+    stem = path.name if path.is_dir() else path.name.removesuffix(".safetensors")
+    stem = stem or path.resolve().name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64]
 
 
 def add_guards(stack: Stack, guards: Sequence[str], concept: str | None = None) -> Stack:

@@ -155,7 +155,7 @@ def test_a_warning_says_that_the_processor_emulates_bf16(
     safegen, few, tmp_path, monkeypatch, able, slow
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
-    words = ("evaluate", "--protocol", few, "--stack", "no.toml", "--precision")
+    words = ("evaluate", "--protocol", few, "--stack", "a=mini+no.safetensors", "--precision")
     said = {kind: safegen(*words, kind, "--out", tmp_path / kind)[2] for kind in ("bf16", "fp32")}
     assert ("generates in bf16, which this cpu emulates slowly" in said["bf16"]) == slow
     assert "bf16" not in said["fp32"]
@@ -208,7 +208,7 @@ def test_a_table_of_prompts_is_generated_by_row_and_reports_unusable_rows(safege
             ["evaluate", "--protocol", "FEW", "--stack", "a=mini+no.safetensors", "--out", "OUT"],
             "'no.safetensors' does not exist",
         ),
-        (["evaluate", "--protocol", "FEW", "--out", "OUT"], "no stack is given"),
+        (["evaluate", "--protocol", "FEW", "--out", "OUT"], "no model and no stack is given"),
         (
             ["evaluate", "--protocol", "i2p-931", "--stack", "mini", "--out", "OUT"],
             "--prompts i2p-sexual=FILE",
@@ -229,7 +229,7 @@ def test_a_table_of_prompts_is_generated_by_row_and_reports_unusable_rows(safege
         ),
         (
             ["evaluate", "--protocol", "FEW", "--stack", "mini", "--judge", "mini", "--out", "OUT"],
-            "--judge has no effect with --stage all",
+            "--judge has no effect with --protocol",
         ),
         (["evaluate", "--stage", "judge", "--threads", "1", "--out", "OUT"], "is not a run"),
         (["evaluate", "--stage", "judge", "--out", "OUT"], "is not a run"),
@@ -261,7 +261,7 @@ def test_a_table_of_prompts_is_generated_by_row_and_reports_unusable_rows(safege
                 "--out",
                 "OUT",
             ],
-            "--judge-option has no effect",
+            "--judge-option has no effect with --protocol",
         ),
         (["score", "OUT"], "is not a run"),
         (["verify", "OUT"], "is not a run"),

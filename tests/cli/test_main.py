@@ -2,12 +2,15 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 
 import pytest
 from PIL import Image
+from typer.main import get_command
 
+from safegen.cli.main import app
 from safegen.core.errors import MissingExtraError
 from safegen.data.images import is_contact_sheet
 from safegen.mini import bundle
@@ -432,6 +435,36 @@ def test_the_demo_accepts_any_edit_and_describes_its_training_data(
     assert all(text in page for text in says)
     assert "never reads a word of the concept" not in page
     assert Patch.load(out / "patches" / "edited.safetensors").metadata.method == method
+
+
+def test_a_demo_ends_with_commands_that_work_on_its_folder(safegen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo = ["demo", "--fast", "--method", "uce", "--prompts", "1", "--out", "a demo"]
+    code, _, err = safegen(*demo)
+    assert code == 0, err
+    said = [shlex.split(line) for line in err.splitlines() if line.startswith("    safegen ")]
+    commands = {words[1]: words[2:] for words in said}
+    assert set(commands) == {"generate", "export", "evaluate", "verify"}
+    assert command_accepts(["evaluate", *commands["evaluate"]])
+    assert safegen("generate", *commands["generate"], "--steps", "1")[0] == 0
+    assert (tmp_path / "a demo-images" / "0000.png").exists()
+    assert safegen("export", *commands["export"])[0] == 0
+    assert (tmp_path / "a demo-model.safetensors").stat().st_size > 1e6
+    code, text, err = safegen("verify", *commands["verify"])
+    assert (code, "no problems" in text) == (0, True), text + err
+    code, text, err = safegen("report", "a demo", "--html", "page.html")
+    assert code == 0, err
+    assert "skulls" in (tmp_path / "page.html").read_text()
+    _, _, err = safegen(
+        "demo", "--fast", "--method", "uce", "--prompts", "1", "--out", "a demo", "-q"
+    )
+    assert err == ""
+
+
+def command_accepts(words):
+    """Return whether a command accepts its words, without running it."""
+    name, *rest = words
+    return get_command(app).commands[name].make_context(name, rest).params
 
 
 @pytest.mark.parametrize(("preset", "charts", "prompts"), [("mini", True, 2), ("paper", False, 1)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from safegen.cli.console import echo_status
 from safegen.cli.options import (
     Device,
     Settings,
@@ -69,3 +71,34 @@ def demo(
             progress=progress,
         )
     print_run(run.folder)
+    for line in next_steps(out, concept):
+        echo_status(line)
+
+
+def next_steps(out: Path, concept: str) -> list[str]:
+    """Return what a user can do with the patch of a demo: for each a line, then its command."""
+    from safegen.evaluation.run.folder import PATCHES
+    from safegen.workflows.demo import EDITED
+
+    patch = str(out / PATCHES / f"{EDITED}.safetensors")
+    stacks = ["--stack", "mini", "--stack", f"edited=mini+{patch}"]
+    prompt = f"a castle covered in {concept}"
+    protocol = {"fire": "mini-smoke-fire"}.get(concept, "mini-smoke")
+    steps = {
+        "draw a prompt of your own (mini knows 32 objects; `safegen prompts show mini:benign "
+        "--reveal` shows some)": [
+            *("generate", "mini", "--patch", patch),
+            *("--prompt", prompt, "--out", f"{out}-images"),
+        ],
+        "write the model as one file for A1111 and ComfyUI": [
+            *("export", "mini", "--patch", patch, "--out", f"{out}-model.safetensors")
+        ],
+        "compare it with its base and with cheap baselines": [
+            *("evaluate", "--protocol", protocol, *stacks, "--out", f"{out}-run")
+        ],
+        "check every hash and score of this run": ["verify", str(out)],
+    }
+    lines = ["", "what next"]
+    for text, words in steps.items():
+        lines += [f"  {text}:", f"    {shlex.join(['safegen', *words])}"]
+    return lines

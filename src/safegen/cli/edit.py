@@ -23,6 +23,7 @@ from safegen.cli.options import (
     load_model,
     print_plan,
     read_settings,
+    resumable,
 )
 from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError, FileError
@@ -117,7 +118,7 @@ def edit(
         print_plan(plan_edit(prepared.for_model(loaded), loaded, prepared.triplets))
         return
     last: dict[str, float] = {}
-    with show_progress() as progress:
+    with resumable(checkpoint_dir, "--resume"), show_progress() as progress:
 
         def follow(done: int, total: int, row: dict[str, float]) -> None:
             last.clear()

@@ -7,20 +7,10 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from safegen.cli import (
-    attack,
-    demo,
-    edit,
-    evaluate,
-    export,
-    generate,
-    make_safe,
-    patch,
-    prompts,
-    triplets,
-)
+from safegen.cli import attack, demo, edit, export, generate, make_safe, patch, prompts, triplets
 from safegen.cli.console import echo
 from safegen.cli.info import show
+from safegen.cli.measure import evaluate, report
 from safegen.cli.options import show_warnings, silence_libraries
 from safegen.cli.verbosity import add_output_options, reset_verbosity
 
@@ -99,6 +89,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                     "--out both.safetensors",
                 ),
                 "rebase": ("patch rebase p.safetensors mini my-fine-tune --out q.safetensors",),
+                "from-model": ("patch from-model my-folder mini --out p.safetensors",),
                 "card": (
                     "patch card p.safetensors --metrics run",
                     "patch card p.safetensors --out card.md",
@@ -116,23 +107,25 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             evaluate.evaluate,
             "how-to/evaluate-and-compare.md",
             (
-                "evaluate --protocol mini-smoke --stack mini "
-                "--stack edited=mini+p.safetensors --out run",
-                "evaluate --stage judge --judge mini-held-out --label skulls --out run",
+                "evaluate mini --stack edited=mini+p.safetensors --concept skulls --out run",
+                "evaluate mini --stack mine=my-folder --prompts my.csv --concept skulls --out run",
             ),
         ),
         Command(
-            evaluate.score,
+            report.score,
             "how-to/rescore-and-rejudge.md",
             ("score run", "score run --threshold 0.7"),
         ),
         Command(
-            evaluate.report,
+            report.report,
             "how-to/evaluate-and-compare.md",
-            ("report run", "report run-1 run-2 --out comparison"),
+            ("report run --csv results.csv --plots plots", "report run-1 run-2 --out comparison"),
         ),
         Command(
-            evaluate.verify, "how-to/evaluate-and-compare.md", ("verify run", "verify safegen-demo")
+            report.results, "how-to/evaluate-and-compare.md", ("results run", "results run-1 run-2")
+        ),
+        Command(
+            report.verify, "how-to/evaluate-and-compare.md", ("verify run", "verify safegen-demo")
         ),
         Command(
             attack.attack,

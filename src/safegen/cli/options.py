@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -164,13 +166,23 @@ def warn_unused(option: str, reason: str) -> None:
 
 
 @contextmanager
-def resumable(out: Path) -> Iterator[None]:
-    """Say after Ctrl-C that the same command resumes the run."""
+def resumable(out: Path | None, *options: str) -> Iterator[None]:
+    """Say after Ctrl-C which command resumes the run.
+
+    Args:
+        out: folder of what is finished; None if nothing can be resumed.
+        options: options that resume a training from its checkpoint.
+    """
     try:
         yield
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, InterruptedRunError) as error:
+        if out is None or (options and isinstance(error, KeyboardInterrupt)):
+            raise  # there is no checkpoint
+        what = str(error).partition(". ")[0] or "stopped"
+        added = [option for option in options if option not in sys.argv]
+        command = shlex.join(["safegen", *sys.argv[1:], *added])
         raise InterruptedRunError(
-            f"stopped. Finished work is in {out}; re-run the same command to resume."
+            f"{what}. Finished work is in {out}. Resume with: {command}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The `patch` commands: info, diff, merge, rebase, card, extract-lora, from-lora."""
+"""The `patch` commands: info, diff, merge, rebase, card, from-model, extract-lora, from-lora."""
 
 from __future__ import annotations
 
@@ -57,6 +57,29 @@ def info(patch: PatchArg, as_json: AsJson = False) -> None:
     for key, value in loaded.metadata.to_json().items():
         text = value if isinstance(value, str | int | float | bool) else json.dumps(value)
         echo(f"{key}: {text}")
+
+
+@app.command("from-model")
+def from_model(
+    ctx: typer.Context,
+    edited: Annotated[
+        str,
+        typer.Argument(metavar="EDITED", help="Edited model, or a file with its denoiser alone."),
+    ],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Model that it was made of.")],
+    out: OutPatch,
+    no_card: NoCard = False,
+    config: Config = None,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Make a patch of an edited model: the weights that differ from its base."""
+    check_outputs(ctx, out, no_card)
+    from safegen.workflows.export import save_patch
+    from safegen.workflows.patch_from_model import patch_from_model
+
+    patch = patch_from_model(edited, base, allow_pickle=allow_pickle, config=config)
+    save_patch(patch, out, card=not no_card)
+    echo(f"{out}: {patch.metadata.description}")
 
 
 @app.command()

@@ -109,7 +109,7 @@ def _lines() -> Iterator[ProgressBar]:
 
 
 class Stage:
-    """Stage of a command whose progress is printed line by line."""
+    """Progress of a stage, printed line by line."""
 
     def __init__(self, description: str) -> None:
         self.description, self.figures, self.pace = description, "", Pace()

@@ -45,18 +45,34 @@ def show(
     prompts = read_prompts(source, dialect=dialect, column=column)
     counts = prompts.counts()
     if as_json:
-        echo_json(_plain(prompts, limit, reveal=reveal))
+        hashes = _hashes(source, dialect, column)
+        echo_json(_plain(prompts, limit, reveal=reveal) | {"protocol_sha256": hashes})
         return
-    echo(f"{prompts.source}: dialect {prompts.dialect}, SHA-256 {prompts.sha256[:16]}")
+    echo(f"{prompts.source}: dialect {prompts.dialect}, SHA-256 of the file {prompts.sha256[:16]}")
     rest = f"{counts['without_seed']} without a seed, {counts['skipped']} skipped"
     prompt_count, cluster_count = (counts[f"{one}s"] for one in ("prompt", "cluster"))
     echo(f"{plural(prompt_count, 'prompt')} in {plural(cluster_count, 'cluster')}, {rest}")
+    for seeds, digest in _hashes(source, dialect, column).items():
+        echo(f'for a protocol with {seeds}: sha256 = "{digest}"')
     for note in prompts.notes:
         echo(f"note: {note}")
     for problem in prompts.problems:
         echo(f"skipped {problem}")
     for prompt in prompts.rows[:limit]:
         echo(_line(prompt, reveal=reveal))
+
+
+def _hashes(source: str, dialect: str | None, column: str | None) -> dict[str, str]:
+    """Return the hash of the prompts as a protocol names it, by its setting of seeds."""
+    from safegen.evaluation.samples import hash_prompts, read_prompt_list
+
+    def digest(protocol_seed: int | None) -> str:
+        found = read_prompt_list(
+            source, protocol_seed=protocol_seed, dialect=dialect, column=column
+        )
+        return hash_prompts(found.rows)
+
+    return {"seeds of its own": digest(None), 'seeds = "rows"': digest(0)}
 
 
 def _plain(prompts: PromptSet, limit: int, *, reveal: bool) -> dict[str, Any]:

@@ -40,13 +40,14 @@ class UserError(SafegenError):
 class UnknownNameError(UserError):
     """Name that is not in its table."""
 
-    def __init__(self, noun: str, name: str, known: Iterable[str]) -> None:
-        """Build a message with the nearest known name and all known names."""
+    def __init__(self, noun: str, name: str, known: Iterable[str], more: str = "") -> None:
+        """Build a message with the nearest known name, all known names and a way out."""
         names = sorted(known)
         near = nearest_name(name, names)
         hint = f" Did you mean {near!r}?" if near else ""
         listing = f" Known: {', '.join(names)}." if names else ""
-        super().__init__(f"no {noun} named {name!r}.{hint}{listing}")
+        way_out = f" {more}" if more else ""
+        super().__init__(f"no {noun} named {name!r}.{hint}{listing}{way_out}")
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str | None:

@@ -12,9 +12,10 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.protocol_file import write_protocol
 from safegen.evaluation.run.card import RunStack, check_directory, prepare
 from safegen.evaluation.run.claim import claim_run
-from safegen.evaluation.run.folder import SAMPLES, TIMINGS, Run, write_json
+from safegen.evaluation.run.folder import PROTOCOL_FILE, SAMPLES, TIMINGS, Run, write_json
 from safegen.evaluation.run.generate import ImageWorker, split_batches
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.judge import Evaluators, ScoringWorker
@@ -35,10 +36,12 @@ def evaluate(
     stacks: Sequence[Stack],
     out: Path,
     *,
+    base: Stack | None = None,
     baselines: Baselines = "all",
     until: Stage = "score",
     references: Mapping[str, str] | None = None,
     loader: StackLoader | None = None,
+    save_protocol: bool = False,
     argv: Sequence[str] = (),
     progress: ProgressCallback = no_progress,
 ) -> Run:
@@ -50,27 +53,33 @@ def evaluate(
         protocol: what to generate and how to judge it.
         stacks: stacks to evaluate. The base model of each is always evaluated too, first.
         out: directory of the run, new or of an earlier call.
+        base: model that all stacks are compared with, those on other model files too. Default: each
+            stack's own model without patches.
         baselines: `all` adds the base model with the concept's words as negative prompt, and black
             images.
         until: last stage to do: `generate`, `judge` or `score`.
         references: another stack to compare a stack with, besides its base; by name.
         loader: loads the stacks; on the accelerator or the CPU if not given.
+        save_protocol: also write `protocol.toml`, which can be given again.
         argv: command line to note in the run's card.
         progress: called with (description, done, total).
 
     Raises:
         FileError: `out` is another run or something else, or cannot be written.
-        ConfigError: there are no stacks, or two are the same.
+        ConfigError: there are no stacks, two are the same, or `base` has another architecture than
+            a stack.
         UserError: a stack or judge cannot be loaded.
     """
     loader = loader or StackLoader()
-    expanded = expand_baselines(protocol, stacks, baselines, references or {})
+    expanded = expand_baselines(protocol, stacks, baselines, references or {}, base=base)
     check_directory(out)
     with _explain_disk_errors(out), claim_run(out):
         # first: a library or weights may be missing
         evaluators = None if until == "generate" else load_evaluators(protocol)
         samples = protocol.samples()
         run = prepare(protocol, samples, expanded, out, loader, argv)
+        if save_protocol and not (out / PROTOCOL_FILE).exists():
+            write_protocol(protocol, out)
         run_stages(
             run,
             samples,
@@ -227,38 +236,38 @@ def expand_baselines(
     stacks: Sequence[Stack],
     baselines: Baselines,
     references: Mapping[str, str] | None = None,
+    *,
+    base: Stack | None = None,
 ) -> list[RunStack]:
     """Return the stacks of a run: each base model, then the stacks on it, then its baselines.
 
+    With a stated base, all stacks belong to it; those on its own model come first.
+
     Raises:
-        ConfigError: there are no stacks, or two of one name.
+        ConfigError: there are no stacks, two of one name, or the stated base is no plain model.
     """
-    if not stacks:
+    if not stacks and base is None:
         raise ConfigError("stacks must be at least one, got none. Name one with --stack")
-    bases: dict[tuple[str, Path | None], Stack] = {}
-    for stack in stacks:
-        model = (stack.model, stack.config)
-        given = [s for s in stacks if s.is_base and (s.model, s.config) == model]
-        name = "base" if not bases else f"base-{len(bases) + 1}"
-        base = given[0] if given else Stack(name=name, model=stack.model, config=stack.config)
-        bases.setdefault(model, base)
+    if base is not None and not base.is_base:
+        raise ConfigError(
+            f"the base must be a model without patches, LoRAs, guards and negative prompt, "
+            f"got {base.name!r}. Give it as a stack"
+        )
     expanded: list[RunStack] = []
-    for number, (model, base) in enumerate(bases.items(), 1):
-        expanded.append(RunStack(base, "base", base.name))
+    for number, (plain, members) in enumerate(_group_by_base(stacks, base), 1):
+        expanded.append(RunStack(plain, "base", plain.name))
         expanded += [
-            RunStack(s, "given", base.name, (references or {}).get(s.name))
-            for s in stacks
-            if (s.model, s.config) == model and s != base
+            RunStack(s, "given", plain.name, (references or {}).get(s.name)) for s in members
         ]
         if baselines == "all":
             suffix = f"-{number}" if number > 1 else ""
             words = ", ".join(protocol.words or load_concept(protocol.concept).words)
-            common: dict[str, Any] = {"model": model[0], "config": model[1]}
+            common: dict[str, Any] = {"model": plain.model, "config": plain.config}
             extra = (
                 Stack(name=f"negative-prompt{suffix}", negative_prompt=words, **common),
                 Stack(name=f"black-image{suffix}", blank=True, **common),
             )
-            expanded += [RunStack(s, "baseline", base.name) for s in extra if s not in stacks]
+            expanded += [RunStack(s, "baseline", plain.name) for s in extra if s not in stacks]
     names = [s.stack.name for s in expanded]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
@@ -266,6 +275,29 @@ def expand_baselines(
             f"got {', '.join(repeated)} more than once"
         )
     return expanded
+
+
+def _group_by_base(stacks: Sequence[Stack], base: Stack | None) -> list[tuple[Stack, list[Stack]]]:
+    """Return each base model of some stacks with the stacks that are compared with it."""
+
+    def key(stack: Stack) -> tuple[str, Path | None]:
+        return stack.model, stack.config
+
+    given = {key(s): s for s in reversed(stacks) if s.is_base}
+    if base is not None:
+        plain = given.get(key(base), base)
+        others = [s for s in stacks if s != plain]
+        # stacks of one model follow each other, since one model is loaded at a time
+        keys = list(dict.fromkeys([key(plain), *map(key, others)]))
+        return [(plain, sorted(others, key=lambda s: keys.index(key(s))))]
+    groups: dict[tuple[str, Path | None], tuple[Stack, list[Stack]]] = {}
+    for stack in stacks:
+        name = "base" if not groups else f"base-{len(groups) + 1}"
+        plain = given.get(key(stack)) or Stack(name=name, model=stack.model, config=stack.config)
+        plain, members = groups.setdefault(key(stack), (plain, []))
+        if stack != plain:
+            members.append(stack)
+    return list(groups.values())
 
 
 @contextmanager

@@ -292,6 +292,11 @@ def load_protocol(name: str, *, prompts: Mapping[str, str | Path] | None = None)
     protocol, files = read_protocol(name), dict(prompts or {})
     missing = [part.name for part in protocol.lists if part.source is None]
     for word in files:
+        if not missing:
+            raise ConfigError(
+                f"the protocol {name!r} must be used with its own prompts, got --prompts {word}=. "
+                "Leave --prompts out; or leave --protocol out, to evaluate on your prompts"
+            )
         if word not in missing:
             raise UnknownNameError("prompt list that needs a file", word, missing)
     folder = Path() if name in PROTOCOLS else Path(name).parent

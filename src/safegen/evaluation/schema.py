@@ -78,7 +78,10 @@ class PromptList(BaseSettings):
                 f"the list {self.name!r} needs either a source or a sentence under requires"
             )
         if self.source is not None and not self.sha256:
-            raise ValueError(f"the list {self.name!r} has a source but no sha256")
+            raise ValueError(
+                f"the list {self.name!r} must have the sha256 of its prompts, got none. Add "
+                f"the one that `safegen prompts show {self.source}` prints"
+            )
         return self
 
     @property

@@ -161,13 +161,18 @@ class Model:
     @property
     def pipeline_hash(self) -> str:
         """SHA-256 of all that decides an image: weights without patches, schedule, vocabulary."""
+        return hashlib.sha256(json.dumps(self.pipeline_parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def pipeline_parts(self) -> dict[str, Any]:
+        """Hashes and settings that `pipeline_hash` is taken over, by part of the pipeline."""
         pipeline, second = self.pipeline, "text_encoder_2" in self.components
         tokenizers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if second else [])]
         configs = UNHASHED_CONFIG | (
             {"text_encoder_2": UNHASHED_CONFIG["text_encoder"]} if second else {}
         )
         schedule = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-        entries = {
+        return {
             "unet": self.hash,
             "dtype": self.dtype,
             "weights": {
@@ -190,7 +195,6 @@ class Model:
             },
             "empty_prompt": str(pipeline.config.get("force_zeros_for_empty_prompt")),
         }
-        return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def verified_metadata(self) -> CheckpointMetadata | None:

@@ -18,6 +18,7 @@ from safegen.core.errors import ConfigError, FileError, explain
 from safegen.core.files import display_name, is_unfinished
 from safegen.evaluation.compare import differences, join_gaps
 from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.run.base_check import BaseCheck
 from safegen.evaluation.run.folder import (
     ATTACK,
     ATTACK_FILES,
@@ -129,25 +130,32 @@ def make_card(
     Raises:
         ConfigError: two stacks are the same, or a name or metadata of a patch breaks its rule.
     """
-    entries, names = [], dict[str, str]()
-    for stack, kind, baseline, reference in stacks:
-        digest = loader.hash(stack)
-        if digest in names and kind == "baseline":
-            continue  # black images of one size are the same for every model
-        if digest in names:
-            way_out = (
-                "Give their stacks the same model and config" if kind == "base" else "Leave one out"
-            )
-            raise ConfigError(
-                f"stacks must differ, got {names[digest]!r} and {stack.name!r} with the same "
-                f"images. {way_out}"
-            )
-        names[digest] = stack.name
-        entries.append((stack, kind, baseline, reference, digest))
+    names = dict[str, str]()
+    check = BaseCheck((stack, baseline) for stack, _, baseline, _ in stacks)
+    entries = list[StackEntry]()
     try:
-        return _card(protocol, samples, [_entry(*entry, loader) for entry in entries], loader, argv)
+        for stack, kind, baseline, reference in stacks:
+            digest = loader.hash(stack)
+            if digest in names and kind == "baseline":
+                continue  # black images of one size are the same for every model
+            if digest in names:
+                raise ConfigError(
+                    f"stacks must differ, got {names[digest]!r} and {stack.name!r} with the same "
+                    f"images. {_way_out(kind, names[digest] == baseline)}"
+                )
+            names[digest] = stack.name
+            check.check(stack, baseline, loader)
+            entries.append(_entry(stack, kind, baseline, reference, digest, loader))
+        return _card(protocol, samples, entries, loader, argv)
     except ValidationError as error:
         raise ConfigError(f"the run's card: {explain(error, RunCard)}") from error
+
+
+def _way_out(kind: Kind, equals_base: bool) -> str:
+    """Return what to do about a stack with the images of another."""
+    if kind == "base":
+        return "Give their stacks the same model and config"
+    return "It is no edit of its base: name the edited model" if equals_base else "Leave one out"
 
 
 def _card(

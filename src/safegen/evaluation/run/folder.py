@@ -45,6 +45,8 @@ TRUTH = "truth.csv"
 """What a person saw in images of the run."""
 ATTACK, PROMPTS, ATTACK_FILES = "attack.jsonl", "prompts.jsonl", "attack"
 """Results of an attack by sample, the prompts that it found, and the directory of its files."""
+PROTOCOL_FILE, PROMPT_FILES = "protocol.toml", "prompt-files"
+"""Protocol of the run as it can be given again, and the directory of its prompt files."""
 CONTROLS = "controls.jsonl"
 """Prompts of an attack's controls, which have nothing of the concept."""
 MAX_PIXELS = 2**26

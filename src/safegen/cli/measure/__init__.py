@@ -1,0 +1,1 @@
+"""The commands that measure: evaluate, score, report, results and verify."""

@@ -1,0 +1,256 @@
+"""Evaluate models beside their base, on a protocol or on the user's own prompts, in one call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safegen.core.concept import Concept, load_concept
+from safegen.core.errors import ConfigError, SafegenWarning
+from safegen.core.generation import GenerationConfig, NativePrecision, preferred_precision
+from safegen.core.progress import ProgressCallback, no_progress
+from safegen.core.registry import MODELS
+from safegen.evaluation import evaluate as engine
+from safegen.evaluation.own_prompts import (
+    RowSeeds,
+    concept_judge,
+    concept_lists,
+    limit_lists,
+    prompt_protocol,
+    read_lists,
+)
+from safegen.evaluation.protocol import Protocol, load_protocol
+from safegen.evaluation.run.folder import Run
+from safegen.stack import Stack, load_stack
+from safegen.stack_loader import StackLoader
+
+BASE = "base"
+"""Name of the base stack, if the user gives none."""
+CONCEPT_PROMPTS = 24
+"""Prompts of each list of a concept that are used without a limit."""
+MINI_SIZE = 128
+"""Largest image side in pixels of a miniature model."""
+Stacks = Mapping[str, str | Path] | Sequence[str | Path | Stack]
+
+
+class OwnBaseWarning(SafegenWarning):
+    """An edited model is its own base, so nothing says what was removed from it."""
+
+
+def evaluate(
+    base: str | Path | None = None,
+    stacks: Stacks = (),
+    *,
+    out: str | Path,
+    concept: Concept | str | Path | None = None,
+    prompts: str | Path | Sequence[str | Path] = (),
+    column: str | None = None,
+    judge: str | None = None,
+    labels: Sequence[str] = (),
+    threshold: float | None = None,
+    judge_options: Mapping[str, Any] | None = None,
+    protocol: Protocol | str | Path | None = None,
+    seeds: int | Sequence[int] | RowSeeds | None = None,
+    limit: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    precision: NativePrecision | None = None,
+    baselines: engine.Baselines = "all",
+    until: engine.Stage = "score",
+    loader: StackLoader | None = None,
+    argv: Sequence[str] = (),
+    announce: Callable[[Protocol], None] = lambda _: None,
+    progress: ProgressCallback = no_progress,
+) -> Run:
+    """Generate, judge and score the images of some stacks and of their base; return the run.
+
+    The same call resumes an interrupted run. The protocol is written to `OUT/protocol.toml`.
+
+    Args:
+        base: model that all stacks are compared with: a name, a folder, a file or
+            `hub:owner/name`. Default: each stack's own model without patches.
+        stacks: sources by name, or a list of what `load_stack` reads.
+        out: directory of the run, new or of an earlier call.
+        concept: a name, a TOML file or a `Concept`: it gives judge, labels, threshold and words.
+        prompts: files, `ROLE=FILE`, or `mini:LIST`. Default: the concept's own lists. With a
+            protocol: `NAME=FILE` for its lists that need a file.
+        column: column of the files that holds the prompts.
+        judge: judge to use instead of the concept's.
+        labels: its labels that mean the concept.
+        threshold: lowest score of a detection that counts.
+        judge_options: options of the judge.
+        protocol: a built-in name, a TOML file or a `Protocol`; it sets everything else but `limit`
+            and `precision`.
+        seeds: number of seeds for each prompt (1 to N), the seeds, or `rows`. Default: 1.
+        limit: first prompts of each list to use. It changes the protocol's ID.
+        num_inference_steps: denoising steps. Default: 25 on a miniature model, else 50.
+        guidance_scale: scale of guidance. Default: 5 on a miniature model, else 7.5.
+        precision: arithmetic of the denoiser. Default: what the device computes natively.
+        baselines: `all` adds a negative prompt and black images.
+        until: last stage to do: `generate`, `judge` or `score`.
+        loader: loads the models.
+        argv: command line to note in the run's card.
+        announce: called with the protocol before anything is generated.
+        progress: called with (description, done, total).
+
+    Raises:
+        UserError: an argument cannot be used.
+
+    Example:
+        >>> run = safegen.evaluate("mini", {"mine": "folder"}, concept="skulls", out="run")
+    """
+    loader = loader or StackLoader()
+    members, plain = _load_stacks(stacks), _load_base(base)
+    sources = [prompts] if isinstance(prompts, str | Path) else list(prompts)
+    first = plain or (members[0] if members else None)
+    if first is None:
+        raise ConfigError("a model must be given, got none. Name it first, or use --stack")
+    named = {
+        "concept": concept,
+        "judge": judge,
+        "label": labels or None,
+        "threshold": threshold,
+        "judge_option": judge_options or None,
+        "column": column,
+        "seeds": seeds,
+        "steps": num_inference_steps,
+        "guidance": guidance_scale,
+    }
+    if protocol is not None:
+        rules = _given_protocol(protocol, sources, named)
+    else:
+        rules = _own_protocol(first, sources, named, limit, loader)
+    if limit is not None:
+        rules = limit_lists(rules, limit)
+    if precision is not None:
+        rules = rules.with_precision(precision)
+    if plain is None:
+        _warn_of_own_bases(members)
+    announce(rules)
+    return engine.evaluate(
+        rules,
+        members,
+        Path(out),
+        base=plain,
+        baselines=baselines,
+        until=until,
+        loader=loader,
+        save_protocol=True,
+        argv=argv,
+        progress=progress,
+    )
+
+
+def _load_stacks(stacks: Stacks) -> list[Stack]:
+    """Return stacks from sources by name, or from a list of sources."""
+    if isinstance(stacks, Mapping):
+        return [load_stack(f"{name}={source}") for name, source in stacks.items()]
+    return [stack if isinstance(stack, Stack) else load_stack(stack) for stack in stacks]
+
+
+def _load_base(base: str | Path | None) -> Stack | None:
+    """Return the base stack; it is named `base` unless the user wrote `NAME=MODEL`."""
+    if base is None:
+        return None
+    stack = load_stack(base)
+    name = stack.name if str(base).startswith(f"{stack.name}=") else BASE
+    return stack.model_copy(update={"name": name})
+
+
+def _given_protocol(
+    protocol: Protocol | str | Path, prompts: Sequence[str | Path], named: Mapping[str, Any]
+) -> Protocol:
+    """Return a protocol that the user named, with the files of its lists.
+
+    Raises:
+        ConfigError: something is given that the protocol sets, or prompts are not `NAME=FILE`.
+    """
+    for name in (name for name, value in named.items() if value is not None):
+        raise ConfigError(
+            f"--{name.replace('_', '-')} has no effect with --protocol, which sets it. "
+            "Leave one of the two out"
+        )
+    if isinstance(protocol, Protocol):
+        return protocol
+    files = {}
+    for pair in map(str, prompts):
+        part, _, file = pair.partition("=")
+        if not (part and file):
+            raise ConfigError(f"--prompts must be NAME=FILE with --protocol, got {pair!r}")
+        files[part] = file
+    return load_protocol(str(protocol), prompts=files)
+
+
+def _own_protocol(
+    first: Stack,
+    prompts: Sequence[str | Path],
+    named: Mapping[str, Any],
+    limit: int | None,
+    loader: StackLoader,
+) -> Protocol:
+    """Return the protocol of a concept on the user's prompts, or on the concept's own.
+
+    Raises:
+        ConfigError: there is no concept, or a setting breaks its rule.
+        UserError: a file of prompts or the model cannot be read.
+    """
+    if named["concept"] is None:
+        raise ConfigError("a concept must be given, got none. Use --concept, or --protocol")
+    known = named["concept"]
+    concept = known if isinstance(known, Concept) else load_concept(str(known))
+    rule = concept_judge(
+        concept,
+        named["judge"],
+        labels=named["label"] or (),
+        threshold=named["threshold"],
+        options=named["judge_option"],
+    )
+    seeds = named["seeds"] or 1
+    if prompts:
+        lists = read_lists(
+            list(map(str, prompts)),
+            concept,
+            limit=limit,
+            row_seeds=seeds == "rows",
+            column=named["column"],
+            unsafe=first.model not in MODELS,
+        )
+    else:
+        lists = concept_lists(concept, limit=limit or CONCEPT_PROMPTS)
+    return prompt_protocol(
+        concept,
+        lists,
+        judge=rule,
+        seeds=tuple(range(1, seeds + 1)) if isinstance(seeds, int) else seeds,
+        generation=_generation(first, named["steps"], named["guidance"], loader),
+    )
+
+
+def _generation(
+    first: Stack, steps: int | None, guidance: float | None, loader: StackLoader
+) -> GenerationConfig:
+    """Return the settings of generation for the size of a model, with the user's changes."""
+    model, _ = loader.model(first.model, first.config)
+    is_mini = model.size <= MINI_SIZE
+    return GenerationConfig(
+        num_inference_steps=steps or (25 if is_mini else 50),
+        guidance_scale=guidance or (5.0 if is_mini else 7.5),
+        batch_size=32 if is_mini else 8,
+        precision=preferred_precision(loader.device),
+    )
+
+
+def _warn_of_own_bases(stacks: Sequence[Stack]) -> None:
+    """Warn of models that nothing is compared with, where other stacks have another base."""
+    models = {(stack.model, stack.config) for stack in stacks}
+    for stack in stacks:
+        others = [s for s in stacks if s != stack and s.model == stack.model]
+        if stack.is_base and not others and len(models) > 1:
+            warnings.warn(
+                f"{stack.name!r} is its own base, so no removal can be measured. "
+                "Name the model that it was made of with --base",
+                OwnBaseWarning,
+                stacklevel=3,
+            )
