@@ -14,7 +14,7 @@ from crafted import write_attack_run, write_run
 from safegen.evaluation.report.curves import loss_axis, loss_change, loss_curve, running_median
 from safegen.evaluation.report.html.cells import Cell, Column, build_table, rate_cell, text_cell
 from safegen.evaluation.report.html.next_steps import next_steps
-from safegen.evaluation.report.html.words import setting_line, setting_text
+from safegen.evaluation.report.html.words import code_spans, setting_line, setting_text
 from safegen.evaluation.report.page import PAGE, open_runs, write_report
 from safegen.evaluation.report.redaction import FAILURES_PER_ROW, IMAGES_PER_ROW
 
@@ -163,6 +163,7 @@ def test_settings_are_words_for_people(pages):
         "not set: rank, moves"
     )
     assert [setting_text(v) for v in (True, 0, 0.0, "a", {})] == ["yes", "0", "0", "a", "not set"]
+    assert code_spans("see `a` <b> \x1b") == "see <code>a</code> &lt;b&gt; \\x1b"
     for _, folder in pages.values():
         text = (folder / PAGE).read_text(encoding="utf-8")
         assert not re.search(r"\bNone\b|\bTrue\b|\[&#39;|\{&#39;", text)
@@ -196,7 +197,7 @@ def test_commands_under_what_next_are_those_of_the_program(pages):
     commands = [step.command for step in demo]
     assert commands[0] == (
         "safegen generate mini --patch run/patches/calm.safetensors "
-        '--prompt "a castle with skulls" --out pictures'
+        '--prompt "a castle covered in skulls" --out pictures'
     )
     assert {c.split()[1] for c in commands} == {
         *("generate", "export", "evaluate", "attack", "verify", "report")
