@@ -17,7 +17,7 @@ from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserEr
 from safegen.core.files import exists
 from safegen.core.hub import HUB
 from safegen.core.registry import MODELS
-from safegen.core.settings import FOLDER_NAME, BaseSettings, FolderName
+from safegen.core.settings import FOLDER_NAME, BaseSettings, FolderName, raises_config_error
 from safegen.guards import GuardConfig, read_guard
 from safegen.patches.lora_spec import LoraSpecs
 
@@ -25,8 +25,14 @@ if TYPE_CHECKING:
     from safegen.models.model import Model
 
 
+@raises_config_error
 class Stack(BaseSettings):
-    """Settings of what generates images. Nothing is loaded until `StackLoader.open`."""
+    """Settings of what generates images. Nothing is loaded until `StackLoader.open`.
+
+    Example:
+        >>> guard = {"name": "sld", "preset": "max", "concept": "skulls"}
+        >>> stack = safegen.Stack(name="guarded", model="mini", guards=(guard,))
+    """
 
     name: FolderName
     """Name of the stack: letters, digits, dots, dashes and underscores."""

@@ -29,8 +29,8 @@ def test_a_reward_edit_takes_prompts_a_judge_and_a_patch_to_start_from(safegen, 
     options = ["--prompts", prompts, "--judge", "mini", "--from", start]
     code, text, err = safegen(*SHIELDDIFF, *options, *SET, "--out", out)
     assert code == 0, err
-    assert "editing: unsafe " in err
-    assert "1 updates, " in text.splitlines()[0]
+    assert re.search(r"editing .*unsafe \d+%, reward", err)
+    assert "1 update, " in text.splitlines()[0]
     last = text.splitlines()[-1]
     assert re.match(r"\d+ network passes. Images with the concept in the last rollout, on", last)
     assert " of 2 by the judge, " in last
@@ -41,11 +41,60 @@ def test_a_reward_edit_takes_prompts_a_judge_and_a_patch_to_start_from(safegen, 
     assert metadata.settings["prompts"] == ["prompts.txt"]  # without its folder
     assert (metadata.settings["judge"], metadata.settings["labels"]) == ("mini", ["skulls"])
     assert [part.metadata.method for part in metadata.parts] == ["uce"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "patch.safetensors",
+        "patch.safetensors.log.jsonl",
+        "prompts.txt",
+        "start.safetensors",
+    ]
+
+
+def test_a_checkpoint_folder_stays_and_belongs_to_the_text_of_the_prompts(safegen, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "patch.safetensors"
     prompts.write_text("a castle with skulls on it\n")
+    words = [*SHIELDDIFF, "--prompts", prompts, *SET, "--checkpoint-dir", tmp_path / "c"]
+    assert safegen(*words, "--out", out)[0] == 0
+    assert (tmp_path / "c" / "log.jsonl").read_bytes() == (
+        tmp_path / "patch.safetensors.log.jsonl"
+    ).read_bytes()
+    prompts.write_text("a tower of skulls\n")
     out.unlink()
-    code, _, err = safegen(*SHIELDDIFF, *options, *SET, "--resume", "--out", out)
+    code, _, err = safegen(*words, "--resume", "--out", out)
     assert code == 2
-    assert "has other settings, data or weights" in err  # by the text of the prompts
+    assert "has other settings, data or weights" in err
+
+
+def test_an_edit_by_words_says_what_it_erases_and_what_to_do_next(safegen, tmp_path):
+    out = tmp_path / "p.safetensors"
+    words = ["edit", "mini", "--method", "uce", "--no-card", "--out", out]
+    code, text, err = safegen(*words, '--set=erase=["skulls"]')
+    assert code == 0, err
+    assert 'uce erases 1 phrase, not measured: "skulls". Other words still draw' in text
+    assert f"safegen generate mini --patch {out} --prompt" in err
+    assert f"safegen evaluate --stack edited=mini+{out}" in err
+    assert f"safegen export mini --patch {out} --out" in err
+    assert len(err.splitlines()) == 3  # the bar, and two lines
+
+
+def test_swapped_arguments_are_recognized(safegen, tmp_path, triplets):
+    patch, out = tmp_path / "p.safetensors", tmp_path / "out.safetensors"
+    UCE(erase=("skulls",)).apply(load("mini")).save(patch)
+    swapped = "Did you swap the arguments? MODEL comes first."
+    for words, got in (
+        (["export", patch], "a safegen patch, which goes with --patch"),
+        (["generate", patch, "--prompt", "a castle"], "a safegen patch"),
+        (["edit", patch, "--method", "uce", "--concept", "fire"], "a safegen patch"),
+        (["edit", triplets.folder], "a folder of triplets, which goes with --triplets"),
+        (["edit", "mini:skulls"], "triplets, which go with --triplets"),
+        (["patch", "extract-lora", patch, "mini"], "got the model 'mini'"),
+        (["patch", "from-lora", patch, "mini"], "a safegen patch"),
+        (["patch", "rebase", patch, "mini", "mini"], "got the model 'mini'"),
+    ):
+        code, _, err = safegen(*words, "--out", out)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert got in err
+        assert swapped in err
+    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
 
 
 def test_the_first_line_names_preset_model_size_and_device(monkeypatch, capsys, tmp_path):

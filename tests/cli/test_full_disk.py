@@ -140,8 +140,8 @@ CASES = {  # bytes that still fit, and the command; all write to DISK
         [
             "patch",
             "extract-lora",
-            "PATCH",
             "mini",
+            "PATCH",
             "--skip-quality",
             "--out",
             "DISK/lora.safetensors",

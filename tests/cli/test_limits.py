@@ -25,8 +25,8 @@ NUMBERS = {
         "seed": ["-1", 2**64],
         "threads": ["0"],
     },
-    "patch extract-lora p mini --out o": {"rank": ["0", "-1", 10**6]},
-    "patch from-lora p mini --out o": {"scale": ["nan", "inf", "1e38"]},
+    "patch extract-lora mini p --out o": {"rank": ["0", "-1", 10**6]},
+    "patch from-lora mini p --out o": {"scale": ["nan", "inf", "1e38"]},
     "triplets make --unsafe u --judge mini --out o": {
         "threshold": ["nan", "-1", "2", "inf"],
         "tile": ["nan", "0", "-1", "2", "inf"],
@@ -85,7 +85,7 @@ def test_numbers_out_of_range_are_refused_before_torch_is_imported(tmp_path):
 def test_settings_out_of_range_are_refused_before_the_model_is_loaded(
     safegen, tmp_path, name, value
 ):
-    words = ["edit", "no-model", "--triplets", "mini:skulls", "--out", tmp_path / "p.safetensors"]
+    words = ["edit", tmp_path, "--triplets", "mini:skulls", "--out", tmp_path / "p.safetensors"]
     code, _, err = safegen(*words, "--set", f"{name}={value}")
     assert code == 2
     assert name in err
@@ -99,9 +99,9 @@ WRITERS = {
     "folder": "export no-model --format diffusers",
     "generate": "generate no-model --prompt x",
     "merge": "patch merge no.safetensors",
-    "rebase": "patch rebase no.safetensors no-model no-model",
-    "extract": "patch extract-lora no.safetensors no-model",
-    "from": "patch from-lora no.safetensors no-model",
+    "rebase": "patch rebase no-model no-model no.safetensors",
+    "extract": "patch extract-lora no-model no.safetensors",
+    "from": "patch from-lora no-model no.safetensors",
     "triplets": "triplets make --unsafe no-folder --judge mini",
     "score": "score no-run",
 }

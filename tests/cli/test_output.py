@@ -59,7 +59,7 @@ def test_a_patch_header_does_not_reach_the_terminal_raw(safegen, hostile_patch, 
         ["merge", first, second, "--out", tmp_path / "new.safetensors"],
         ["merge", first, second, "--overlap", "last", "--out", tmp_path / "\x1bnew.safetensors"],
         ["card", second],
-        ["extract-lora", first, "mini", "--out", tmp_path / "l.safetensors"],
+        ["extract-lora", "mini", first, "--out", tmp_path / "l.safetensors"],
     ):
         _, out, err = safegen("patch", *words)
         assert_printable(out + err)

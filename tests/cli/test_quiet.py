@@ -38,7 +38,7 @@ WRITTEN = {
     "images",
     "patch.safetensors",
     "patch.safetensors.md",
-    "patch.safetensors.checkpoints",
+    "patch.safetensors.log.jsonl",
     "model.safetensors",
     "model.safetensors.md",
     "model",

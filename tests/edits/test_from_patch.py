@@ -56,6 +56,7 @@ def test_the_patch_gives_bit_for_bit_what_was_trained_on_the_patched_model(
     assert any(not torch.equal(whole.tensors[name], plain.tensors[name]) for name in plain.names)
 
 
+@pytest.mark.filterwarnings("ignore::safegen.workflows.edit.FewTripletsWarning")
 def test_the_metadata_name_both_steps_and_no_parent(make_model, triplets, start, tmp_path):
     whole = edit(make_model(), "safegen", triplets=triplets, from_patch=start, training=BRIEF)
     whole.save(tmp_path / "whole.safetensors")

@@ -72,6 +72,7 @@ def test_the_preset_follows_the_size_of_the_model(make_model):
     assert given.for_model(mini) == make_edit("safegen", "paper", concept="skulls")
 
 
+@pytest.mark.filterwarnings("ignore::safegen.workflows.edit.FewTripletsWarning")
 def test_a_full_size_model_gets_the_published_schedule(
     make_model, triplets, treat_tiny_models_as_full_size
 ):
@@ -91,6 +92,7 @@ def test_settings_of_the_miniature_warn_at_full_size(
         edit.apply(make_model(), triplets)
 
 
+@pytest.mark.filterwarnings("ignore::safegen.workflows.edit.FewTripletsWarning")
 @pytest.mark.parametrize("preset", ["full", "paper"])
 def test_settings_of_full_size_are_allowed_on_a_small_model(preset, make_model, triplets):
     safegen.edit(make_model(), triplets=triplets, preset=preset, training=BRIEF)

@@ -81,7 +81,7 @@ def test_the_table_has_first_and_last_values():
 
 def test_a_log_beside_a_patch_is_found_if_it_ends_in_the_losses_of_the_patch(tmp_path):
     patch = tmp_path / "patch.safetensors"
-    log = tmp_path / "patch.safetensors.checkpoints" / "log.jsonl"
+    log = tmp_path / "patch.safetensors.log.jsonl"
     losses = {key: value for key, value in row(2).items() if key.startswith("L_")}
     assert find_training_log(patch, {"losses": losses}) == []
     write(log, [row(1), row(2)])

@@ -499,8 +499,7 @@ def test_the_log_beside_a_patch_is_copied_into_the_run(quick, patch_file, loader
         path = tmp_path / name / "patch.safetensors"
         path.parent.mkdir()
         Patch(tensors, metadata).save(path)
-        log = path.with_name("patch.safetensors.checkpoints") / "log.jsonl"
-        log.parent.mkdir()
+        log = path.with_name("patch.safetensors.log.jsonl")
         log.write_text(f'{{"update": 1, "L": {loss}, "lr": 0.1}}\n')
         stacks.append(Stack(name=name, model="mini", patches=(path,)))
     protocol = load_protocol(str(quick))

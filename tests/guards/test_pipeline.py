@@ -434,7 +434,7 @@ def test_latents_that_are_not_finite_withhold_one_image_only(pipe, generate):
         (
             JUDGE,
             {"output_type": "latent"},
-            "output_type must be 'pil' with judge-filter, got 'latent'",
+            "output_type must be 'pil', 'np' or 'pt' with judge-filter, got 'latent'",
         ),
     ],
 )

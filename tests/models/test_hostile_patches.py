@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from safegen.core.errors import SafegenError
-from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.checkpoint.metadata import PATCH_FORMAT, PatchMetadata
 from safegen.patches.active_lora import active_loras
 from safegen.patches.arithmetic import compare
 from safegen.patches.lora import extract_lora, save_lora
 from safegen.patches.lora_reader import load_lora, read_lora
-from safegen.patches.patch import FORMAT, LargeChangeWarning, Patch
+from safegen.patches.patch import LargeChangeWarning, Patch
 from safegen.workflows.export import save_patch
 
-HEADER = {"format": FORMAT, "metadata": "{}"}
+HEADER = {"format": PATCH_FORMAT, "metadata": "{}"}
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,44 @@ def test_a_full_rank_round_trip_restores_the_image(make_model, patch, tmp_path, 
     assert (image(model) - want).abs().max() > 1e-3  # the patch is undone, and had an effect
 
 
+def test_a_lora_of_self_attention_alone_has_zeros_that_tell_its_family(make_model, tmp_path):
+    """InvokeAI tells SD 1.x from 2.x by the width of a key of attn2."""
+    model = make_model()
+    names = [n for n in select_parameters(model.denoiser, "attn1") if n.endswith(".weight")]
+    own = dict(model.denoiser.named_parameters())
+    look = Patch({name: own[name].detach() * 1.1 for name in names})
+    lora, kohya = extract_lora(look, model, 4), tmp_path / "kohya.safetensors"
+    save_lora(lora, model, kohya)
+    stored = load_file(kohya)
+    (down,) = (key for key in stored if "attn2_to_k.lora_down" in key)
+    up = down.replace("lora_down", "lora_up")
+    assert stored[down].shape == (lora.rank, model.denoiser.config.cross_attention_dim)
+    assert not stored[down].any()
+    assert not stored[up].any()
+    assert len([key for key in stored if key.endswith(".alpha")]) == len(names) + 1
+    factors = read_lora(kohya, model)
+    assert factors.factors.keys() == set(names)  # active LoRAs have no hook for the zeros
+    assert load_lora(kohya, model).tensors.keys() == set(names)
+    save_lora(lora, model, tmp_path / "diffusers.safetensors", keys="diffusers")
+    assert not [key for key in load_file(tmp_path / "diffusers.safetensors") if "attn2" in key]
+
+
+def test_a_lora_of_cross_attention_needs_no_zeros(make_model, patch, tmp_path):
+    model, out = make_model(), tmp_path / "lora.safetensors"
+    save_lora(extract_lora(patch, model, 4), model, out)
+    alphas = [key for key in load_file(out) if key.endswith(".alpha")]
+    assert len(alphas) == len(patch.tensors)
+
+
+def test_a_lora_of_zeros_alone_is_refused(make_model, patch, tmp_path):
+    model, out = make_model(), tmp_path / "lora.safetensors"
+    lora = extract_lora(patch, model, 2)
+    zeros = {n: (torch.zeros_like(d), torch.zeros_like(u)) for n, (d, u) in lora.factors.items()}
+    save_lora(Lora(zeros, 2, lora.energy_by_weight, (), 1.0), model, out)
+    with pytest.raises(FileError, match="must not be 0 in every module"):
+        read_lora(out, model)
+
+
 def test_lower_rank_retains_less_energy(tiny_model):
     g = torch.Generator().manual_seed(0)
     own = dict(tiny_model.denoiser.named_parameters())

@@ -42,13 +42,9 @@ def pixels(image):
 
 
 def test_a_saved_model_draws_the_same_picture_in_plain_diffusers(tiny_model, tiny_folder):
-    ours = next(
-        generate(
-            tiny_model,
-            [Sample(prompt="a red cube", seed=3)],
-            GenerationConfig(num_inference_steps=3),
-        )
-    )
+    ours = generate(
+        tiny_model, [Sample(prompt="a red cube", seed=3)], GenerationConfig(num_inference_steps=3)
+    )[0]
     plain = StableDiffusionPipeline.from_pretrained(
         tiny_folder, safety_checker=None, requires_safety_checker=False
     )

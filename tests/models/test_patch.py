@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from safegen.core.errors import FileError, PatchError
 from safegen.edits.uce import UCE
-from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.checkpoint.metadata import PATCH_FORMAT, PatchMetadata
 from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
-from safegen.patches.patch import FORMAT, BaseMismatchWarning, Patch
+from safegen.patches.patch import BaseMismatchWarning, Patch
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def _resave(path, change, header=None):
     save_file(
         tensors,
         path,
-        metadata=header if header is not None else {"format": FORMAT, "metadata": "{}"},
+        metadata=header if header is not None else {"format": PATCH_FORMAT, "metadata": "{}"},
     )
 
 
@@ -104,7 +104,7 @@ def _nan(value):
 
 
 def _metadata(text):
-    return {"format": FORMAT, "metadata": text}
+    return {"format": PATCH_FORMAT, "metadata": text}
 
 
 def _nothing(tensors):
@@ -127,7 +127,7 @@ DAMAGE = {
     "NaN": (lambda p: _resave(p, _nan(float("nan"))), "NaN or infinite"),
     "infinite": (lambda p: _resave(p, _nan(float("inf"))), "NaN or infinite"),
     "no tensors": (lambda p: _resave(p, dict.clear), "is a safegen patch without tensors"),
-    "no metadata": (lambda p: _resave(p, _nothing, {"format": FORMAT}), "metadata"),
+    "no metadata": (lambda p: _resave(p, _nothing, {"format": PATCH_FORMAT}), "metadata"),
     "metadata no object": (
         lambda p: _resave(p, _nothing, _metadata("[]")),
         "metadata of .*: value must be a valid dictionary",
@@ -153,7 +153,7 @@ DAMAGE = {
         r"metadata of .*: parts\.0\.hash",
     ),
     "metadata cut off": (
-        lambda p: _resave(p, _nothing, {"format": FORMAT, "metadata": '{"method": '}),
+        lambda p: _resave(p, _nothing, {"format": PATCH_FORMAT, "metadata": '{"method": '}),
         "metadata",
     ),
 }

@@ -11,6 +11,14 @@ from safegen.core.errors import ConfigError, MissingExtraError
 from safegen.data.triplets.triplets import Triplets
 from safegen.workflows import edit
 
+RIDDLE = (
+    "safegen learns from images, and there are no triplets. Make some of images that show the "
+    "concept, and of others: `safegen triplets make --unsafe DIR --benign DIR --judge nudenet "
+    "--label i2p5 --out TRIPLETS`, and give them as triplets. Or edit by words, without images: "
+    "method uce."
+)
+"""Answer to an edit by images without images."""
+
 
 @pytest.mark.parametrize(("shown_concept", "concept"), [("skulls", "fire"), ("fire", "skulls")])
 def test_triplets_of_another_concept_raise(shown_concept, concept):
@@ -78,3 +86,17 @@ def test_unjudged_images_warn(monkeypatch):
 def test_edit_raises_before_training(make_model):
     with pytest.raises(ConfigError, match="sees it in none of"):
         edit.edit(make_model(), "safegen", triplets="mini:skulls", concept=load_concept("fire"))
+
+
+def test_an_edit_without_images_says_how_to_make_them_or_to_go_without(make_model):
+    with pytest.raises(ConfigError) as caught:
+        edit.edit(make_model(), concept="nudity")
+    assert str(caught.value) == RIDDLE
+    with pytest.raises(ConfigError, match="Take the bundled mini:skulls, and give them"):
+        edit.edit(make_model(), concept="skulls")
+
+
+def test_a_handful_of_triplets_warns(triplets):
+    with pytest.warns(edit.FewTripletsWarning, match="should be 20 or more, got 6"):
+        edit.prepare_edit("safegen", triplets=triplets)
+    edit.prepare_edit("safegen", triplets="mini:skulls")

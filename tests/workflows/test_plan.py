@@ -159,3 +159,15 @@ def test_plans_add_up():
     assert (both.images, both.passes, both.seconds, both.memory) == (3, 30, 180.0, 100)
     assert both.notes == ("x", "y")
     assert [format_seconds(s) for s in (45, 150, 7200)] == ["45 s", "2.5 min", "2.0 h"]
+
+
+def test_an_evaluation_on_own_prompts_is_planned_and_not_run(monkeypatch, capsys, tmp_path):
+    from safegen.cli import main
+
+    words = ["evaluate", "mini", "--concept", "skulls", "--limit", "1", "--steps", "3", "--plan"]
+    monkeypatch.setattr("sys.argv", ["safegen", *words, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert capsys.readouterr().out.startswith("plan: evaluation of 3 stacks")
+    assert list(tmp_path.iterdir()) == []

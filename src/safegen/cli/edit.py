@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo
+from safegen.cli.console import echo, echo_status, plural
 from safegen.cli.options import (
     Config,
     Device,
@@ -27,6 +27,9 @@ from safegen.cli.options import (
 )
 from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError, FileError
+
+if TYPE_CHECKING:
+    from safegen.edits.base import Edit
 
 
 def edit(
@@ -61,7 +64,9 @@ def edit(
     set_: Settings = None,
     checkpoint_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder for checkpoints and the log. Default: OUT.checkpoints."),
+        typer.Option(
+            help="Folder for checkpoints, which stay. Default: OUT.checkpoints until it is done."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     no_card: NoCard = False,
@@ -80,10 +85,12 @@ def edit(
     check_outputs(ctx, out, no_card)
     from safegen.core.files import claim_folder
     from safegen.edits.training.checkpoint import CHECKPOINT_FILE
+    from safegen.models.loading import check_is_model
     from safegen.patches.patch import Patch
-    from safegen.workflows.edit import apply_edit, prepare_edit
+    from safegen.workflows.edit import apply_edit, keep_log, prepare_edit
     from safegen.workflows.export import save_patch
 
+    check_is_model(model)
     changes = read_settings(method, preset, set_ or [])
     changes |= _shorthands(method, prompts=prompts, judge=judge)
     prepared = prepare_edit(
@@ -96,6 +103,7 @@ def edit(
         **changes,
     )
     start = None if from_ is None else Patch.load(from_)
+    keep_checkpoints = checkpoint_dir is not None
     if prepared.is_trained and not plan:
         checkpoint_dir = checkpoint_dir or out.with_name(out.name + ".checkpoints")
         ctx.with_resource(claim_folder(checkpoint_dir))
@@ -144,13 +152,31 @@ def edit(
             "run the command again with --resume."
         ) from error
     seconds = f"{patch.metadata.seconds:.1f} s"
-    if prepared.is_trained:
-        seconds = f"{patch.metadata.updates} updates, {seconds}. Log: {checkpoint_dir}"
+    if prepared.is_trained and checkpoint_dir is not None:
+        log = keep_log(checkpoint_dir, out, keep_checkpoints=keep_checkpoints)
+        seconds = f"{plural(patch.metadata.updates or 0, 'update')}, {seconds}. Log: {log}"
     echo(f"{out}: {len(patch.tensors)} tensors changed in {seconds}")
+    if line := _erased_phrases(prepared.for_model(loaded)):
+        echo(line)
     if reason := patch.metadata.to_json().get("stop_reason"):
         echo(f"The training ended early: {reason}.")
     if rates := _rollout_rates(last):
         echo(rates)
+    echo_status(f'try it: safegen generate {model} --patch {out} --prompt "..." --out images')
+    echo_status(
+        f"then: safegen evaluate --stack edited={model}+{out} (measure), "
+        f"safegen export {model} --patch {out} --out safe.safetensors (ship)"
+    )
+
+
+def _erased_phrases(edit: Edit) -> str:
+    """Return what an edit by words erases; empty for an edit that learns from images or a judge."""
+    phrases = getattr(edit, "erase", ())
+    if edit.inputs != "words" or "judge" in type(edit).model_fields:
+        return ""
+    few = ". Other words still draw the concept: add them" if len(phrases) == 1 else ""
+    quoted = ", ".join(f'"{phrase}"' for phrase in phrases)
+    return f"{edit.method()} erases {plural(len(phrases), 'phrase')}, not measured: {quoted}{few}"
 
 
 def _shorthands(method: str, **options: Any) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class Keys(StrEnum):
 
 def extract_lora(
     ctx: typer.Context,
-    patch: Annotated[Path, typer.Argument(help="Patch file.")],
     model: BaseArg,
+    patch: Annotated[Path, typer.Argument(help="Patch file.")],
     out: Annotated[Path, typer.Option(help="New .safetensors file for the LoRA.")],
     rank: Annotated[int, typer.Option(min=1, max=MAX_RANK, help="Largest rank.")] = 16,
     keys: Annotated[
@@ -48,10 +48,7 @@ def extract_lora(
     config: Config = None,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Convert a patch to a LoRA and measure what the limited rank loses.
-
-    InvokeAI opens a LoRA that changes keys or values of attn2.
-    """
+    """Convert a patch to a LoRA and measure what the limited rank loses."""
     check_outputs(ctx, out, no_card)
     if prompt and skip_quality:
         warn_unused("--prompt", "with --skip-quality")
@@ -99,8 +96,8 @@ def extract_lora(
 
 def from_lora(
     ctx: typer.Context,
-    lora: Annotated[Path, typer.Argument(help="LoRA file with kohya or diffusers keys.")],
     model: BaseArg,
+    lora: Annotated[Path, typer.Argument(help="LoRA file with kohya or diffusers keys.")],
     out: Annotated[Path, typer.Option(help="New .safetensors file for the patch.")],
     scale: Annotated[
         float, typer.Option(min=-1000, max=1000, help="Strength of the LoRA; 1 is as trained.")

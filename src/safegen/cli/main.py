@@ -9,7 +9,9 @@ import typer
 
 from safegen.cli import attack, demo, edit, export, generate, make_safe, patch, prompts, triplets
 from safegen.cli.console import echo
+from safegen.cli.data import concept
 from safegen.cli.info import show
+from safegen.cli.info.checks import with_checks
 from safegen.cli.measure import evaluate, report
 from safegen.cli.options import show_warnings, silence_libraries
 from safegen.cli.verbosity import add_output_options, reset_verbosity
@@ -88,17 +90,17 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                     "patch merge p.safetensors q.safetensors --overlap add --model mini "
                     "--out both.safetensors",
                 ),
-                "rebase": ("patch rebase p.safetensors mini my-fine-tune --out q.safetensors",),
+                "rebase": ("patch rebase mini my-fine-tune p.safetensors --out q.safetensors",),
                 "from-model": ("patch from-model my-folder mini --out p.safetensors",),
                 "card": (
                     "patch card p.safetensors --metrics run",
                     "patch card p.safetensors --out card.md",
                 ),
                 "extract-lora": (
-                    "patch extract-lora p.safetensors mini --out lora.safetensors",
-                    "patch extract-lora p.safetensors mini --rank 32 --out lora.safetensors",
+                    "patch extract-lora mini p.safetensors --out lora.safetensors",
+                    "patch extract-lora mini p.safetensors --rank 32 --out lora.safetensors",
                 ),
-                "from-lora": ("patch from-lora lora.safetensors mini --out p.safetensors",),
+                "from-lora": ("patch from-lora mini lora.safetensors --out p.safetensors",),
             },
         ),
     ),
@@ -150,6 +152,12 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             },
         ),
         Command(
+            concept.app,
+            "tutorials/own-concept.md",
+            name="concept",
+            below={"new": ("concept new smoke", "concept new smoke --out concepts/smoke.toml")},
+        ),
+        Command(
             prompts.app,
             "reference/prompts.md",
             name="prompts",
@@ -177,7 +185,7 @@ def add_group(group: typer.Typer, command: Command, panel: str) -> None:
         function = info.callback
         assert function is not None
         name = info.name or function.__name__
-        info.callback = add_output_options(function)
+        info.callback = add_output_options(with_checks(function))
         info.epilog = epilog(command.page, command.below.get(name, ()))
     end = epilog(command.page)
     app.add_typer(group, name=command.name, rich_help_panel=panel, epilog=end)
@@ -198,7 +206,7 @@ for panel, commands in COMMANDS.items():
             register = app.command(
                 command.name, rich_help_panel=panel, epilog=epilog(command.page, command.examples)
             )
-            register(add_output_options(command.function))
+            register(add_output_options(with_checks(command.function)))
 
 
 @app.callback(invoke_without_command=True)

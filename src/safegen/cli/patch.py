@@ -157,11 +157,11 @@ def merge(
 @app.command()
 def rebase(
     ctx: typer.Context,
-    patch: PatchArg,
     base: Annotated[str, typer.Argument(help="Model that the patch was made on.", metavar="BASE")],
     target: Annotated[
         str, typer.Argument(help="Fine-tune of BASE that the new patch is for.", metavar="TARGET")
     ],
+    patch: PatchArg,
     out: OutPatch,
     no_card: NoCard = False,
     config: Config = None,

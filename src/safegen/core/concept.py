@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from safegen.core.documents import read_toml, validate
-from safegen.core.errors import FileError, UnknownNameError
-from safegen.core.files import exists
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.files import atomic_write, exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
-from safegen.core.settings import BaseSettings, Name
+from safegen.core.settings import FOLDER_NAME, BaseSettings, JsonObject, Name, raises_config_error
 from safegen.core.text import short_repr
+
+CONCEPT_FOLDER = Path(__file__).parent / "concepts"
+"""Folder of the built-in concepts, and of the template for others."""
 
 
 def _check_phrase(phrase: str) -> str:
@@ -27,8 +31,19 @@ Phrases = tuple[Phrase, ...]
 """Type of a setting with phrases."""
 
 
+@raises_config_error
 class Concept(BaseSettings):
-    """Visual concept to remove, built in or read from a TOML file."""
+    """Visual concept to remove, built in or read from a TOML file.
+
+    Example:
+        >>> concept = safegen.Concept(
+        ...     name="wings",
+        ...     words=("wings", "a wing"),
+        ...     counterpart=("nothing on it",),
+        ...     judge="clip",
+        ...     labels=("wings",),
+        ... )
+    """
 
     name: Name
     """Name of the concept, one word."""
@@ -42,6 +57,8 @@ class Concept(BaseSettings):
     """Labels or label sets of the judge that mean the concept."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Lowest score of a detection that counts."""
+    judge_options: JsonObject = Field(default_factory=dict)
+    """Other options of the judge, such as its weights and prompts."""
     held_out_judge: Name | None = None
     """Judge with the same labels that no training uses, for edits that learn from `judge`."""
     triplets: str | None = None
@@ -81,13 +98,36 @@ class Concept(BaseSettings):
         return self
 
 
+def write_template(name: str, path: Path) -> None:
+    """Write a valid concept file with an explanation of every setting.
+
+    Raises:
+        ConfigError: the name has other characters than letters, digits, dots, dashes and
+            underscores, or the file does not end in .toml.
+        FileError: the file exists or cannot be written.
+    """
+    if not re.fullmatch(FOLDER_NAME, name):
+        raise ConfigError(
+            "name of a concept must be 1 to 64 letters, digits, '.', '_' or '-', got "
+            f"{name[:80]!r}. Phrases with spaces belong into words"
+        )
+    if path.suffix != ".toml":
+        raise ConfigError(f"concept file must end in .toml, got {str(path)!r}")
+    text = (CONCEPT_FOLDER / "template.txt").read_text(encoding="utf-8")
+    phrase = re.sub("[-_.]+", " ", name).strip()
+    with atomic_write(path) as temporary:
+        text = text.replace("NAME", name).replace("PHRASE", phrase)
+        temporary.write_text(text, encoding="utf-8")
+
+
 class PromptRow(BaseModel):
-    """Prompt of a list with the subject that a faithful image shows."""
+    """Prompt of a list with the subject and the background that a faithful image shows."""
 
     model_config = ConfigDict(frozen=True)
 
     text: str
     subject: str | None = None
+    background: str | None = None
 
 
 def load_concept(name: str) -> Concept:
@@ -96,10 +136,14 @@ def load_concept(name: str) -> Concept:
     Raises:
         UnknownNameError: the name is neither a built-in concept nor a TOML file.
         FileError: the file does not exist or is not a concept.
+
+    Example:
+        >>> safegen.load_concept("skulls").words
+        ('skulls', 'a skull')
     """
     path = Path(name)
     if name in CONCEPTS:
-        path = Path(__file__).parent / "concepts" / f"{name}.toml"
+        path = CONCEPT_FOLDER / f"{name}.toml"
     elif path.suffix != ".toml":
         raise UnknownNameError("concept", name, CONCEPTS)
     if not exists(path):
@@ -117,4 +161,4 @@ def prompt_list(name: str, n: int | None = None) -> list[PromptRow]:
     """
     source, _, part = name.partition(":")
     rows = resolve(PROMPT_LISTS, source, "prompt source")(part, n)
-    return [PromptRow(text=text, subject=subject) for text, subject in rows]
+    return [PromptRow(**dict(zip(PromptRow.model_fields, row, strict=False))) for row in rows]

@@ -120,11 +120,11 @@ PROMPT_LISTS = {"mini": "safegen.mini.bundle:prompt_list"}
 TRIPLETS = {"mini": "safegen.mini.bundle:triplets_folder"}
 """Bundled triplets, named `source:concept`: a function from a concept's name to a folder."""
 
-CONCEPTS = ("skulls", "fire", "nudity")
+CONCEPTS = ("skulls", "fire", "nudity", "violence")
 """Built-in concepts.
 
-Each is a file in `concepts/`. The last one is a word and a judge: no triplets or prompts of it are
-in the package.
+Each is a file in `concepts/`. The last two are published phrases and a judge: no triplets or
+prompts of them are in the package.
 """
 
 PROTOCOLS = (
@@ -132,6 +132,10 @@ PROTOCOLS = (
     "mini-smoke-fire",
     "mini-full",
     "mini-full-fire",
+    "mini-ladder",
+    "mini-ladder-fire",
+    "mini-composition",
+    "mini-composition-fire",
     "safegen-four",
     "i2p-931",
     "esd-i2p-4703",
@@ -151,6 +155,14 @@ Each is a file in `protocols/`. All but the mini ones need a file of prompts tha
 def expand_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Return the labels with every name of a label set spelt out, each label once, in order."""
     return tuple(dict.fromkeys(one for label in labels for one in LABEL_SETS.get(label, (label,))))
+
+
+def collapse_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the name of the label set with these labels, or the labels if there is none."""
+    labels = tuple(labels)
+    sets = (name for name, members in LABEL_SETS.items() if set(members) == set(labels))
+    name = next(sets, None)
+    return labels if name is None else (name,)
 
 
 def resolve(table: Mapping[str, str], name: str, noun: str) -> Any:

@@ -19,8 +19,7 @@ from safegen.core.files import display_name
 from safegen.core.registry import EDITS, registered_name
 from safegen.core.settings import MAX_RANK, MethodSettings
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.training.check import check_training
-from safegen.edits.training.checkpoint import check_resumable
+from safegen.edits.training.check import check_inputs, check_training
 from safegen.edits.training.config import (
     HasMetadata,
     Objective,
@@ -220,7 +219,7 @@ class TrainedEdit(Edit):
     """Presets with a training that was tuned on the miniature model."""
 
     def probe(self, batch: int) -> tuple[Self, float]:
-        """Return settings whose updates are cheap, and how many times an update of these costs.
+        """Return settings with cheap updates, and how many of them cost as much as one of these.
 
         Args:
             batch: samples of a forward pass.
@@ -292,39 +291,6 @@ class TrainedEdit(Edit):
 def join_quoted(words: Sequence[str]) -> str:
     """Return words for a sentence, quoted and joined by commas."""
     return ", ".join(f"“{text}”" for text in words) or "none"
-
-
-def check_inputs(
-    edit: Edit, triplets: object = None, checkpoint_dir: object = None, resume: bool = False
-) -> None:
-    """Check that an edit gets the inputs that it learns from, and no others.
-
-    Raises:
-        ConfigError: triplets or phrases are missing, triplets are given to an edit that learns from
-            phrases, or a checkpoint directory or `resume` to a closed form.
-        FileError: there is no checkpoint to resume, or a damaged one.
-    """
-    method = edit.method()
-    if edit.inputs == "words" and triplets is not None:
-        raise ConfigError(
-            f"{method} learns from phrases, and triplets have no effect. Leave them out."
-        )
-    if edit.inputs != "words" and triplets is None:
-        raise ConfigError(
-            f"{method} learns from images, and there are no triplets. "
-            "Give a directory of `safegen triplets make`, a CSV, or bundled ones (mini:skulls)."
-        )
-    if edit.needs_phrases and not getattr(edit, "erase", ()):
-        raise ConfigError(
-            f"{method} has no phrases to erase. Give a concept that has some, or set erase."
-        )
-    if not edit.is_trained and (checkpoint_dir is not None or resume):
-        raise ConfigError(
-            f"{method} is a closed form, and {'resume' if resume else 'checkpoint_dir'} has "
-            "no effect. Leave it out."
-        )
-    if resume and isinstance(checkpoint_dir, Path):
-        check_resumable(checkpoint_dir)
 
 
 def metadata_of(

@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 
 from safegen.core.concept import Concept, Phrases
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import TrainedEdit, check_inputs, join_quoted
+from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.adversary import AdversarySetting
 from safegen.edits.rece import CAPTIONS_SCALE, RECE
 from safegen.edits.safegen import SafeGen, SafeGenObjective, check_safegen
-from safegen.edits.training.check import check_training
+from safegen.edits.training.check import check_inputs, check_training
 from safegen.edits.training.config import FULL_SIZE_TRAINING, Objective, Training, TrainingCallback
 from safegen.edits.uce import UCE
 from safegen.models.checkpoint.metadata import PatchMetadata

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
 from safegen.core.settings import MAX_COUNT, BaseSettings, JsonObject, Name
@@ -30,11 +31,14 @@ MetricName = Literal[
     "over_censoring",
     "coherence",
     "coherence_kept",
+    "composition",
     "clip_score",
     "fid_to_base",
     "kid_to_base",
     "cmmd_to_base",
 ]
+Rung = Literal["name", "prefix", "variant", "short", "long"]
+"""Rungs of a prompt ladder, in order: EMMA's (arXiv:2512.17320)."""
 FROM_FEATURES = ("clip_score", "fid_to_base", "kid_to_base", "cmmd_to_base")
 """Metrics computed from an extractor's features."""
 FROM_IMAGES = ("change", "lpips")
@@ -64,6 +68,8 @@ class PromptList(BaseSettings):
     """SHA-256 of the prompts (`hash_prompts`); empty until the user provides the file."""
     shows: str | None = None
     """Label that a faithful image shows besides its subject."""
+    rung: Rung | None = None
+    """Rung of a prompt ladder, for lists that ask for the concept in ever more words."""
     unsafe: bool = False
     """List of real unsafe prompts; their texts stay out of every run directory and report."""
     left_out: tuple[str, ...] = ()
@@ -129,6 +135,16 @@ class JudgeRule(BaseSettings):
             key: display_name(value) if isinstance(value, str) else value
             for key, value in self.options.items()
         }
+
+
+def concept_rule(concept: Concept) -> JudgeRule:
+    """Return the judge of a concept, with its labels, threshold and options."""
+    return JudgeRule(
+        name=concept.judge,
+        labels=concept.labels,
+        threshold=concept.threshold,
+        options=concept.judge_options,
+    )
 
 
 class FeatureRule(BaseSettings):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from safegen.core.text import short_repr
 from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.selectors import weights_by_name
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
@@ -50,7 +51,7 @@ class AppliedPatch:
         if self not in applied_patches:
             return
         later = applied_patches[applied_patches.index(self) + 1 :]
-        parameters = dict(self.model.denoiser.named_parameters())
+        parameters = weights_by_name(self.model.denoiser)
         for name, value in self.before.items():
             covering = next((applied for applied in later if name in applied.before), None)
             if covering is None:

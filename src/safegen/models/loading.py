@@ -5,18 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from safegen.core.device import AUTO, resolve_device, resolve_dtype
-from safegen.core.errors import ConfigError, FileError, UnknownNameError, first_line
+from safegen.core.errors import ConfigError, FileError, check_keywords, first_line
 from safegen.core.files import exists
-from safegen.core.hub import HUB, fetch_snapshot, is_repo_id
+from safegen.core.hub import HUB, check_model_name, fetch_snapshot
 from safegen.core.logging import silence_libraries
-from safegen.core.registry import MODELS, resolve
+from safegen.core.registry import MODELS, TRIPLETS, resolve
+from safegen.core.tensor_files import read_header
 from safegen.models.checkpoint.diffusers_folder import read_folder
-from safegen.models.checkpoint.metadata import CheckpointMetadata
+from safegen.models.checkpoint.metadata import PATCH_FORMAT, CheckpointMetadata
 from safegen.models.checkpoint.single_file_reader import read_single_file
 from safegen.models.model import DTYPES, Model, Pipeline, components_of
+from safegen.models.wrapping import model_of, register_model, text_to_image
 
+LORA_ENDINGS = (".lora_down.weight", ".lora_A.weight")
+"""Endings of a key in a LoRA file."""
 _SMALL_FILES = (
     "model_index.json",
     "safegen.json",
@@ -41,19 +46,21 @@ _WEIGHTS = {
 """Suffix: the weights that a pipeline opens by default, without variants and averages."""
 
 
+@check_keywords
 def load(
-    name: str | Path,
+    name: str | Path | DiffusionPipeline,
     *,
     dtype: str | torch.dtype = "fp32",
     device: str | torch.device = AUTO,
     allow_pickle: bool = False,
     config: str | Path | None = None,
 ) -> Model:
-    """Return a model loaded by name, from a diffusers folder, a one-file checkpoint, or the hub.
+    """Return a model: from a diffusers folder, a one-file checkpoint, the hub, or a pipeline.
 
     Args:
         name: `mini`, a folder with a model_index.json, a .safetensors (or .ckpt) file, or
-            `hub:owner/name`. Only the last downloads anything.
+            `hub:owner/name`. Only the last downloads anything. A Stable Diffusion or SDXL
+            pipeline of diffusers is used as it is: on its device, without a copy.
         dtype: type of the weights: fp32, bf16 or fp16, or torch's name or object for it.
         device: a torch device, such as `cuda:1`; `auto` is the accelerator if there is one, else
             the CPU.
@@ -62,13 +69,31 @@ def load(
             configuration files that the checkpoint lacks.
 
     Raises:
-        ConfigError: `config` is given for something other than a one-file checkpoint, or torch
-            cannot use the device.
+        ConfigError: `config` is given for something other than a one-file checkpoint, torch cannot
+            use the device, or a pipeline is of another family or given with options.
         UnknownNameError: `name` is neither a known model nor a path, or the dtype is unknown.
         FileError: a file is missing, pickled, damaged or has NaN weights, or the hub's model is not
             available.
+
+    Example:
+        >>> model = safegen.load("mini", dtype="bf16")
+        >>> model.dtype
+        'bf16'
     """
+    if isinstance(name, DiffusionPipeline):
+        if (dtype, device, config) != ("fp32", AUTO, None):
+            raise ConfigError(
+                "dtype, device and config must not be given with a pipeline, which is loaded "
+                "already. Use pipe.to(...)."
+            )
+        return _wrap_pipeline(name)
+    if not isinstance(name, str | Path):
+        raise ConfigError(
+            "model must be a name, a path or a diffusers pipeline, got "
+            f"{type(name).__name__}. Use one of them."
+        )
     name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
+    check_is_model(name)
     torch_dtype = DTYPES[resolve_dtype(dtype)]
     device = resolve_device(device)
     check_device(device)
@@ -85,6 +110,34 @@ def load(
     folder = _find_folder(name, allow_pickle)
     pipeline, metadata = read_folder(name, folder, dtype=torch_dtype, allow_pickle=allow_pickle)
     return finish_loading(name, pipeline, device, folder=folder, metadata=metadata)
+
+
+def check_is_model(name: str) -> None:
+    """Check that a name is not that of a patch, a LoRA or triplets, as after swapped arguments.
+
+    Only the header of a file is read. Other names are checked by `load`.
+
+    Raises:
+        FileError: it is one of these.
+    """
+    path, option = Path(name), ""
+    source = name.partition(":")[0]
+    if ":" in name and source in TRIPLETS and not exists(name):
+        option = "triplets, which go with --triplets"
+    elif path.suffix == ".safetensors" and exists(path, file=True):
+        header = read_header(path)
+        metadata = header.get("__metadata__")
+        if isinstance(metadata, dict) and metadata.get("format") == PATCH_FORMAT:
+            option = "a safegen patch, which goes with --patch"
+        elif any(key.endswith(LORA_ENDINGS) for key in header):
+            option = "a LoRA, which goes with --lora"
+    elif exists(path / "manifest.jsonl") and exists(path / "unsafe"):
+        option = "a folder of triplets, which goes with --triplets"
+    if option:
+        raise FileError(
+            f"MODEL must be a model, got {name!r}: {option}. Did you swap the arguments? MODEL "
+            "comes first."
+        )
 
 
 def check_device(device: str) -> None:
@@ -119,6 +172,33 @@ def finish_loading(
     Raises:
         FileError: a weight is missing, or NaN or infinite.
     """
+    _check_weights(name, pipeline)
+    _limit_tokenizers(pipeline)
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    _freeze(pipeline)
+    model = Model(name, pipeline, folder, metadata)
+    register_model(model)
+    return model
+
+
+def _wrap_pipeline(pipe: DiffusionPipeline) -> Model:
+    """Return the model of a loaded pipeline, its weights checked and without gradients."""
+    model = model_of(text_to_image(pipe))
+    _check_weights(model.name, model.pipeline)
+    _limit_tokenizers(model.pipeline)
+    _freeze(model.pipeline)
+    return model
+
+
+def _freeze(pipeline: Pipeline) -> None:
+    """Turn off gradients and dropout of a pipeline's components."""
+    for component in components_of(pipeline):
+        getattr(pipeline, component).eval().requires_grad_(False)
+
+
+def _check_weights(name: str, pipeline: Pipeline) -> None:
+    """Check that a pipeline has all its weights, and that they are finite."""
     for component in components_of(pipeline):
         for key, value in getattr(pipeline, component).state_dict().items():
             if value.is_meta:
@@ -131,12 +211,6 @@ def finish_loading(
                     f"the model {name!r} has NaN or infinite weights in {component}.{key}. Get an "
                     "undamaged copy"
                 )
-    _limit_tokenizers(pipeline)
-    pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    for component in components_of(pipeline):
-        getattr(pipeline, component).eval().requires_grad_(False)
-    return Model(name, pipeline, folder, metadata)
 
 
 def _limit_tokenizers(pipeline: Pipeline) -> None:
@@ -155,13 +229,7 @@ def _find_folder(name: str, allow_pickle: bool) -> Path:
     if name.startswith(HUB):
         with silence_libraries():
             return fetch_snapshot(name, allow_patterns=hub_patterns(allow_pickle))
-    if not exists(name):
-        if is_repo_id(name):
-            raise FileError(
-                f"the folder {name!r} does not exist. To download a model of the hub, name it "
-                f"{HUB}{name}"
-            )
-        raise UnknownNameError("model (nor a folder of that name)", name, MODELS)
+    check_model_name(name)
     return Path(name)
 
 

@@ -28,6 +28,7 @@ from safegen.core.files import display_name
 from safegen.core.hashing import hash_tensors
 from safegen.core.text import short_repr
 from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef
+from safegen.models.selectors import plain_name, weights_by_name
 from safegen.models.text_encoder import expand_prompt
 
 if TYPE_CHECKING:
@@ -51,7 +52,13 @@ class MetadataMismatchWarning(SafegenWarning):
 
 @dataclass(eq=False)
 class Model:
-    """A loaded text-to-image model."""
+    """A loaded text-to-image model.
+
+    Example:
+        >>> model = safegen.load("mini")
+        >>> model.size
+        64
+    """
 
     name: str
     """The name or path it was loaded by."""
@@ -156,7 +163,9 @@ class Model:
 
     def hash_denoiser(self) -> str:
         """Return the SHA-256 of the denoiser's values in fp32 as they are now, patches included."""
-        return hash_tensors(self.denoiser.state_dict(), dtype=torch.float32)
+        state = self.denoiser.state_dict()
+        weights = {plain_name(key): state[key] for key in state if ".lora_" not in key}
+        return hash_tensors(weights, dtype=torch.float32)
 
     @property
     def pipeline_hash(self) -> str:
@@ -221,7 +230,7 @@ class Model:
     @contextmanager
     def without_patches(self) -> Iterator[None]:
         """Take all patches off inside the block, and put them on again bit for bit."""
-        patches, parameters = list(self.applied_patches), dict(self.denoiser.named_parameters())
+        patches, parameters = list(self.applied_patches), weights_by_name(self.denoiser)
         names = {name for applied in patches for name in applied.before}
         values = {name: parameters[name].detach().clone() for name in names}
         try:

@@ -52,3 +52,13 @@ def select_parameters(denoiser: nn.Module, selector: str) -> list[str]:
                     "(only_cross_attention)"
                 )
     return names
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a weight as it was before peft put a LoRA beside it."""
+    return name.replace(".base_layer.", ".")
+
+
+def weights_by_name(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a denoiser by their names without LoRAs."""
+    return {plain_name(name): value for name, value in denoiser.named_parameters()}

@@ -20,6 +20,8 @@ from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
 KeyFormat = Literal["kohya", "diffusers"]
+FAMILY_WEIGHTS = (".attn2.to_k.weight", ".attn2.to_v.weight")
+"""Weights by which InvokeAI tells the family of a LoRA."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,8 +222,9 @@ def save_lora(
         lora: the factors.
         model: the model that they are for, which names the modules.
         path: the new file.
-        keys: `kohya` for A1111 and ComfyUI, `diffusers` for `load_lora_weights`. InvokeAI reads
-            kohya's too, but refuses a LoRA of SD 1.x or 2.x that changes no key or value of attn2.
+        keys: `kohya` for A1111, ComfyUI and InvokeAI, `diffusers` for `load_lora_weights`. InvokeAI
+            tells SD 1.x and 2.x by the keys or values of attn2: a LoRA in kohya's keys that changes
+            none gets factors of zeros for one key.
         dtype: type of the factors.
         metadata: plain values for the header.
 
@@ -230,7 +233,10 @@ def save_lora(
     """
     original = sdxl_unet_names(model.denoiser)
     tensors: dict[str, Tensor] = {}
-    for name, pair in lora.factors.items():
+    factors = dict(lora.factors)
+    if keys == "kohya" and not any(name.endswith(FAMILY_WEIGHTS) for name in factors):
+        factors |= _zero_factors(model)
+    for name, pair in factors.items():
         down, up = _pad_rank(*pair, lora.rank)
         if keys == "kohya":
             module = kohya_name(name, original.get(name))
@@ -251,6 +257,18 @@ def save_lora(
         METADATA_KEY: json.dumps(metadata, sort_keys=True),
     } | _base_model_header(model)
     write_tensors(path, {name: value.to(dtype) for name, value in tensors.items()}, header)
+
+
+def _zero_factors(model: Model) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return factors of zeros for the first key of attn2; its width tells SD 1.x from 2.x.
+
+    They change nothing; `lora_reader.read_lora` leaves them out.
+    """
+    for name, weight in model.denoiser.named_parameters():
+        if name.endswith(FAMILY_WEIGHTS[0]) and not hasattr(model.denoiser, "add_embedding"):
+            out, width = weight.shape
+            return {name: (torch.zeros(1, width), torch.zeros(out, 1))}
+    return {}
 
 
 def _pad_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:

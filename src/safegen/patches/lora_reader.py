@@ -21,11 +21,16 @@ from safegen.core.documents import parse_json, validate
 from safegen.core.errors import ConfigError, FileError, PatchError
 from safegen.core.tensor_files import FACTOR_DTYPES, check_weights, read_tensors
 from safegen.models.checkpoint.key_map import kohya_name, sdxl_unet_names
-from safegen.models.checkpoint.metadata import METADATA_KEY, PatchMetadata, read_patch_metadata
+from safegen.models.checkpoint.metadata import (
+    METADATA_KEY,
+    PATCH_FORMAT,
+    PatchMetadata,
+    read_patch_metadata,
+)
 from safegen.models.model import Model
 from safegen.patches.lora import add_factors
 from safegen.patches.lora_spec import MAX_SCALE
-from safegen.patches.patch import FORMAT, Patch, check_family, warn_base_mismatch, warn_large_change
+from safegen.patches.patch import Patch, check_family, warn_base_mismatch, warn_large_change
 
 TEXT_ENCODER_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
 """Prefixes of a text encoder's modules in a LoRA file."""
@@ -186,11 +191,18 @@ def read_lora(path: Path, model: Model) -> LoraFactors:
 def _without_zeros(
     factors: Mapping[str, tuple[Tensor, Tensor, float]], path: Path
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Return the factors that change their weight; an alpha of 0 turns a module off."""
-    changing = {name: value for name, value in factors.items() if value[2]}
+    """Return the factors that change their weight.
+
+    An alpha of 0 turns a module off. Factors of zeros only tell the family (`lora.save_lora`).
+    """
+    changing = {
+        name: (down, up, strength)
+        for name, (down, up, strength) in factors.items()
+        if strength and bool(down.any()) and bool(up.any())
+    }
     if not changing:
         raise FileError(
-            f"alpha / rank in {path} must not be 0 in every module. Make or fetch it again"
+            f"factors and alpha in {path} must not be 0 in every module. Make or fetch it again"
         )
     return changing
 
@@ -251,7 +263,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], PatchMetadata, float | None]:
     tensors = {_modern_key(key): value for key, value in stored.items()}
     if len(tensors) < len(stored):
         raise FileError(f"{path} is damaged: it has factors of one module under two names")
-    if header.get("format") == FORMAT:
+    if header.get("format") == PATCH_FORMAT:
         raise FileError(
             f"{path} must be a LoRA, got a safegen patch. Use it with --patch, or convert it: "
             "safegen patch extract-lora"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,16 @@ from torch.linalg import vector_norm
 
 from safegen.core.errors import FileError, PatchError, SafegenWarning
 from safegen.core.hashing import hash_tensors
+from safegen.core.registry import MODELS
 from safegen.core.tensor_files import check_weights, read_tensors, write_tensors
 from safegen.core.text import short_repr
 from safegen.models.applied_patch import AppliedPatch
-from safegen.models.checkpoint.metadata import PatchMetadata, read_patch_metadata
+from safegen.models.checkpoint.metadata import PATCH_FORMAT, PatchMetadata, read_patch_metadata
+from safegen.models.loading import LORA_ENDINGS
 from safegen.models.model import Model
+from safegen.models.selectors import weights_by_name
+from safegen.models.wrapping import model_of
 
-FORMAT = "safegen-patch/1"
-LORA_SUFFIXES = (".lora_down.weight", ".lora_A.weight")
 LARGE_CHANGE = 10.0
 """Size of a change, as a multiple of the size of the changed weights, that is warned about.
 
@@ -44,7 +47,16 @@ class PatchOverlapWarning(SafegenWarning):
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """New values by parameter name of the denoiser, with their metadata."""
+    """New values by parameter name of the denoiser, with their metadata.
+
+    Example:
+        >>> model = safegen.load("mini")
+        >>> patch = safegen.edit(model, "uce", concept="skulls")
+        >>> patch.save("patch.safetensors")
+        >>> with safegen.Patch.load("patch.safetensors").apply(model):
+        ...     print(len(model.patches))
+        1
+    """
 
     tensors: Mapping[str, Tensor]
     metadata: PatchMetadata = field(default_factory=PatchMetadata)
@@ -89,7 +101,10 @@ class Patch:
                 raise PatchError(
                     f"{path} is not written: the patch has NaN or infinite values in {name}"
                 )
-        header = {"format": FORMAT, "metadata": json.dumps(self.metadata.to_json(), sort_keys=True)}
+        header = {
+            "format": PATCH_FORMAT,
+            "metadata": json.dumps(self.metadata.to_json(), sort_keys=True),
+        }
         write_tensors(path, self.tensors, header)
 
     @classmethod
@@ -100,6 +115,11 @@ class Patch:
             FileError: the file is missing, damaged or no patch, or has no tensors or NaN values.
         """
         path = Path(path)
+        if str(path) in MODELS or (path / "model_index.json").is_file():
+            raise FileError(
+                f"PATCH must be a patch file, got the model {str(path)!r}. Did you swap the "
+                "arguments? MODEL comes first."
+            )
         tensors, header = read_tensors(path)
         _check_format(path, header, tensors)
         if not tensors:
@@ -135,7 +155,7 @@ class Patch:
 
     def _matching_parameters(self, model: Model) -> dict[str, torch.nn.Parameter]:
         """Return a model's parameters by name, after a check that every tensor fits one."""
-        parameters = dict(model.denoiser.named_parameters())
+        parameters = weights_by_name(model.denoiser)
         prefix = f"the patch does not fit the model {model.name!r}"
         for name, value in self.tensors.items():
             if name not in parameters:
@@ -185,24 +205,26 @@ class Patch:
                 )
 
     @torch.no_grad()
-    def apply(self, model: Model, *, hidden: bool = False) -> AppliedPatch:
+    def apply(self, model: Any, *, hidden: bool = False) -> AppliedPatch:
         """Write the new values into a model in memory; `undo()` restores the old ones exactly.
 
         Args:
-            model: the model.
+            model: a `Model`, a diffusers pipeline, or its UNet.
             hidden: do not list this patch as a parent of patches that are made on the model
                 meanwhile.
 
         Raises:
+            ConfigError: `model` is none of them, or its weights are offloaded.
             PatchError: see `check_compatible`, or a value is not finite in the model's type.
 
         Warns:
             BaseMismatchWarning: see `check_compatible` and `warn_missing_parents`.
             LargeChangeWarning: the weights change by more than `LARGE_CHANGE` times their size.
         """
+        model = model_of(model)
         _ = model.hash  # taken before any weight changes
         self.check_compatible(model)
-        parameters = dict(model.denoiser.named_parameters())
+        parameters = weights_by_name(model.denoiser)
         for name, value in self.tensors.items():
             if not bool(value.to(parameters[name].dtype).isfinite().all()):
                 raise PatchError(
@@ -284,9 +306,9 @@ def warn_base_mismatch(kind: str, base: str | None, model: Model, change: str = 
 
 def _check_format(path: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     """Check that a safetensors file is a patch."""
-    if header.get("format") == FORMAT:
+    if header.get("format") == PATCH_FORMAT:
         return
-    if any(name.endswith(LORA_SUFFIXES) for name in tensors):
+    if any(name.endswith(LORA_ENDINGS) for name in tensors):
         raise FileError(
             f"{path} must be a safegen patch, got a LoRA. Use it with `generate --lora`, or "
             "convert it with `safegen patch from-lora`"
@@ -294,6 +316,6 @@ def _check_format(path: Path, header: Mapping[str, str], tensors: Mapping[str, T
     stated = header.get("format")
     found = f"the format {stated[:80]!r}" if stated else "a file that states none"
     raise FileError(
-        f"{path} must be a safegen patch, with the format {FORMAT!r} in its header, got {found}. "
-        "An exported model is loaded as MODEL, not as a patch"
+        f"{path} must be a safegen patch, with the format {PATCH_FORMAT!r} in its header, got "
+        f"{found}. An exported model is loaded as MODEL, not as a patch"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,33 @@ from safegen.core.errors import (
     MissingExtraError,
     SafegenWarning,
     UnusedSettingWarning,
+    check_names,
     explain,
 )
+from safegen.core.files import atomic_write
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import Edit, check_inputs
+from safegen.edits.base import Edit
+from safegen.edits.training.check import check_inputs
+from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.edits.training.config import TrainingCallback
 from safegen.edits.training.presets import PRESET_NAMES, default_preset
-from safegen.judges import judge_images, load_judge
+from safegen.evaluation.run.training_log import LOG_SUFFIX
+from safegen.judges import judge_images, load_concept_judge
 from safegen.models.model import Model
 from safegen.patches.arithmetic import include
 from safegen.patches.patch import Patch
 
 JUDGE_BATCH_SIZE = 16
 """Unsafe images that are judged at once, until one of them shows the concept."""
+
+
+FEW_TRIPLETS = 20
+"""Triplets below which an edit is warned of; the bundled sets and the published run have 100."""
+
+
+class FewTripletsWarning(SafegenWarning):
+    """Triplets of too few images to learn a concept from."""
 
 
 class UncheckedTripletsWarning(SafegenWarning):
@@ -81,13 +96,18 @@ def edit(
     Warns:
         UnusedSettingWarning: the concept has no effect.
         UncheckedTripletsWarning: no judge could check the triplets.
+        FewTripletsWarning: there are fewer than `FEW_TRIPLETS`.
         MiniatureSettingsWarning: settings tuned on the miniature are used on a full-size model.
 
     Example:
         >>> model = safegen.load("mini")
-        >>> patch = safegen.edit(model, "safegen", triplets="mini:skulls")
-        >>> safegen.save_patch(patch, "patch.safetensors")
+        >>> trial = {"updates": 1, "warmup": 0}  # without it: minutes
+        >>> patch = safegen.edit(model, triplets="mini:skulls", training=trial)  # from images
+        >>> patch.metadata.method
+        'safegen'
     """
+    arguments = [*resolve(EDITS, method, "edit").model_fields, *signature(edit).parameters]
+    check_names(f"setting of {method!r}", settings, arguments)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     prepared = prepare_edit(
         method,
@@ -182,8 +202,15 @@ def prepare_edit(
     presets = PRESET_NAMES if preset is None else (preset,)
     edits = {name: make_edit(method, name, concept=concept, **settings) for name in presets}
     config = edits[presets[0]]
-    check_inputs(config, triplets, checkpoint_dir, resume)
+    check_inputs(config, triplets, checkpoint_dir, resume, concept=concept)
     rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
+    if rows is not None and len(rows) < FEW_TRIPLETS:
+        warnings.warn(
+            f"triplets should be {FEW_TRIPLETS} or more, got {len(rows)}: an edit of few images "
+            "learns these images, not the concept. Add others, of as many subjects as you can.",
+            FewTripletsWarning,
+            stacklevel=3,
+        )
     if concept is not None and rows is not None:
         check_triplets(concept, rows)
     elif concept is not None and config == make_edit(method, presets[0], **settings):
@@ -194,6 +221,27 @@ def prepare_edit(
             stacklevel=3,
         )
     return PreparedEdit(edits, rows)
+
+
+def keep_log(checkpoint_dir: Path, patch: Path, *, keep_checkpoints: bool) -> Path:
+    """Copy the log of a finished training to a file beside its patch, and return that file.
+
+    Args:
+        checkpoint_dir: folder of the training.
+        patch: the patch file. `safegen evaluate` finds the log by its name.
+        keep_checkpoints: whether the folder stays as it is; otherwise checkpoint and log are
+            removed, and so is the folder if nothing else is in it when its claim ends.
+
+    Raises:
+        FileError: the log cannot be written.
+    """
+    path = patch.with_name(patch.name + LOG_SUFFIX)
+    with atomic_write(path, replace=True) as temporary:
+        shutil.copyfile(checkpoint_dir / LOG_FILE, temporary)
+    if not keep_checkpoints:
+        for name in (CHECKPOINT_FILE, LOG_FILE):
+            (checkpoint_dir / name).unlink(missing_ok=True)
+    return path
 
 
 def make_edit(
@@ -224,7 +272,7 @@ def check_triplets(concept: Concept, triplets: Triplets) -> None:
         UncheckedTripletsWarning: the judge cannot be loaded, or all images are unjudged.
     """
     try:
-        judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+        judge = load_concept_judge(concept)
     except (MissingExtraError, FileError, ConfigError) as error:
         _warn_unchecked(str(error))
         return

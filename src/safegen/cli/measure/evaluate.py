@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from safegen.cli.console import echo, echo_status
+from safegen.cli.console import echo, echo_status, plural
 from safegen.cli.measure.report import Judge, Label, report, score
 from safegen.cli.options import (
     Device,
     Dtype,
     Pickle,
+    PlanOnly,
     Threads,
     print_model,
+    print_plan,
     read_pair,
     resumable,
     set_threads,
@@ -122,6 +124,7 @@ def evaluate(
     precision: Annotated[
         Precision | None, typer.Option(help="Arithmetic of the denoiser. Default: the protocol's.")
     ] = None,
+    plan: PlanOnly = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
     threads: Threads = None,
@@ -139,36 +142,44 @@ def evaluate(
     set_threads(threads)
     from safegen.stack_loader import StackLoader
     from safegen.workflows.evaluate import evaluate as run_evaluation
+    from safegen.workflows.evaluate import prepare_evaluation
 
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model)
+    options: dict[str, Any] = {
+        "concept": concept,
+        "prompts": prompts or [],
+        "column": column,
+        "judge": judge,
+        "labels": label or [],
+        "judge_options": _read_judge_options(judge_option or []),
+        "protocol": protocol,
+        "seeds": _read_seeds(seeds),
+        "limit": limit,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "precision": precision.value if precision else None,
+        "loader": loader,
+    }
+    if plan:
+        from safegen.workflows.plan import plan_evaluation
+
+        made = prepare_evaluation(model or base, stack or [], **options)
+        common: dict[str, Any] = {"base": made.base, "baselines": baselines.value}
+        print_plan(plan_evaluation(made.protocol, made.stacks, loader=loader, **common))
+        return
     with resumable(out), show_progress() as progress:
         run = run_evaluation(
             model or base,
             stack or [],
             out=out,
-            concept=concept,
-            prompts=prompts or [],
-            column=column,
-            judge=judge,
-            labels=label or [],
-            judge_options=_read_judge_options(judge_option or []),
-            protocol=protocol,
-            seeds=_read_seeds(seeds),
-            limit=limit,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            precision=precision.value if precision else None,
             baselines=baselines.value,
             until="generate" if stage is Stage.generate else "score",
-            loader=loader,
             argv=["safegen", *sys.argv[1:]],
             announce=lambda rules: print_protocol(rules, device),
             progress=progress,
+            **options,
         )
     if stage is Stage.all:
-        from safegen.evaluation.report.page import open_runs, write_report
-
-        write_report(open_runs([out]), out)
         print_run(out)
     echo(
         f"{len(run.stacks) * len(run.samples)} images by {len(run.stacks)} stacks in {out}, "
@@ -279,7 +290,7 @@ def print_protocol(protocol: Protocol, device: str) -> None:
         f"guidance {config.guidance_scale:g}, {config.precision}, judge {protocol.judge.name}"
     )
     for part in protocol.lists:
-        echo_status(f"  {part.role}: {part.name}, {part.prompts} prompts")
+        echo_status(f"  {part.role}: {part.name}, {plural(part.prompts or 0, 'prompt')}")
     print_notes(protocol, device)
 
 

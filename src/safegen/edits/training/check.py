@@ -1,16 +1,80 @@
-"""Checks of a training before it starts."""
+"""Checks of an edit's inputs and of a training before it starts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
+from safegen.core.registry import collapse_labels
 from safegen.edits.training.checkpoint import check_resumable
 from safegen.edits.training.config import Training
+
+if TYPE_CHECKING:
+    from safegen.edits.base import Edit
+
+
+def check_inputs(
+    edit: Edit,
+    triplets: object = None,
+    checkpoint_dir: object = None,
+    resume: bool = False,
+    *,
+    concept: Concept | None = None,
+) -> None:
+    """Check that an edit gets the inputs that it learns from, and no others.
+
+    Args:
+        edit: the edit.
+        triplets: triplets, or None.
+        checkpoint_dir: directory for checkpoints, or None.
+        resume: whether a training is resumed.
+        concept: the concept; the message names its judge and triplets.
+
+    Raises:
+        ConfigError: triplets or phrases are missing, triplets are given to an edit that learns from
+            phrases, or a checkpoint directory or `resume` to a closed form.
+        FileError: there is no checkpoint to resume, or a damaged one.
+    """
+    method = edit.method()
+    if edit.inputs == "words" and triplets is not None:
+        raise ConfigError(
+            f"{method} learns from phrases, and triplets have no effect. Leave them out."
+        )
+    if edit.inputs != "words" and triplets is None:
+        raise ConfigError(
+            f"{method} learns from images, and there are no triplets. {_triplets_hint(concept)}, "
+            "and give them as triplets. Or edit by words, without images: method uce."
+        )
+    if edit.needs_phrases and not getattr(edit, "erase", ()):
+        raise ConfigError(
+            f"{method} has no phrases to erase. Give a concept that has some, or set erase."
+        )
+    if not edit.is_trained and (checkpoint_dir is not None or resume):
+        raise ConfigError(
+            f"{method} is a closed form, and {'resume' if resume else 'checkpoint_dir'} has "
+            "no effect. Leave it out."
+        )
+    if resume and isinstance(checkpoint_dir, Path):
+        check_resumable(checkpoint_dir)
+
+
+def _triplets_hint(concept: Concept | None) -> str:
+    """Return how to get triplets of a concept."""
+    if concept is not None and concept.triplets:
+        return f"Take the bundled {concept.triplets}"
+    judge = "JUDGE" if concept is None else concept.judge
+    labels = () if concept is None else collapse_labels(concept.labels)
+    options = "".join(f" --label {label}" for label in labels)
+    return (
+        "Make some of images that show the concept, and of others: `safegen triplets make --unsafe "
+        f"DIR --benign DIR --judge {judge}{options} --out TRIPLETS`"
+    )
 
 
 def check_training(

@@ -229,7 +229,7 @@ def _commands(subject: CardSubject) -> list[str]:
     evaluate = "safegen evaluate --protocol PROTOCOL.toml --stack this={} --out run"
     first = {
         "patch": [f"safegen patch info {name}", evaluate.format(f"MODEL+{name}")],
-        "lora": [f"safegen patch from-lora {name} MODEL --out P.safetensors"],
+        "lora": [f"safegen patch from-lora MODEL {name} --out P.safetensors"],
         "folder": [evaluate.format(name)],
         "file": [evaluate.format(name)],
     }[subject.kind]

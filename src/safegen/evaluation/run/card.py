@@ -42,6 +42,9 @@ LIBRARIES = ("torch", "diffusers", "transformers")
 PATCH_METADATA = ("method", "seconds", "updates", "data", "description", "settings")
 """Metadata of a patch that the card repeats."""
 
+PLAIN_PATH = re.compile(r"[\w.-]+(/[\w.-]+)*")
+"""Relative path without anything that could hide another path in it."""
+
 
 class RunStack(NamedTuple):
     """Stack of a run, its kind, and the stacks that it is compared with."""
@@ -199,8 +202,20 @@ def public_protocol(protocol: Protocol) -> Protocol:
 
 
 def public_argument(word: str) -> str:
-    """Return an argument of the command line with every path in it reduced to its file name."""
-    return "".join(display_name(part) for part in re.split(r"([=+])", word))
+    """Return an argument of the command line without the folders of this machine.
+
+    A path below the working directory stays, relative to it, so that the command can be repeated
+    there. Other paths are reduced to their file names.
+    """
+    return "".join(_public_path(part) for part in re.split(r"([=+])", word))
+
+
+def _public_path(text: str) -> str:
+    """Return a path relative to the working directory, or its last part; other text as it is."""
+    folder = f"{Path.cwd()}{os.sep}"
+    inside = text.removeprefix(folder)
+    is_below = PLAIN_PATH.fullmatch(inside) and ".." not in Path(inside).parts
+    return inside if is_below else display_name(text)
 
 
 def _entry(

@@ -24,8 +24,8 @@ ROLLOUT = re.compile(
 """Figures of a training by reward that are shown."""
 
 
-CHECKPOINTS, LOG = ".checkpoints", "log.jsonl"
-"""Ending of the folder beside a patch with the log of its training, and the log's name."""
+LOG, LOG_SUFFIX = "log.jsonl", ".log.jsonl"
+"""Name of the log of a training in a folder, and what is added to a patch's name beside it."""
 
 
 def is_loss(name: str) -> bool:
@@ -97,7 +97,7 @@ def find_training_log(patch: Path, metadata: Mapping[str, Any]) -> list[dict[str
         patch: the patch file.
         metadata: its metadata as plain values.
     """
-    log = patch.with_name(patch.name + CHECKPOINTS) / LOG
+    log = patch.with_name(patch.name + LOG_SUFFIX)
     try:
         rows = read_training_log(log) if log.is_file() else []
     except FileError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,14 +20,23 @@ from safegen.guards.core.adapter import (
     HookPoint,
     PipelineAdapter,
 )
-from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
+from safegen.guards.core.base import Guard, GuardConfig
 from safegen.guards.core.callbacks import CALLBACK_OPTIONS, CallbackWatch
-from safegen.guards.core.checks import check_config, check_guard, check_hook, check_options
+from safegen.guards.core.checks import check_config, check_guard, check_options
 from safegen.guards.core.hooks import PipelineHooks
+from safegen.guards.core.output import IMAGE_OUTPUT_TYPES, restore_format, to_pil
 from safegen.guards.core.request import Request, check_request
 from safegen.guards.core.result import GeneratedImage, GuardResult, InvalidResultError
 from safegen.guards.core.rows import check_tensor
-from safegen.guards.core.runner import EmbeddingOffset, GuardError, GuardRunner, build_image
+from safegen.guards.core.runner import (
+    EmbeddingOffset,
+    GuardError,
+    GuardRunner,
+    allowed_images,
+    build_image,
+    reference_streams,
+    start_hooks,
+)
 from safegen.models.schedulers import pipeline_lock
 
 PER_IMAGE_POINTS: frozenset[HookPoint] = frozenset({"probe", "latents"})
@@ -127,9 +137,10 @@ class GuardedPipeline:
             reading=names(ALL_POINTS - UNIVERSAL_POINTS),
         )
         output_type = request.options.get("output_type", "pil")
-        if (guards := names(frozenset({"image"}))) and output_type != "pil":
+        if (guards := names(frozenset({"image"}))) and output_type not in IMAGE_OUTPUT_TYPES:
             raise ConfigError(
-                f"output_type must be 'pil' with {', '.join(guards)}, got {output_type!r}"
+                f"output_type must be 'pil', 'np' or 'pt' with {', '.join(guards)}, got "
+                f"{output_type!r}"
             )
 
     def _generate(self, request: Request) -> list[GeneratedImage]:
@@ -137,24 +148,30 @@ class GuardedPipeline:
         n = request.num_images
         runners = [self._runner(guard, n) for guard in self.guards]
         images: list[Any] = [None] * n
+        outputs: list[Any] = [None] * n
+        flags: list[bool | None] = [None] * n
         faults = [""] * n
         try:
             self._check_prompts(runners, request)
             latents = self._run_probes(runners, request)
-            allowed = _allowed(runners, range(n))
+            allowed = allowed_images(runners, range(n))
             if allowed:
                 prompts = sorted({i // request.copies for i in allowed})
-                outputs, output_faults = self._run(
-                    runners, self._with_latents(request, latents), prompts
-                )
-                for i, image, fault in zip(allowed, outputs, output_faults, strict=True):
-                    images[i], faults[i] = image, fault
+                found = self._run(runners, self._with_latents(request, latents), prompts)
+                checked = any(runner.acts_at("image") for runner in runners)
+                for i, (output, fault, flag) in zip(allowed, found, strict=True):
+                    outputs[i], faults[i], flags[i] = output, fault, flag
+                    images[i] = to_pil(output) if checked else output
                 self._check_images(
                     runners, images, request.image_prompts, [i for i in allowed if not faults[i]]
                 )
         except GuardError as error:
             faults = [f"error: {error}"] * n
-        return [build_image(images[i], runners, i, faults[i]) for i in range(n)]
+        built = [build_image(images[i], runners, i, faults[i]) for i in range(n)]
+        return [
+            replace(restore_format(image, output), nsfw_content_detected=flag)
+            for image, output, flag in zip(built, outputs, flags, strict=True)
+        ]
 
     @property
     def _device_type(self) -> str:
@@ -181,7 +198,7 @@ class GuardedPipeline:
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
         for runner in runners:
-            images = _allowed(runners, range(request.num_images))
+            images = allowed_images(runners, range(request.num_images))
             if not runner.acts_at("probe") or not images:
                 continue
             options = self._with_latents(request, latents).select_options(images)
@@ -223,12 +240,10 @@ class GuardedPipeline:
         inner = [self._runner(guard, len(prompts)) for guard in guards]
         request = Request(self.adapter, prompts, {**options, **changes})
         with autocast:
-            images, faults = self._run(
-                inner, request, range(len(prompts)), grad=grad, is_probe=True
-            )
-        if any(faults):
-            raise InvalidResultError(f"a probe was not guarded: {next(filter(None, faults))}")
-        return list(images)
+            found = self._run(inner, request, range(len(prompts)), grad=grad, is_probe=True)
+        if faults := [fault for _, fault, _ in found if fault]:
+            raise InvalidResultError(f"a probe was not guarded: {faults[0]}")
+        return [image for image, _, _ in found]
 
     def _with_latents(self, request: Request, latents: Mapping[int, Tensor]) -> Request:
         """Return the request with the initial latents that guards changed."""
@@ -247,14 +262,17 @@ class GuardedPipeline:
         *,
         grad: bool = False,
         is_probe: bool = False,
-    ) -> tuple[Sequence[Any], Sequence[str]]:
-        """Call the pipeline for some prompts. Return its images, and the fault of each or ""."""
+    ) -> list[tuple[Any, str, bool | None]]:
+        """Call the pipeline for some prompts.
+
+        Return each image, its fault or "", and the flag of the pipeline's own safety checker.
+        """
         images = request.images_of(prompts)
-        references = _reference_streams(runners, [request.prompts[i] for i in prompts])
+        references = reference_streams(runners, [request.prompts[i] for i in prompts])
         call, arguments = request.build_call(prompts, references)
         call.is_probe = is_probe
         row_images = (*images, *(images[k] for k in references))
-        active = _start_hooks(runners, call, row_images)
+        active = start_hooks(runners, call, row_images)
         hooks = PipelineHooks(self.adapter, call, active, max_rows=self.max_rows)
         watch = CallbackWatch(call)
         if any(runner.guard.hook_points - UNIVERSAL_POINTS for runner in runners):
@@ -266,7 +284,7 @@ class GuardedPipeline:
             if not hooks.removed or isinstance(error, GuardError):
                 raise
             fault = f"calls: {len(hooks.removed)} hooks were removed during the call"
-            return [None] * len(images), [fault] * len(images)
+            return [(None, fault, None)] * len(images)
         for runner, hook in active:
             with runner.timed_call():
                 results = list(hook.results()) or [GuardResult()] * len(row_images)
@@ -275,9 +293,10 @@ class GuardedPipeline:
         outputs: Sequence[Any] = output.images if hasattr(output, "images") else output.frames
         if len(outputs) != len(row_images):
             fault = f"calls: {len(outputs)} images returned for {len(row_images)} prompts"
-            return [None] * len(images), [fault] * len(images)
+            return [(None, fault, None)] * len(images)
+        flags = getattr(output, "nsfw_content_detected", None) or [None] * len(outputs)
         faults = watch.faults(hooks.faults(len(row_images)))
-        return outputs[: len(images)], faults[: len(images)]
+        return list(zip(outputs, faults, flags, strict=True))[: len(images)]
 
     def _call_pipeline(self, arguments: Mapping[str, Any], *, grad: bool) -> Any:
         """Call the pipeline, for a gradient without its `no_grad` decorator."""
@@ -296,7 +315,7 @@ class GuardedPipeline:
         """Run the guards of images in turn, each on the images that the one before left."""
         generated: dict[int, Any] = {}
         for runner in runners:
-            allowed = _allowed(runners, candidates)
+            allowed = allowed_images(runners, candidates)
             if not runner.acts_at("image") or not allowed:
                 continue
             generated = generated or {i: images[i].copy() for i in allowed}
@@ -307,34 +326,3 @@ class GuardedPipeline:
                 runner.merge_results(results, allowed, generated=[generated[i] for i in allowed])
             for i, result in zip(allowed, results, strict=True):
                 images[i] = images[i] if result.image is None else result.image
-
-
-def _allowed(runners: Sequence[GuardRunner], images: Sequence[int]) -> list[int]:
-    """Return the images that no guard has blocked."""
-    return [i for i in images if not any(r.blocks(i) for r in runners)]
-
-
-def _reference_streams(runners: Sequence[GuardRunner], prompts: Sequence[str]) -> list[int]:
-    """Return the prompts for which a guard wants a reference stream."""
-    wanted = [False] * len(prompts)
-    for runner in runners:
-        if runner.acts_at("latents"):
-            with runner.timed_call():
-                more = runner.guard.wants_reference_stream(prompts)
-                wanted = [a or b for a, b in zip(wanted, more, strict=True)]
-    return [i for i, want in enumerate(wanted) if want]
-
-
-def _start_hooks(
-    runners: Sequence[GuardRunner], call: Call, row_images: tuple[int, ...]
-) -> list[tuple[GuardRunner, GuardHook]]:
-    """Start the guards that act inside the call."""
-    active = []
-    for runner in runners:
-        runner.row_images = row_images
-        if runner.guard.hook_points - EXTERNAL_POINTS:
-            with runner.timed_call(keep_autocast=True):
-                hook = runner.guard.start(call)
-                check_hook(runner.guard, hook)
-                active.append((runner, hook))
-    return active

@@ -90,3 +90,12 @@ class GeneratedImage:
 
     image: Image.Image | None
     trace: GuardTrace
+    nsfw_content_detected: bool | None = None
+    """Whether the pipeline's own safety checker flagged the image; None without a checker."""
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether a guard or the pipeline's checker withheld or replaced the image."""
+        return self.trace.action in BLOCKING_ACTIONS | REPLACING_ACTIONS or bool(
+            self.nsfw_content_detected
+        )

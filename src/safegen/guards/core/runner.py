@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from safegen.core.errors import UserError, is_out_of_memory
-from safegen.guards.core.adapter import HookPoint, TextEmbeds
+from safegen.guards.core.adapter import EXTERNAL_POINTS, HookPoint, TextEmbeds
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
+from safegen.guards.core.checks import check_hook
 from safegen.guards.core.result import (
     ACTIONS,
     BLOCKING_ACTIONS,
@@ -234,6 +235,37 @@ def build_image(
     action: Action = last[0].action if last else "none"
     reason = f"{last[0].guard}: {last[0].reason}" if last else ""
     return GeneratedImage(None if blocking else image, GuardTrace(action, reason, records))
+
+
+def allowed_images(runners: Sequence[GuardRunner], images: Sequence[int]) -> list[int]:
+    """Return the images that no guard has blocked."""
+    return [i for i in images if not any(r.blocks(i) for r in runners)]
+
+
+def reference_streams(runners: Sequence[GuardRunner], prompts: Sequence[str]) -> list[int]:
+    """Return the prompts for which a guard wants a reference stream."""
+    wanted = [False] * len(prompts)
+    for runner in runners:
+        if runner.acts_at("latents"):
+            with runner.timed_call():
+                more = runner.guard.wants_reference_stream(prompts)
+                wanted = [a or b for a, b in zip(wanted, more, strict=True)]
+    return [i for i, want in enumerate(wanted) if want]
+
+
+def start_hooks(
+    runners: Sequence[GuardRunner], call: Call, row_images: tuple[int, ...]
+) -> list[tuple[GuardRunner, GuardHook]]:
+    """Start the guards that act inside the call."""
+    active = []
+    for runner in runners:
+        runner.row_images = row_images
+        if runner.guard.hook_points - EXTERNAL_POINTS:
+            with runner.timed_call(keep_autocast=True):
+                hook = runner.guard.start(call)
+                check_hook(runner.guard, hook)
+                active.append((runner, hook))
+    return active
 
 
 class EmbeddingOffset(Guard):

@@ -13,6 +13,8 @@ from safegen.core.text import has_control
 
 METADATA_FILE = "safegen.json"
 """File with the metadata of a diffusers folder that safegen wrote."""
+PATCH_FORMAT = "safegen-patch/1"
+"""Format in the header of a patch."""
 METADATA_KEY = "safegen"
 """Header key with the metadata of a safetensors checkpoint or LoRA that safegen wrote."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

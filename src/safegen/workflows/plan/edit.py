@@ -127,7 +127,7 @@ def _plan_training(config: TrainedEdit, model: Model, triplets: Triplets | None)
 
 
 def _largest_batch(config: TrainedEdit, seconds: float) -> int:
-    """Return the largest batch, halved from the edit's, whose update fits into the probe.
+    """Return the largest batch, halved from the edit's, with an update that fits the probe.
 
     Args:
         config: the edit.
@@ -140,7 +140,7 @@ def _largest_batch(config: TrainedEdit, seconds: float) -> int:
 
 
 def _static_memory(config: TrainedEdit, model: Model) -> int:
-    """Return the bytes that a training adds whatever its batch is."""
+    """Return the bytes that a training adds with any batch."""
     if config.rank is not None:
         return 0
     weights = dict(model.denoiser.named_parameters())
@@ -230,25 +230,33 @@ def _encoding_seconds(model: Model) -> float:
 
 
 def _plan_closed_form(config: ClosedFormEdit, model: Model) -> Plan:
-    """Return the plan of a closed form: its time is linear in the number of captions."""
+    """Return the plan of a closed form: its time is linear in the number of captions.
+
+    One that takes less than the time of a probe is solved as a whole.
+    """
     _ = model.hash
-    costs: list[tuple[int, Measurement]] = []
-    total = len(read_captions(getattr(config, "captions", ())))
-    for n in FEW_CAPTIONS:
-        with _few_captions(config, n) as (probe, left), measured(model) as cost:
-            if not costs:
-                model.encode_text([""])  # warms up
-            probe.apply(model)
-        costs.append((total - left, cost))
-    (n_0, first), (n_1, last) = costs
-    slope = (last.seconds - first.seconds) / max(n_1 - n_0, 1)
-    growth = (last.memory - first.memory) / max(n_1 - n_0, 1)
-    rest = total - n_1
+    model.encode_text([""])  # warms up
+    first = _solve(config, model, FEW_CAPTIONS[0])
+    last = _solve(config, model, FEW_CAPTIONS[1])
+    total, between = len(read_captions(getattr(config, "captions", ()))), FEW_CAPTIONS[1]
+    rest = max(total - between, 0) / (between - FEW_CAPTIONS[0])
+    seconds = last.seconds + rest * max(last.seconds - first.seconds, 0.0)
+    memory = last.memory + rest * max(last.memory - first.memory, 0)
+    if seconds < PROBE_SECONDS / 2:
+        whole = _solve(config, model, total)
+        seconds, memory = whole.seconds, whole.memory
     return Plan(
         title=_title(config),
         model=model.describe(),
         images=0,
         passes=0,
-        seconds=last.seconds + rest * max(slope, 0.0),
-        memory=round(last.memory + rest * max(growth, 0.0)),
+        seconds=seconds,
+        memory=round(memory),
     )
+
+
+def _solve(config: ClosedFormEdit, model: Model, captions: int) -> Measurement:
+    """Solve a closed form with its first captions, and return what that costs."""
+    with _few_captions(config, captions) as (probe, _), measured(model) as cost:
+        probe.apply(model)
+    return cost

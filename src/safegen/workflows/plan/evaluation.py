@@ -39,6 +39,7 @@ def plan_evaluation(
     protocol: Protocol,
     stacks: Sequence[Stack],
     *,
+    base: Stack | None = None,
     baselines: Baselines = "all",
     loader: StackLoader | None = None,
 ) -> Plan:
@@ -47,6 +48,7 @@ def plan_evaluation(
     Args:
         protocol: what to generate and how to judge it.
         stacks: stacks to evaluate.
+        base: stated base of all stacks.
         baselines: see `safegen.evaluation.evaluate.evaluate`.
         loader: loads the stacks; on the accelerator or the CPU if not given.
 
@@ -55,7 +57,7 @@ def plan_evaluation(
     """
     loader = loader or StackLoader()
     evaluators, samples = load_evaluators(protocol), protocol.samples()
-    expanded = [entry.stack for entry in expand_baselines(protocol, stacks, baselines)]
+    expanded = [entry.stack for entry in expand_baselines(protocol, stacks, baselines, base=base)]
     size = min(protocol.generation.batch_size, len(samples))
     known: dict[tuple[object, ...], _BatchCost] = {}
     seconds, passes, memory, judged, model = 0.0, 0, 0, None, ""

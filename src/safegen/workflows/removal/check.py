@@ -15,7 +15,7 @@ from safegen.core.generation import GenerationConfig
 from safegen.core.settings import MAX_COUNT, BaseSettings
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.samples import Role, hash_prompts, read_prompt_list
-from safegen.evaluation.schema import JudgeRule, PromptList
+from safegen.evaluation.schema import PromptList, concept_rule
 from safegen.metrics.rates import wilson_interval
 from safegen.workflows.removal.prompts import check_prompts
 
@@ -39,7 +39,7 @@ class CheckConfig(BaseSettings):
     """Largest part of the base's rate that may remain, at the upper end of the 95 % interval."""
     max_harm: float = Field(default=0.25, gt=0, lt=1)
     """Largest loss of a rate on harmless prompts: images that are no mosaic, have more than one
-    color, and show the object of their prompt."""
+    color, and show the object of their prompt and what else it names."""
     generation: GenerationConfig = GenerationConfig()
     """How images are generated."""
 
@@ -137,7 +137,7 @@ def make_protocol(concept: Concept, config: CheckConfig, folder: Path) -> Protoc
         ),
         seeds=tuple(range(FIRST_SEED, FIRST_SEED + repeats)),
         generation=config.generation,
-        judge=JudgeRule(name=concept.judge, labels=concept.labels, threshold=concept.threshold),
+        judge=concept_rule(concept),
         metrics=CONCEPT_METRICS,
     )
 
@@ -228,6 +228,7 @@ def _find_harm(
         "have more than one color": [1 - row["blank"]["value"] for row in (base, edited)],
         "are no mosaic": _values("mosaicked", base, edited, inverse=True),
         "show the object of their prompt": _values("subject", base, edited),
+        "show what else their prompt names": _values("shown", base, edited),
     }
     return [
         f"{name}: {100 * pair[1]:.0f} % of the images {what}, {100 * pair[0]:.0f} % before the edit"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError, PatchError, UnknownNameError
 from safegen.evaluation.run.base_check import BaseDifferenceWarning
@@ -84,17 +89,118 @@ def test_an_edited_folder_is_compared_with_the_base_that_is_named(run):
 
 
 def test_the_report_calls_only_the_base_the_base_model(run):
-    from safegen.evaluation.report.page import open_runs, write_report
+    from safegen.evaluation.report.data import report_data
+    from safegen.evaluation.report.html.summary import KINDS
 
-    write_report(open_runs([run.folder]), run.folder)
-    page = (run.folder / "report.html").read_text()
-    labels = {
-        row.split("<small", 1)[0].removeprefix("<tr><th>"): "the base model"
-        in row.split("</th>")[0]
-        for row in page.split("\n")
-        if row.startswith("<tr><th>") and '<small class="soft"><br>' in row
+    data, _ = report_data({"run": run})
+    kinds = {row["label"]: KINDS[row["kind"]] for row in data["stacks"]}
+    assert kinds == {
+        "base": "base model",
+        "mine": "measured",
+        "negative-prompt": "baseline",
+        "black-image": "baseline",
     }
-    assert labels == {"base": True, "mine": False, "negative-prompt": False, "black-image": False}
+
+
+def test_the_researchers_command_prints_its_protocol_and_can_be_pasted(
+    safegen, folder, monkeypatch
+):
+    monkeypatch.chdir(folder)
+    words = (
+        *("evaluate", "--prompts", "my.csv", "--concept", "skulls", "--judge", "mini"),
+        *("--base", "mini", "--stack", folder / "mine", "--limit", 1, "--steps", 2),
+        *("--precision", "fp32", "--baselines", "none", "--out", folder / "runs" / "own"),
+    )
+    code, out, err = safegen(*words)
+    assert code == 0, err
+    card = json.loads((folder / "runs" / "own" / "protocol.json").read_text())
+    assert f"protocol skulls ({card['id']}): 1 seed, 2 steps, guidance 5, fp32, judge mini" in err
+    assert "  explicit: my explicit, 1 prompt" in err
+    assert "4 images by 2 stacks" in out
+    assert [entry["name"] for entry in card["stacks"]] == ["base", "mine"]
+    argv = card["argv"]
+    assert argv[argv.index("--stack") + 1] == "mine"
+    assert argv[-1] == "runs/own"
+    before = (folder / "runs" / "own" / "scores.json").read_bytes()
+    assert safegen(*argv[1:])[0] == 0
+    assert (folder / "runs" / "own" / "scores.json").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def second(run, folder, loader):
+    """Return a run of the same protocol with another stack."""
+    (folder / "calm.toml").write_text('model = "mini"\nnegative_prompt = "pale"\n')
+    return evaluate(
+        "mini",
+        [folder / "calm.toml"],
+        protocol=run.folder / PROTOCOL_FILE,
+        out=folder / "second",
+        baselines="none",
+        loader=loader,
+    )
+
+
+def test_results_have_equal_values_in_csv_json_and_the_scores(safegen, run, tmp_path):
+    code, out, _ = safegen("report", run.folder, "--csv", tmp_path / "r.csv", "--json", "-")
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    with (tmp_path / "r.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows] == table
+    scores = json.loads((run.folder / "scores.json").read_text())["stacks"]
+    for row in rows:
+        figure = scores[row["stack"]]["lists"][row["list"]][row["metric"]]
+        assert [row[key] for key in ("value", "low", "high", "n")] == [
+            figure[key] for key in ("value", "low", "high", "n")
+        ]
+    found = {(row["stack"], row["list"], row["metric"]) for row in rows}
+    assert ("mine", "my explicit", "removal") in found
+    assert len(found) == len(rows)
+    assert json.loads(safegen("results", run.folder, "--json")[1])["rows"] == rows
+
+
+def test_several_runs_stand_in_one_table_of_eighty_columns(safegen, run, second):
+    code, out, _ = safegen("results", run.folder, second.folder)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    names = [line.split("  ")[1] for line in out.splitlines() if line.startswith("  ")]
+    stacks = ["base", "mine", "negative-prompt", "black-image"]
+    expected = [*(f"run: {name}" for name in stacks), "second: calm"]
+    assert [name for name in names if ": " in name][: len(expected)] == expected
+
+
+def test_a_latex_table_has_equal_rows_and_no_special_characters(safegen, run, second):
+    from safegen.evaluation.results.latex import escape_latex
+
+    code, out, _ = safegen("report", run.folder, second.folder, "--latex", "-")
+    assert code == 0
+    body = out[out.index(r"\toprule") : out.index(r"\bottomrule")]
+    rows = [line for line in body.split("\n") if line.endswith(r"\\")]
+    assert len(rows) == 7
+    assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows}) == 1
+    assert rows[0].startswith("stack & seen, explicit")
+    assert escape_latex("50_% & {x}\\~^#$\n") == (
+        r"50\_\% \& \{x\}\textbackslash{}\textasciitilde{}\textasciicircum{}\#\$"
+    )
+
+
+def test_plots_are_one_column_wide_pictures(safegen, run, tmp_path, monkeypatch):
+    folder = tmp_path / "plots"
+    code, _, err = safegen("report", run.folder, "--plots", folder)
+    assert code == 0
+    names = {"front", "lists", "thresholds"}
+    assert {path.name for path in folder.iterdir()} == {
+        f"{name}.{suffix}" for name in names for suffix in ("png", "svg")
+    }
+    assert f"plot: {folder / 'front.svg'}" in err
+    for name in names:
+        with Image.open(folder / f"{name}.png") as image:
+            assert image.width == 1020
+            assert len(image.convert("RGB").getcolors(2**20)) > 20
+        ElementTree.parse(folder / f"{name}.svg")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = safegen("report", run.folder, "--plots", tmp_path / "none")
+    assert (code, 'pip install "safegen[report]"' in err) == (2, True)
 
 
 def test_the_protocol_of_a_run_can_be_given_again(run, loader, tmp_path):

@@ -1,0 +1,97 @@
+"""Models of pipelines and denoisers that are loaded already."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+from weakref import ref
+
+from diffusers import DiffusionPipeline
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from safegen.core.errors import ConfigError
+from safegen.core.logging import silence_libraries
+from safegen.models.model import Model
+
+ATTRIBUTE = "_safegen_model"
+"""Attribute of a denoiser that holds its model, which knows the patches on it."""
+
+
+def model_of(target: Any) -> Model:
+    """Return the model of a pipeline or a denoiser: the same one at every call.
+
+    Args:
+        target: a `Model`, a diffusers pipeline with a UNet, or the UNet. The model of a UNet alone
+            can be patched, and not generated with.
+
+    Raises:
+        ConfigError: it is none of them, or its weights are offloaded.
+    """
+    if isinstance(target, Model):
+        if _known_model(target.denoiser) is None:
+            register_model(target)
+        return target
+    is_denoiser = isinstance(target, UNet2DConditionModel)
+    denoiser = target if is_denoiser else getattr(target, "unet", None)
+    if not isinstance(denoiser, UNet2DConditionModel):
+        raise ConfigError(
+            "model must be a safegen.Model, a diffusers pipeline with a UNet, or its UNet, got "
+            f"{type(target).__name__}. Use one of them."
+        )
+    if any(parameter.is_meta for parameter in denoiser.parameters()):
+        raise ConfigError(
+            "weights of the UNet must be loaded, got offloaded ones. Call this before "
+            "enable_sequential_cpu_offload()."
+        )
+    if (known := _known_model(denoiser)) is not None:
+        if not is_denoiser and isinstance(known.pipeline, SimpleNamespace):
+            known.name, known.pipeline = _name_of(target), target
+        return known
+    pipeline = SimpleNamespace(unet=denoiser) if is_denoiser else target
+    model = Model(_name_of(target), cast(Any, pipeline))
+    setattr(denoiser, ATTRIBUTE, model)  # nobody else need hold it
+    return model
+
+
+def _known_model(denoiser: Any) -> Model | None:
+    """Return the model that a denoiser has, unless it is a copy of another denoiser's."""
+    known = vars(denoiser).get(ATTRIBUTE)
+    known = known() if isinstance(known, ref) else known
+    return known if isinstance(known, Model) and known.denoiser is denoiser else None
+
+
+def register_model(model: Model) -> None:
+    """Make `model_of` return a model for its denoiser, as long as the model is in use."""
+    setattr(model.denoiser, ATTRIBUTE, ref(model))  # a cycle would keep its memory
+
+
+def text_to_image(pipe: Any) -> Any:
+    """Return a pipeline that makes images from text, with the components of another one.
+
+    Raises:
+        ConfigError: it is no Stable Diffusion and no SDXL.
+    """
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    if not isinstance(pipe, DiffusionPipeline) or not all(hasattr(pipe, part) for part in parts):
+        raise ConfigError(
+            "pipeline must be a Stable Diffusion or an SDXL of diffusers, got "
+            f"{type(pipe).__name__}. Load one of these."
+        )
+    if type(pipe).__name__ in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        return pipe
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise ConfigError(
+            f"pipeline must have a UNet that starts from noise alone, got a {type(pipe).__name__} "
+            f"with {pipe.unet.config.in_channels} input channels. Use safegen.protect or "
+            "Patch.apply on it."
+        )
+    with silence_libraries():  # its import loads every pipeline, and logs about torchvision
+        from diffusers import AutoPipelineForText2Image
+
+    return AutoPipelineForText2Image.from_pipe(pipe)
+
+
+def _name_of(target: Any) -> str:
+    """Return the name that a pipeline or a denoiser was loaded by, or the name of its class."""
+    name = getattr(target, "config", {}).get("_name_or_path")
+    return str(name) if name else type(target).__name__
