@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -57,7 +57,7 @@ class CheckConfig(BaseSettings):
 class ListCheck(BaseModel):
     """Images of one prompt list that show the concept, before and after the edit."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     name: str
     """Name of the list."""
@@ -93,7 +93,7 @@ class ListCheck(BaseModel):
 class CheckResult(BaseModel):
     """Outcome of a check, with the figures that it rests on."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     outcome: Outcome
     """Whether the concept is removed, remains or could not be measured, or the model is broken."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -59,7 +59,7 @@ Notify = Callable[[str], None]
 class MakeSafeResult(BaseModel):
     """Files that a job wrote, and the outcome of its check."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     model: Path
     """The edited model: `out`, or a model beside it that must not be shipped."""
