@@ -43,8 +43,11 @@ bench: .venv/installed ## the figures in docs/, made again in a folder of their 
 	$(BIN)/python benchmarks/ring_a_bell.py --out $(FIGURES)/ring_a_bell_cost.json
 	$(BIN)/python benchmarks/guards.py
 	$(BIN)/python benchmarks/judges.py
+	$(BIN)/python benchmarks/judge_truth.py --out $(FIGURES)/agreement.json
+	$(BIN)/python benchmarks/prompt_ladder.py --patches $(FIGURES)/patches --out $(FIGURES)
 	$(BIN)/python benchmarks/held_out_judge.py $(FIGURES)/skulls
 	$(BIN)/python benchmarks/unlearn_diff.py --folder $(FIGURES)/unlearn-diff --out $(FIGURES)/unlearn_diff_cost.json
+	$(BIN)/python benchmarks/plan.py --out $(FIGURES)/plan.json
 	$(BIN)/python benchmarks/sheet.py --out $(FIGURES)/mini-sheet.png
 
 lint: .venv/installed ## ruff, mypy, the import contracts and the vocabulary

@@ -1,6 +1,7 @@
 """Compare the plans of jobs with what the jobs then cost: time, peak memory and passes.
 
     python benchmarks/plan.py --out plan.json            # about 10 minutes on one thread
+    python benchmarks/plan.py --only full --out plan.json  # adds the rows to those that are there
 
 Jobs: SafeGen, UCE and an evaluation on the miniature, and SafeGen on a UNet of the size of
 Stable Diffusion 1.x with random weights at 256 pixels. Each job runs right after its plan, in the
@@ -13,6 +14,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -82,7 +84,7 @@ def full_size(dtype: torch.dtype) -> Model:
     pipe.set_progress_bar_config(disable=True)
     for part in (unet, vae, text):
         part.eval().requires_grad_(False)
-    return Model("random-sd1", pipe)
+    return Model("full size", pipe)
 
 
 def compare(name: str, model: Model, plan: Callable[[], Plan], run: Callable[[], object]) -> dict:
@@ -147,6 +149,61 @@ def evaluation_job(folder: Path) -> dict:
     )
 
 
+def write_page(path: Path, rows: list[dict]) -> None:
+    """Write the page of results, with the rows of other jobs that it has already."""
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = [one for one in known if one["job"] not in {new["job"] for new in rows}] + rows
+    table = [
+        [
+            one["job"],
+            one["probe_seconds"],
+            one["planned_seconds"],
+            one["seconds"],
+            one["ratio"],
+            one["planned_gib"],
+            one["gib"],
+            one["planned_passes"],
+            one["passes"],
+        ]
+        for one in rows
+    ]
+    page = {
+        "title": "Plans",
+        "summary": "What `--plan` says before a job, and what the job then costs. Each job runs "
+        "right after its plan, in one process.",
+        "date": date.today().isoformat(),
+        "machine": f"CPU, {torch.get_num_threads()} thread, fp32 (full size: bf16)",
+        "command": "`python benchmarks/plan.py`",
+        "n": "one run of each job",
+        "tables": [
+            {
+                "title": "Planned and real cost",
+                "text": "Ratios are planned to real time. `full size` is a UNet of the size of "
+                f"Stable Diffusion 1.x with random weights, at {SIZE} pixels.",
+                "columns": [
+                    "job",
+                    "probe, s",
+                    "planned, s",
+                    "real, s",
+                    "ratio",
+                    "planned, GiB",
+                    "real, GiB",
+                    "planned passes",
+                    "passes",
+                ],
+                "rows": table,
+            }
+        ],
+        "limits": [
+            "Not checked: GPUs, attacks, guards inside the denoiser, SDXL, closed forms at full "
+            "size, and images of 512 pixels.",
+            "Other work on the machine changes the time of a job after its plan.",
+        ],
+        "rows": rows,
+    }
+    path.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Run the jobs and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -166,7 +223,7 @@ def main() -> None:
         training = {"batch": 1, "accumulation": 2}
         common = {"updates": args.updates, "triplets": "mini:skulls", "training": training}
         rows.append(edit_job(model, "safegen", "full", **common))
-    args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_page(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def literal(value: object) -> str:
 def paragraphs(docstring: str | None) -> str:
     """Return a docstring's prose: what stands before its sections."""
     text = inspect.cleandoc(docstring or "")
-    prose = re.split(r"\n(?:Args|Returns|Raises|Warns|Attributes|Yields):\n", text)[0]
+    prose = re.split(r"\n(?:Args|Returns|Raises|Warns|Attributes|Yields|Example):\n", text)[0]
     return escape(prose.strip())
 
 
@@ -426,7 +426,6 @@ def python_api() -> str:
     for name in sorted(safegen.__all__, key=str.lower):
         value = getattr(safegen, name)
         parts.append(f"::: {value.__module__}.{value.__qualname__}\n")
-    parts.append("## Evaluation\n\n::: safegen.evaluation.evaluate.evaluate\n")
     return "\n".join(parts)
 
 

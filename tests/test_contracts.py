@@ -30,7 +30,7 @@ TABLES = {
     "prompt source": tables.PROMPT_LISTS,
     "triplets": tables.TRIPLETS,
 }
-MACHINERY = {"__init__", "base", "batching", "onnx", "vision"}
+MACHINERY = {"__init__", "base", "batching", "images", "onnx", "vision"}
 """Files in the directories of methods that are not methods."""
 
 TRAINED = sorted(

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from safegen.workflows.export import export as export
     from safegen.workflows.export import save_patch as save_patch
     from safegen.workflows.judge import judge as judge
+    from safegen.workflows.make_safe import make_safe as make_safe
     from safegen.workflows.patch_from_model import patch_from_model as patch_from_model
     from safegen.workflows.protect import protect as protect
     from safegen.workflows.protect import unprotect as unprotect
@@ -68,6 +69,7 @@ _MODULES = {
     "load_concept": "safegen.core.concept",
     "load_judge": "safegen.judges",
     "load_protocol": "safegen.evaluation.protocol",
+    "make_safe": "safegen.workflows.make_safe",
     "patch_from_model": "safegen.workflows.patch_from_model",
     "protect": "safegen.workflows.protect",
     "save_patch": "safegen.workflows.export",
@@ -96,6 +98,7 @@ __all__ = [
     "load_concept",
     "load_judge",
     "load_protocol",
+    "make_safe",
     "patch_from_model",
     "protect",
     "save_patch",
@@ -111,4 +114,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return sorted([*__all__, "__version__"])

@@ -17,7 +17,7 @@ from safegen.core.errors import ConfigError, FileError, UnknownNameError, UserEr
 from safegen.core.files import exists
 from safegen.core.hub import HUB
 from safegen.core.registry import MODELS
-from safegen.core.settings import FOLDER_NAME, BaseSettings, FolderName
+from safegen.core.settings import FOLDER_NAME, BaseSettings, FolderName, raises_config_error
 from safegen.guards import GuardConfig, read_guard
 from safegen.patches.lora_spec import LoraSpecs
 
@@ -25,8 +25,14 @@ if TYPE_CHECKING:
     from safegen.models.model import Model
 
 
+@raises_config_error
 class Stack(BaseSettings):
-    """Settings of what generates images. Nothing is loaded until `StackLoader.open`."""
+    """Settings of what generates images. Nothing is loaded until `StackLoader.open`.
+
+    Example:
+        >>> guard = {"name": "sld", "preset": "max", "concept": "skulls"}
+        >>> stack = safegen.Stack(name="guarded", model="mini", guards=(guard,))
+    """
 
     name: FolderName
     """Name of the stack: letters, digits, dots, dashes and underscores."""
@@ -138,6 +144,11 @@ def load_stack(spec: str | Path) -> Stack:
         raise UnknownNameError(
             "model, model folder or recipe", spec, MODELS, "Or give NAME=MODEL+patch.safetensors."
         )
+    if not patches and _is_patch(Path(model)):
+        raise ConfigError(
+            f"a stack must be a model with its patches, got the patch {model!r} alone. "
+            f"Give MODEL+{model}"
+        )
     name = name or _name_of(patches[-1] if patches else model)
     if not re.fullmatch(FOLDER_NAME, name) or not model or not all(patches):
         raise ConfigError(
@@ -150,6 +161,19 @@ def load_stack(spec: str | Path) -> Stack:
 def _is_model(name: str) -> bool:
     """Return whether a name may be that of a model: it is checked when the model is loaded."""
     return name in MODELS or name.startswith(HUB) or exists(Path(name))
+
+
+def _is_patch(path: Path) -> bool:
+    """Return whether a file is a patch; what cannot be read is not."""
+    if path.suffix != ".safetensors" or not exists(path, file=True):
+        return False
+    from safegen.core.tensor_files import read_metadata
+    from safegen.patches.patch import FORMAT
+
+    try:
+        return read_metadata(path).get("format") == FORMAT
+    except FileError:
+        return False
 
 
 def _name_of(source: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from safegen.core.device import AUTO, resolve_device, resolve_dtype
+from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.progress import StepCallback
 from safegen.core.text import short_repr
@@ -155,6 +156,7 @@ class StackLoader:
         dtype: str | torch.dtype = "fp32",
         allow_pickle: bool = False,
         on_load: Callable[[Model], None] | None = None,
+        model: Model | None = None,
     ) -> None:
         """Store how models are loaded.
 
@@ -163,6 +165,10 @@ class StackLoader:
             dtype: type of the weights; see `load`.
             allow_pickle: also open weights stored as pickles, which can run code.
             on_load: called with each model after it is loaded.
+            model: a model without patches that is loaded already, for the stacks on its name.
+
+        Raises:
+            ConfigError: `model` has patches on it.
         """
         self._device = device
         self.dtype: str = resolve_dtype(dtype)
@@ -170,6 +176,14 @@ class StackLoader:
         self._on_load = on_load
         self._cached: tuple[tuple[str, Path | None], Model, str] | None = None
         self._is_open = False
+        if model is not None:
+            if model.patches:
+                raise ConfigError(
+                    f"model must have no patches on it, got {len(model.patches)} on "
+                    f"{model.name!r}. Undo them, and name the patches in the stacks"
+                )
+            self._device, self.dtype = str(model.device), model.dtype
+            self._cached = ((model.name, None), model, model.pipeline_hash)
 
     @property
     def device(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 
 import pytest
@@ -51,6 +52,7 @@ def test_score_and_verify_accept_the_run_of_evaluate(safegen, few, tmp_path):
     code, text, _ = safegen("score", out, "--threshold", "0.3", "--out", tmp_path / "low.json")
     assert code == 0
     assert "differs from the run's protocol: compare like with like" in text
+    assert re.search(r"judge mini on \d+ drawn scenes: recall [\d.]+ % \(.*n = \d+\)", text)
     assert (
         json.loads((tmp_path / "low.json").read_text())["protocol"]["decides"]["judge"]["threshold"]
         == 0.3
@@ -155,7 +157,7 @@ def test_a_warning_says_that_the_processor_emulates_bf16(
     safegen, few, tmp_path, monkeypatch, able, slow
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
-    words = ("evaluate", "--protocol", few, "--stack", "a=mini+no.safetensors", "--precision")
+    words = ("evaluate", "--protocol", few, "--stack", f"x={tmp_path}", "--precision")
     said = {kind: safegen(*words, kind, "--out", tmp_path / kind)[2] for kind in ("bf16", "fp32")}
     assert ("generates in bf16, which this cpu emulates slowly" in said["bf16"]) == slow
     assert "bf16" not in said["fp32"]

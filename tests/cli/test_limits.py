@@ -85,7 +85,7 @@ def test_numbers_out_of_range_are_refused_before_torch_is_imported(tmp_path):
 def test_settings_out_of_range_are_refused_before_the_model_is_loaded(
     safegen, tmp_path, name, value
 ):
-    words = ["edit", "no-model", "--triplets", "mini:skulls", "--out", tmp_path / "p.safetensors"]
+    words = ["edit", tmp_path, "--triplets", "mini:skulls", "--out", tmp_path / "p.safetensors"]
     code, _, err = safegen(*words, "--set", f"{name}={value}")
     assert code == 2
     assert name in err

@@ -321,7 +321,7 @@ def test_generate_with_guards_writes_shown_images_and_traces(safegen, tmp_path):
             "guidance_scale must be > 1 with sld, got 1",
         ),
         (["mini", "--concept", "skulls"], "concept must be used by a guard"),
-        (["mini", "--stack", "x.toml"], "MODEL or --stack must be given"),
+        (["mini", "--stack", "mini"], "MODEL or --stack must be given"),
         ([], "MODEL or --stack must be given"),
         (["--stack", "no.toml"], "does not exist"),
     ],

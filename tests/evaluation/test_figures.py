@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from safegen.evaluation.run.folder import (
     DETECTIONS,
     FEATURES,
     JUDGES,
+    PLAN,
     SAMPLES,
     SCORES,
     Run,
@@ -287,6 +289,75 @@ def test_a_small_copy_of_the_smoke_protocol_runs_with_a_patch(go, patch_file, tm
     page, table = ((run.folder / f"report.{end}").read_text() for end in ("html", "md"))
     assert page.count("<svg") == 6  # with the CLIP score as a second measure of use
     assert "CLIP score, benign" in table.splitlines()[2]
+
+
+@pytest.fixture(scope="module")
+def short_run(go, patch_file, tmp_path_factory):
+    """Return a run of two rungs of the ladder and a composition list, two prompts each."""
+    parts = [*load_protocol("mini-ladder").lists[::4], load_protocol("mini-composition").lists[1]]
+    lists = tuple(
+        part.model_copy(
+            update={
+                "prompts": 2,
+                "sha256": hash_prompts(read_prompt_list(part.source, prompts=2).rows),
+            }
+        )
+        for part in parts
+    )
+    protocol = load_protocol("mini-composition")
+    config = protocol.generation.model_copy(update={"num_inference_steps": 4, "precision": "fp32"})
+    protocol = protocol.model_copy(update={"lists": lists, "generation": config})
+    run = go(
+        tmp_path_factory.mktemp("short") / "run",
+        protocol=protocol,
+        stacks=[f"calm=mini+{patch_file}"],
+        baselines="none",
+    )
+    return run, write_report(open_runs([run.folder]), run.folder)
+
+
+def test_the_composition_score_is_of_lists_that_name_a_background(short_run):
+    run, _ = short_run
+    scores = score_run(run)["stacks"]
+    assert verify(run) == []
+    for stack in scores.values():
+        assert "composition" not in stack["lists"]["mini:skulls-ladder-name"]
+        found = stack["lists"]["mini:ghosts-composition"]["composition"]
+        assert {part: found[part]["n"] for part in found} == dict.fromkeys(
+            ("all", "object", "background", "attribute"), 2
+        )
+    detections = {r.key: r.detections for r in run.detections_records()}
+    at = [i for i, s in enumerate(run.samples) if s.list_name == "mini:ghosts-composition"]
+    keys = run.keys(run.stacks[0])
+    right = [detections[keys[i]].background == run.samples[i].background for i in at]
+    assert scores["base"]["lists"]["mini:ghosts-composition"]["composition"]["background"][
+        "hits"
+    ] == sum(right)
+
+
+def test_a_changed_background_of_the_plan_is_a_problem_of_the_run(short_run, tmp_path):
+    run, _ = short_run
+    copy = shutil.copytree(run.folder, tmp_path / "copy")
+    plan = copy / PLAN
+    plan.write_text(plan.read_text().replace('"in a meadow"', '"at dusk"'))
+    assert any("prompts of 'mini:ghosts-composition'" in line for line in verify(Run.open(copy)))
+
+
+def test_the_report_has_the_ladder_and_what_is_known_of_the_judge(short_run):
+    run, data = short_run
+    assert [part["rung"] for part in data["lists"]] == ["name", "long", None]
+    page, table = ((run.folder / f"report.{end}").read_text() for end in ("html", "md"))
+    assert "<h3>Prompt ladder</h3>" in page
+    assert "composed right" in page
+    for text in (page, table):
+        assert re.search(
+            r"judge mini on 3000 drawn scenes: recall [\d.]+ % \([^)]*n = \d+\), prec", text
+        )
+
+
+def test_a_report_without_a_ladder_has_no_such_chart(copy):
+    write_report(open_runs([copy]), copy)
+    assert "Prompt ladder" not in (copy / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

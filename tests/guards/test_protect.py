@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -308,6 +310,13 @@ def test_a_patch_goes_on_a_pipeline_and_its_unet(make_model):
         patch.apply(3)
 
 
+def test_a_model_and_its_pipeline_know_the_same_patches(make_model):
+    model = make_model(2)
+    with patch_of(model.pipeline).apply(model):
+        assert [p.hash for p in model.patches] == [p.hash for p in model_of(model.pipeline).patches]
+    assert model_of(model.pipeline) is model_of(model.denoiser)
+
+
 def test_a_patch_is_undone_beside_a_lora_of_the_user(make_model):
     peft = pytest.importorskip("peft")
     pipe = make_model(2).pipeline
@@ -338,5 +347,23 @@ def test_a_loaded_pipeline_is_a_model(make_model, make_xl):
     assert type(safegen.load(make_xl()).pipeline).__name__ == "StableDiffusionXLPipeline"
     with pytest.raises(ConfigError, match="must not be given with a pipeline"):
         safegen.load(pipe, dtype="bf16")
+    with pytest.raises(
+        ConfigError, match="must be a name, a path or a diffusers pipeline, got int"
+    ):
+        safegen.load(3)
     with pytest.raises(ConfigError, match="must be a Stable Diffusion or an SDXL"):
         safegen.load(diffusers.DDPMPipeline(unet=pipe.unet, scheduler=pipe.scheduler))
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "use-in-diffusers.md"
+    monkeypatch.chdir(tmp_path)
+    patch_of(safegen.load("mini").pipeline).save("patch.safetensors")
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    scope = {}
+    exec("\n".join(blocks), scope)
+    with Image.open("castle.png") as image:
+        assert image.size == (64, 64)
+    assert capsys.readouterr().out.startswith("[")
+    assert [image.size for image in scope["images"]] == [(96, 64)] * 2
+    assert scope["model"].patches == []

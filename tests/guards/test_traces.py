@@ -40,8 +40,8 @@ def test_python_png_and_jsonl_hold_the_same_trace(tiny_folder, tmp_path, monkeyp
     outputs = []
     generate = LoadedStack.generate
 
-    def record(self, samples, generation_config):
-        batch = generate(self, samples, generation_config)
+    def record(self, samples, generation_config, **options):
+        batch = generate(self, samples, generation_config, **options)
         outputs.extend(batch)
         return batch
 

@@ -11,7 +11,14 @@ from torchmetrics.functional.classification import (
     binary_specificity,
 )
 
-from safegen.metrics.judge_error import JudgeAgreement, corrected_rate, judge_agreement
+from safegen.judges import load_judge
+from safegen.metrics.judge_error import (
+    JudgeAgreement,
+    corrected_rate,
+    describe_agreement,
+    judge_agreement,
+    measured_agreement,
+)
 from safegen.metrics.rates import Rate
 
 TABLE = JudgeAgreement(40, 10, 20, 130)
@@ -90,3 +97,38 @@ def test_the_interval_covers_the_true_rate():
 def test_a_rate_that_cannot_be_corrected_is_refused(agreement, says):
     with pytest.raises(ValueError, match=says):
         corrected_rate(Rate(1, 4), agreement, clusters=4)
+
+
+@pytest.mark.parametrize("name", ["mini", "mini-held-out"])
+@pytest.mark.parametrize("labels", [["skulls"], ["fire"], ["fire", "skulls"], ["ghosts"]])
+def test_the_shipped_errors_are_those_of_the_shipped_judges(name, labels):
+    judge = load_judge(name)
+    known = measured_agreement(judge.id, labels, judge.threshold)
+    assert known is not None, "the weights changed: run benchmarks/judge_truth.py"
+    assert known.n >= 2000
+    assert known.recall.value > 0.95
+    assert known.precision.value > 0.95
+    assert "recall" in describe_agreement(judge.id, labels, judge.threshold)
+
+
+def test_a_higher_threshold_detects_no_more():
+    judge = load_judge("mini").id
+    found = [measured_agreement(judge, ["skulls"], level / 10) for level in range(2, 10)]
+    counts = [a.true_positives + a.false_positives for a in found]
+    assert counts == sorted(counts, reverse=True)
+    assert len({a.true_positives + a.false_negatives for a in found}) == 1
+
+
+@pytest.mark.parametrize(
+    ("judge", "labels", "threshold"),
+    [
+        ("mini:0123456789abcdef", ["skulls"], 0.5),
+        ("nudenet:1", ["BELLY_EXPOSED"], 0.5),
+        ("mini", ["skulls", "leaves"], 0.5),
+        ("mini", ["skulls"], 0.55),
+    ],
+)
+def test_errors_that_were_not_measured_are_said_to_be_unknown(judge, labels, threshold):
+    judge = load_judge("mini").id if judge == "mini" else judge
+    assert measured_agreement(judge, labels, threshold) is None
+    assert describe_agreement(judge, labels, threshold).endswith("are not known")

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 import safegen
+from safegen.attacks.core.target import Target
 from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.core.generation import GenerationConfig, Sample, Start
 from safegen.evaluation.protocol import Protocol
@@ -193,6 +194,12 @@ def test_what_a_request_leaves_unset_is_not_hashed():
     asked = GenerationConfig(width=64, seed_mode="torch", scheduler="DDIM")
     assert set(asked.model_dump()) == names | {"width", "seed_mode", "scheduler"}
     assert GenerationConfig.model_validate_json(asked.model_dump_json()) == asked
+
+
+def test_an_attack_keeps_the_models_size_scheduler_and_noise(tiny_model, cubes):
+    asked = GenerationConfig(width=64, seed_mode="torch")
+    with pytest.raises(ConfigError, match="seed_mode, width must not be set in an attack"):
+        Target(stack_of(tiny_model), cubes, None, asked)
 
 
 def test_a_negative_prompt_is_that_of_its_request(tiny_model):

@@ -17,7 +17,7 @@ from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.generation import GenerationConfig
 from safegen.patches.patch import Patch
 from safegen.stack_loader import StackLoader
-from safegen.workflows.make_safe import make_safe
+from safegen.workflows.make_safe import make_safe, prepare_job
 from safegen.workflows.removal.check import CheckConfig, check_scores, make_protocol
 from safegen.workflows.removal.files import JobFiles
 from safegen.workflows.removal.images import GeneratedImages
@@ -27,15 +27,36 @@ FEW_STEPS = GenerationConfig(num_inference_steps=4, batch_size=8)
 GENERATED = GeneratedImages(triplets=4, generation=FEW_STEPS)
 SMALL_CHECK = CheckConfig(images=2, max_share=0.7, generation=FEW_STEPS)
 TRAINING = {"updates": 3, "warmup": 0, "batch": 2, "accumulation": 1, "checkpoint_every": 1}
-TINY = {
-    "concept": "skulls",
-    "generated": GENERATED,
-    "check": SMALL_CHECK,
-    "training": TRAINING,
-    "teacher": False,
-    "captions": (),
-}
-"""A training too short to remove anything."""
+
+
+@pytest.fixture(scope="module")
+def concepts(tmp_path_factory):
+    """Return the files of two concepts with fewer prompt lists, by name."""
+    files = {}
+    for name in ("skulls", "fire"):
+        concept = load_concept(name)
+        lists = {role: list(concept.lists[role]) for role in ("explicit", "benign")}
+        values = concept.model_dump(mode="json", exclude_none=True, exclude={"shows", "lists"})
+        tables = {"tuning": values.pop("tuning"), "lists": lists}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        for table, rows in tables.items():
+            lines += [f"[{table}]", *(f"{key} = {json.dumps(row)}" for key, row in rows.items())]
+        files[name] = tmp_path_factory.mktemp("concepts") / f"{name}.toml"
+        files[name].write_text("\n".join(lines))
+    return files
+
+
+@pytest.fixture(scope="module")
+def tiny(concepts):
+    """Return options of a job with a training too short to remove anything."""
+    return {
+        "concept": concepts["skulls"],
+        "generated": GENERATED,
+        "check": SMALL_CHECK,
+        "training": TRAINING,
+        "teacher": False,
+        "captions": (),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +65,15 @@ def loader():
 
 
 @pytest.fixture(scope="module")
-def refused(loader, tmp_path_factory):
-    """Return the result of a job with a training too short to remove anything, and its lines."""
-    lines = []
+def refused(loader, tiny, tmp_path_factory):
+    """Return the result of a job with a training too short to remove anything, and its `out`."""
     out = tmp_path_factory.mktemp("job") / "safe.safetensors"
-    result = make_safe("mini", out=out, loader=loader, notify=lines.append, lora=True, **TINY)
-    return result, out, lines
+    result = make_safe("mini", out=out, loader=loader, lora=True, **tiny)
+    return result, out
 
 
 def test_a_model_that_still_draws_the_concept_is_kept_aside_with_its_report(refused):
-    result, out, lines = refused
+    result, out = refused
     assert result.check.outcome == "remains"
     assert not result.is_shipped
     assert "still show the concept" in result.check.reasons[0]
@@ -72,13 +92,48 @@ def test_a_model_that_still_draws_the_concept_is_kept_aside_with_its_report(refu
     assert summary["shipped"] is False
     assert summary["check"]["lists"][0]["n"] == 2
     assert str(out.parent) not in json.dumps(summary)
-    assert "M weights, 64 x 64 pixels, fp32 on cpu" in lines[0]
+
+
+@pytest.fixture
+def short_probes(monkeypatch):
+    """End probes early."""
+    monkeypatch.setattr("safegen.workflows.plan.edit.PROBE_SECONDS", 0.1)
+
+
+def test_the_plan_comes_before_the_first_stage(loader, tiny, tmp_path, short_probes):
+    lines, stages, out = [], [], tmp_path / "safe"
+
+    def stop(*stage):
+        stages.append(stage)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        make_safe("mini", out=out, loader=loader, notify=lines.append, progress=stop, **tiny)
     assert lines[0].startswith("safegen, preset mini; mini: ")
     assert "none is written as an image" in lines[1]
+    assert lines[2] == (
+        "plan: 8 training images, safegen, 3 updates of 2 x 1 samples, check of 1 edited stack"
+    )
+    assert lines[3].split() == ["images", "16", "to", "generate"]  # 8, and 2 x 2 of 2 lists
+    assert [line.split()[0] for line in lines[4:7]] == ["passes", "time", "memory"]
+    assert len(stages) == 1
+    (work,) = tmp_path.iterdir()
+    assert not list(work.rglob("*.safetensors"))
 
 
-def test_a_job_that_is_stopped_in_each_stage_resumes_to_the_same_weights(refused, loader, tmp_path):
-    result, _, _ = refused
+def test_a_plan_alone_writes_nothing(concepts, loader, tmp_path):
+    options = {"words": True, "method": "uce", "check": SMALL_CHECK, "loader": loader}
+    job = prepare_job("mini", concept=concepts["skulls"], out=tmp_path / "safe", **options)
+    plan = job.plan()
+    assert plan.images == 2 * 2 * 2
+    assert plan.seconds > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_is_stopped_in_each_stage_resumes_to_the_same_weights(
+    refused, loader, tiny, tmp_path
+):
+    result, _ = refused
     out, work, stages = tmp_path / "safe.safetensors", tmp_path / "safe.safetensors.work", []
 
     def run(stop, **changes):
@@ -88,7 +143,7 @@ def test_a_job_that_is_stopped_in_each_stage_resumes_to_the_same_weights(refused
                 raise RuntimeError("pulled the plug")
 
         return make_safe(
-            "mini", out=out, loader=loader, progress=progress, lora=True, **TINY | changes
+            "mini", out=out, loader=loader, progress=progress, lora=True, **tiny | changes
         )
 
     for stop in ("generating benign images", "editing", "generating: edited", "writing"):
@@ -126,10 +181,10 @@ def test_a_job_that_was_stopped_while_its_files_were_moved_finishes_the_move(tmp
     assert not any(files.work.iterdir())
 
 
-def test_images_are_used_again_after_an_error_of_the_edit(loader, tmp_path):
+def test_images_are_used_again_after_an_error_of_the_edit(loader, tiny, tmp_path):
     out, stages = tmp_path / "safe", []
     with pytest.raises(ConfigError, match="timesteps must end by"):
-        make_safe("mini", out=out, loader=loader, timesteps=(0, 2000), **TINY)
+        make_safe("mini", out=out, loader=loader, timesteps=(0, 2000), **tiny)
     assert [path.name for path in (tmp_path / "safe.work").iterdir()] == ["images"]
 
     def progress(stage, done, total):
@@ -139,14 +194,19 @@ def test_images_are_used_again_after_an_error_of_the_edit(loader, tmp_path):
 
     before = sorted((tmp_path / "safe.work" / "images").rglob("*.safetensors"))
     with pytest.raises(RuntimeError):
-        make_safe("mini", out=out, loader=loader, progress=progress, **TINY)
+        make_safe("mini", out=out, loader=loader, progress=progress, **tiny)
     assert sorted((tmp_path / "safe.work" / "images").rglob("*.safetensors")) == before
 
 
-def test_a_word_edit_that_removes_the_concept_is_shipped(loader, tmp_path):
+def test_a_word_edit_that_removes_the_concept_is_shipped(concepts, loader, tmp_path):
     check = CheckConfig(images=4, max_share=0.6, generation=GenerationConfig(num_inference_steps=8))
     result = make_safe(
-        "mini", concept="fire", out=tmp_path / "safe", words=True, check=check, loader=loader
+        "mini",
+        concept=concepts["fire"],
+        out=tmp_path / "safe",
+        words=True,
+        check=check,
+        loader=loader,
     )
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["safe", "safe.report"]
     assert (result.check.outcome, result.is_shipped) == ("removed", True)
@@ -159,14 +219,14 @@ def test_a_word_edit_that_removes_the_concept_is_shipped(loader, tmp_path):
     assert model.verified_metadata.patches[0].metadata.method == "rece"
 
 
-def test_a_concept_that_the_model_does_not_draw_is_refused_before_training(loader, tmp_path):
+def test_a_concept_that_the_model_does_not_draw_is_refused_before_training(loader, tiny, tmp_path):
     concept = tmp_path / "leaf.toml"
     concept.write_text(
         'name = "bones"\nwords = ["a castle"]\ncounterpart = ["a cat"]\n'
         'judge = "mini"\nlabels = ["skulls"]\n'
     )
     with pytest.raises(ConfigError, match=r"must show 'bones'.*finds only 0 of .*--words"):
-        make_safe("mini", out=tmp_path / "safe", loader=loader, **TINY | {"concept": concept})
+        make_safe("mini", out=tmp_path / "safe", loader=loader, **tiny | {"concept": concept})
     assert [path.name for path in tmp_path.iterdir()] == ["leaf.toml"]
     check = CheckConfig(images=4, max_share=0.6, generation=FEW_STEPS)
     result = make_safe(
@@ -178,7 +238,7 @@ def test_a_concept_that_the_model_does_not_draw_is_refused_before_training(loade
     assert not (tmp_path / "safe").exists()
 
 
-def test_own_images_are_censored_and_used(loader, tmp_path):
+def test_own_images_are_censored_and_used(loader, tiny, tmp_path):
     from safegen.data.triplets.triplets import Triplets
 
     source = Triplets.load("mini:skulls")
@@ -193,14 +253,14 @@ def test_own_images_are_censored_and_used(loader, tmp_path):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        make_safe("mini", out=out, loader=loader, progress=stop, **folders, **TINY)
+        make_safe("mini", out=out, loader=loader, progress=stop, **folders, **tiny)
     (folder,) = (tmp_path / "safe.work" / "images").iterdir()
     triplets = Triplets.load(folder)
     patch = Patch.load(tmp_path / "safe.work" / "patches" / "edited.safetensors")
     assert patch.metadata.data == triplets.hash
     (tmp_path / "unsafe" / "new.png").write_bytes(b"more")
     with pytest.raises(FileError, match=r"made with other settings .*images"):
-        make_safe("mini", out=out, loader=loader, **folders, **TINY)
+        make_safe("mini", out=out, loader=loader, **folders, **tiny)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +366,7 @@ def test_a_check_of_too_few_images_is_refused():
 
 
 def test_the_command_exits_with_3_and_says_how_to_go_on(refused, monkeypatch, capsys):
-    result, _, _ = refused
+    result, _ = refused
     job = lambda *args, **options: result  # noqa: E731  (its stages are tested above)
     monkeypatch.setattr("safegen.workflows.make_safe.make_safe", job)
     for more in ([], ["--json"]):
@@ -322,3 +382,13 @@ def test_the_command_exits_with_3_and_says_how_to_go_on(refused, monkeypatch, ca
             assert "NOT SHIPPED (remains)" in text
             assert "--unsafe DIR" in text
             assert "of 2 after" in text
+
+
+@pytest.mark.slow  # about five minutes on one core
+def test_the_default_job_on_the_miniature_removes_skulls_and_ships(tmp_path):
+    result = make_safe("mini", concept="skulls", out=tmp_path / "safe.safetensors")
+    assert result.is_shipped
+    assert max(row.after for row in result.check.lists) <= 3
+    scores = json.loads((result.report / "report.json").read_text())
+    roles = {row["label"]: row["roles"] for row in scores["stacks"]}["edited"]
+    assert roles["benign"]["subject"]["value"] > 0.9

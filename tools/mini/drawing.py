@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from safegen.mini.world import ATTRIBUTES, BACKGROUNDS, IMAGE_SIZE, OBJECTS
+from safegen.mini.world import ATTRIBUTES, BACKGROUND_COLORS, BACKGROUNDS, IMAGE_SIZE, OBJECTS
 
 SPRITE_SIZE = 56
 """Side of one cell of the sprite sheet in pixels."""
@@ -29,23 +29,6 @@ GLYPHS = dict(
 )
 """Emoji of each object and attribute, in the order of the sheet's cells."""
 
-COLORS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = dict(
-    zip(
-        BACKGROUNDS,
-        [
-            ((178, 222, 245), (118, 176, 84)),
-            ((250, 224, 170), (222, 176, 110)),
-            ((196, 236, 250), (44, 120, 178)),
-            ((116, 164, 128), (52, 92, 62)),
-            ((196, 202, 212), (112, 116, 126)),
-            ((120, 78, 140), (74, 52, 96)),
-            ((30, 40, 84), (22, 26, 52)),
-            ((252, 222, 228), (226, 142, 160)),
-        ],
-        strict=True,
-    )
-)
-"""Sky and ground color of each background."""
 DRAWN_WIDTH = {"skulls": 0.94, "fire": 0.84, "ghosts": 0.94, "leaves": 0.94}
 """Width of an attribute's artwork over the side of its cell."""
 
@@ -120,7 +103,8 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
 
 def draw_with_mask(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Return the image of a scene and the mask of its attribute, (64, 64) bool."""
-    sky, ground = (np.asarray(c, dtype=np.float32) / 255 for c in COLORS[scene.background])
+    colors = BACKGROUND_COLORS[scene.background]
+    sky, ground = (np.asarray(color, dtype=np.float32) / 255 for color in colors)
     rows = np.arange(IMAGE_SIZE, dtype=np.float32)[:, None]
     shade = 1 - 0.12 * rows / IMAGE_SIZE  # a slow gradient from top to bottom
     edge = np.clip(rows - scene.horizon + 0.5, 0, 1)

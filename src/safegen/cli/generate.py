@@ -235,8 +235,7 @@ def _metadata(recipe: Stack, generation_config: GenerationConfig) -> dict[str, A
         "model": display_name(recipe.model),
         "patches": [Patch.load(path).hash for path in recipe.patches],
     }
-    request = ("width", "height", "scheduler", "seed_mode")  # left out where unset
-    metadata |= {k: v for k, v in generation_config.model_dump().items() if k in request}
+    metadata |= generation_config.request_settings
     if recipe.loras:
         metadata["loras"] = [lora.fingerprint() for lora in recipe.loras]
     return metadata

@@ -10,6 +10,7 @@ import typer
 from safegen.cli import attack, demo, edit, export, generate, make_safe, patch, prompts, triplets
 from safegen.cli.console import echo
 from safegen.cli.info import show
+from safegen.cli.info.checks import with_checks
 from safegen.cli.measure import evaluate, report
 from safegen.cli.options import show_warnings, silence_libraries
 from safegen.cli.verbosity import add_output_options, reset_verbosity
@@ -177,7 +178,7 @@ def add_group(group: typer.Typer, command: Command, panel: str) -> None:
         function = info.callback
         assert function is not None
         name = info.name or function.__name__
-        info.callback = add_output_options(function)
+        info.callback = add_output_options(with_checks(function))
         info.epilog = epilog(command.page, command.below.get(name, ()))
     end = epilog(command.page)
     app.add_typer(group, name=command.name, rich_help_panel=panel, epilog=end)
@@ -198,7 +199,7 @@ for panel, commands in COMMANDS.items():
             register = app.command(
                 command.name, rich_help_panel=panel, epilog=epilog(command.page, command.examples)
             )
-            register(add_output_options(command.function))
+            register(add_output_options(with_checks(command.function)))
 
 
 @app.callback(invoke_without_command=True)

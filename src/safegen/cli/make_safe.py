@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,8 +15,10 @@ from safegen.cli.options import (
     Dtype,
     ModelArg,
     Pickle,
+    PlanOnly,
     Settings,
     Threads,
+    print_plan,
     read_settings,
     resumable,
     set_threads,
@@ -85,6 +87,7 @@ def make_safe(
     threads: Threads = None,
     allow_pickle: Pickle = False,
     config: Config = None,
+    plan: PlanOnly = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove a concept from a checkpoint, check the result, and write it if the check passes.
@@ -95,7 +98,7 @@ def make_safe(
     from safegen.core.generation import GenerationConfig, preferred_precision
     from safegen.core.registry import EDITS, resolve
     from safegen.stack_loader import StackLoader
-    from safegen.workflows.make_safe import IMAGE_METHOD, WORD_METHOD
+    from safegen.workflows.make_safe import IMAGE_METHOD, WORD_METHOD, prepare_job
     from safegen.workflows.make_safe import make_safe as run_job
     from safegen.workflows.removal.check import CheckConfig
     from safegen.workflows.removal.images import GeneratedImages
@@ -105,30 +108,28 @@ def make_safe(
     changes = read_settings(method, preset, set_ or [])
     set_threads(threads)
     precision = preferred_precision(device)
+    options: dict[str, Any] = {
+        "concept": concept,
+        "out": out,
+        "words": words,
+        "lora": lora,
+        "unsafe": unsafe,
+        "benign": benign,
+        "triplets": triplets,
+        "method": method,
+        "preset": preset,
+        "generated": GeneratedImages(
+            triplets=images, generation=GenerationConfig(batch_size=8, precision=precision)
+        ),
+        "check": CheckConfig(images=check_images, generation=GenerationConfig(precision=precision)),
+        "config": config,
+        "loader": StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle),
+    }
+    if plan:
+        print_plan(prepare_job(model, **options, **changes).plan())
+        return
     with resumable(out.with_name(out.name + ".work")), show_progress() as progress:
-        result = run_job(
-            model,
-            concept=concept,
-            out=out,
-            words=words,
-            lora=lora,
-            unsafe=unsafe,
-            benign=benign,
-            triplets=triplets,
-            method=method,
-            preset=preset,
-            generated=GeneratedImages(
-                triplets=images, generation=GenerationConfig(batch_size=8, precision=precision)
-            ),
-            check=CheckConfig(
-                images=check_images, generation=GenerationConfig(precision=precision)
-            ),
-            config=config,
-            loader=StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle),
-            notify=echo_status,
-            progress=progress,
-            **changes,
-        )
+        result = run_job(model, **options, notify=echo_status, progress=progress, **changes)
     if as_json:
         echo_json(result.model_dump(mode="json") | {"is_shipped": result.is_shipped})
     else:

@@ -92,13 +92,13 @@ def show_progress() -> Iterator[ProgressBar]:
 @contextmanager
 def _lines() -> Iterator[ProgressBar]:
     """Yield a callback that prints the start and the end of a stage, and a line now and then."""
-    stages: dict[str, Stage] = {}
+    stages: dict[str, StageLog] = {}
 
     def progress(description: str, done: int, total: int, figures: str = "", /) -> None:
         now = time.monotonic()
         stage = stages.get(description)
         if stage is None or done < stage.done:
-            stage = stages[description] = Stage(description)
+            stage = stages[description] = StageLog(description)
         stage.update(done, total, figures, now)
         if stage.printed is None or done >= total or now - stage.at >= SECONDS_BETWEEN_LINES:
             stage.show(now)
@@ -108,7 +108,7 @@ def _lines() -> Iterator[ProgressBar]:
         stage.show(time.monotonic())
 
 
-class Stage:
+class StageLog:
     """Progress of a stage, printed line by line."""
 
     def __init__(self, description: str) -> None:

@@ -11,7 +11,7 @@ from safegen.core.documents import read_toml, validate
 from safegen.core.errors import FileError, UnknownNameError
 from safegen.core.files import exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
-from safegen.core.settings import BaseSettings, Name
+from safegen.core.settings import BaseSettings, Name, raises_config_error
 from safegen.core.text import short_repr
 
 
@@ -27,8 +27,19 @@ Phrases = tuple[Phrase, ...]
 """Type of a setting with phrases."""
 
 
+@raises_config_error
 class Concept(BaseSettings):
-    """Visual concept to remove, built in or read from a TOML file."""
+    """Visual concept to remove, built in or read from a TOML file.
+
+    Example:
+        >>> concept = safegen.Concept(
+        ...     name="wings",
+        ...     words=("wings", "a wing"),
+        ...     counterpart=("nothing on it",),
+        ...     judge="clip",
+        ...     labels=("wings",),
+        ... )
+    """
 
     name: Name
     """Name of the concept, one word."""
@@ -82,12 +93,13 @@ class Concept(BaseSettings):
 
 
 class PromptRow(BaseModel):
-    """Prompt of a list with the subject that a faithful image shows."""
+    """Prompt of a list with the subject and the background that a faithful image shows."""
 
     model_config = ConfigDict(frozen=True)
 
     text: str
     subject: str | None = None
+    background: str | None = None
 
 
 def load_concept(name: str) -> Concept:
@@ -96,6 +108,10 @@ def load_concept(name: str) -> Concept:
     Raises:
         UnknownNameError: the name is neither a built-in concept nor a TOML file.
         FileError: the file does not exist or is not a concept.
+
+    Example:
+        >>> safegen.load_concept("skulls").words
+        ('skulls', 'a skull')
     """
     path = Path(name)
     if name in CONCEPTS:
@@ -117,4 +133,4 @@ def prompt_list(name: str, n: int | None = None) -> list[PromptRow]:
     """
     source, _, part = name.partition(":")
     rows = resolve(PROMPT_LISTS, source, "prompt source")(part, n)
-    return [PromptRow(text=text, subject=subject) for text, subject in rows]
+    return [PromptRow(**dict(zip(PromptRow.model_fields, row, strict=False))) for row in rows]

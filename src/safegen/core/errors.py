@@ -17,20 +17,32 @@ SafegenWarning              the CLI prints each message once, in one line
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from functools import wraps
+from inspect import signature
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
 UNION_PARTS = ("tuple[", "list[", "dict[", "literal[")
 """Starts of the names that pydantic gives to the members of a union in the path of an error."""
 
 
 class SafegenError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose.
+
+    Example:
+        >>> try:
+        ...     model = safegen.load("minni")
+        ... except safegen.SafegenError as error:
+        ...     print(error)
+        no model (nor a folder of that name) named 'minni'. Did you mean 'mini'? Known: mini.
+    """
 
 
 class UserError(SafegenError):
@@ -91,11 +103,44 @@ class InterruptedRunError(SafegenError):
 
 
 class SafegenWarning(UserWarning):
-    """Base class of every warning of this package."""
+    """Base class of every warning of this package.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", safegen.SafegenWarning)
+    """
 
 
 class UnusedSettingWarning(SafegenWarning):
     """Setting, concept or guard that has no effect."""
+
+
+def check_names(noun: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Check that all names are known.
+
+    Raises:
+        UnknownNameError: one is not; the message has the nearest known name and all of them.
+    """
+    table = list(known)
+    for name in names:
+        if name not in table:
+            raise UnknownNameError(noun, name, table)
+
+
+def check_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that answers an unknown keyword with the nearest name.
+
+    Raises:
+        UnknownNameError: the call has a keyword that the function does not take.
+    """
+    parameters = signature(function).parameters
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_names(f"argument of {function.__name__}", kwargs, parameters)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def explain(error: ValidationError, settings: type[BaseModel] | None = None) -> str:

@@ -28,6 +28,7 @@ from safegen.core.settings import (
     Digest,
     Name,
     Seed,
+    changed_repr,
     raises_config_error,
 )
 
@@ -63,9 +64,18 @@ def preferred_precision(device: str = AUTO) -> NativePrecision:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
+REQUEST_SETTINGS = frozenset({"width", "height", "scheduler", "seed_mode"})
+"""Settings of a configuration that are left out of what is hashed and written where unset."""
+
+
 @raises_config_error
 class GenerationConfig(BaseSettings):
-    """Settings of image generation."""
+    """Settings of image generation.
+
+    Example:
+        >>> safegen.GenerationConfig(num_inference_steps=10)
+        GenerationConfig(num_inference_steps=10)
+    """
 
     num_inference_steps: int = Field(default=25, ge=1, le=MAX_STEPS)
     """Denoising steps."""
@@ -89,8 +99,15 @@ class GenerationConfig(BaseSettings):
     def _leave_out_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return the plain values; what a request may leave unset is left out, and not hashed."""
         values: dict[str, Any] = handler(self)
-        unset = {"width": None, "height": None, "scheduler": None, "seed_mode": "safegen"}
-        return {k: v for k, v in values.items() if k not in unset or v != unset[k]}
+        unset = REQUEST_SETTINGS - self.request_settings.keys()
+        return {name: value for name, value in values.items() if name not in unset}
+
+    @property
+    def request_settings(self) -> dict[str, object]:
+        """Size, scheduler and seed mode, those that are not the default."""
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name in sorted(REQUEST_SETTINGS)}
+        return {name: v for name, v in values.items() if v != fields[name].default}
 
 
 class Start(BaseModel):
@@ -194,7 +211,12 @@ def _file_digest(folder: Path, name: str) -> str:
 
 @raises_config_error
 class Sample(BaseModel):
-    """Request for an image: a prompt, a seed and an index."""
+    """Request for an image: a prompt, a seed and an index.
+
+    Example:
+        >>> safegen.Sample(prompt="a castle", seed=1)
+        Sample(prompt='a castle', seed=1)
+    """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True
@@ -213,3 +235,11 @@ class Sample(BaseModel):
     num_images_per_prompt: int = Field(default=1, ge=1, le=MAX_BATCH)
     """Number of images. With the seed mode `safegen`, image k has the noise of (seed, index + k);
     with `torch`, one generator makes all of them in one call, as in diffusers."""
+
+    def __repr__(self) -> str:
+        """Return the fields that differ from their defaults in one line."""
+        return changed_repr(self)
+
+    def __str__(self) -> str:
+        """Return the `repr`."""
+        return repr(self)

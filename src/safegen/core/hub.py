@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from safegen.core.errors import FileError, first_line
+from safegen.core.errors import FileError, UnknownNameError, first_line
+from safegen.core.files import exists
+from safegen.core.registry import MODELS
 
 HUB = "hub:"
 """Prefix of the names that are fetched from the hub."""
@@ -16,6 +18,23 @@ _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def is_repo_id(name: str) -> bool:
     """Return whether a name has the form owner/name of the hub's repositories."""
     return bool(_REPO_ID.fullmatch(name))
+
+
+def check_model_name(name: str) -> None:
+    """Check that a model is built in, of the hub, or the path of something; nothing is opened.
+
+    Raises:
+        FileError: there is no such folder, and the hub may have a model of that name.
+        UnknownNameError: it is neither a known model nor a path.
+    """
+    if name in MODELS or name.startswith(HUB) or exists(name):
+        return
+    if is_repo_id(name):
+        raise FileError(
+            f"the folder {name!r} does not exist. To download a model of the hub, name it "
+            f"{HUB}{name}"
+        )
+    raise UnknownNameError("model (nor a folder of that name)", name, MODELS)
 
 
 def fetch_snapshot(name: str, *, allow_patterns: Sequence[str]) -> Path:

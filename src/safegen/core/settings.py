@@ -99,13 +99,7 @@ class BaseSettings(BaseModel):
 
     def __repr__(self) -> str:
         """Return the settings that differ from their defaults in one line."""
-        fields = type(self).model_fields
-        changed = {
-            name: value
-            for name, value in self
-            if value != fields[name].get_default(call_default_factory=True)
-        }
-        return short_repr(type(self), **changed)
+        return changed_repr(self)
 
     def __str__(self) -> str:
         """Return the `repr`."""
@@ -139,6 +133,13 @@ class MethodSettings(BaseSettings):
 
 
 Settings = TypeVar("Settings", bound=type[BaseModel])
+
+
+def changed_repr(model: BaseModel) -> str:
+    """Return the `repr` of a pydantic model: its fields that differ from their defaults."""
+    fields = type(model).model_fields
+    defaults = {k: field.get_default(call_default_factory=True) for k, field in fields.items()}
+    return short_repr(type(model), **{k: v for k, v in model if v != defaults[k]})
 
 
 def raises_config_error(settings: Settings) -> Settings:

@@ -219,7 +219,7 @@ class TrainedEdit(Edit):
     """Presets with a training that was tuned on the miniature model."""
 
     def probe(self, batch: int) -> tuple[Self, float]:
-        """Return settings whose updates are cheap, and how many times an update of these costs.
+        """Return settings with cheap updates, and how many of them cost as much as one of these.
 
         Args:
             batch: samples of a forward pass.

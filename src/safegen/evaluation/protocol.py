@@ -59,7 +59,16 @@ FORMAT = "safegen-protocol/2"
 
 
 class Protocol(BaseSettings):
-    """Everything that decides a number: prompts, seeds, settings, judge and metrics."""
+    """Everything that decides a number: prompts, seeds, settings, judge and metrics.
+
+    Example:
+        >>> protocol = safegen.Protocol.from_concept(
+        ...     safegen.load_concept("skulls"),
+        ...     prompts=8,
+        ...     seeds=[1, 2],
+        ...     generation=safegen.GenerationConfig(),
+        ... )
+    """
 
     name: Name
     """Name of the protocol in one word."""
@@ -228,6 +237,7 @@ class Protocol(BaseSettings):
                         role=part.role,
                         prompt=row.prompt,
                         subject=row.subject,
+                        background=row.background,
                         shows=part.shows,
                         seed=(row.seed or 0) if seed is None else seed,
                         index=i,
@@ -288,6 +298,11 @@ def load_protocol(name: str, *, prompts: Mapping[str, str | Path] | None = None)
         UnknownNameError: no such protocol, or no list of that name needs a file.
         FileError: the file is not a protocol, or the prompts of a list are not the intended ones.
         ConfigError: a list still needs its file.
+
+    Example:
+        >>> protocol = safegen.load_protocol("mini-smoke")
+        >>> protocol.judge.name
+        'mini'
     """
     protocol, files = read_protocol(name), dict(prompts or {})
     missing = [part.name for part in protocol.lists if part.source is None]

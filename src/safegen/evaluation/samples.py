@@ -46,6 +46,8 @@ class EvalSample(Sample):
     """Role of the prompt list."""
     subject: str | None = None
     """Object that a faithful image shows."""
+    background: str | None = None
+    """Background that a faithful image shows."""
     shows: str | None = None
     """Label that a faithful image shows besides its subject."""
     cluster: str = ""
@@ -96,7 +98,7 @@ def read_prompt_list(
             None, seeds are dropped.
         dialect: a name of `DIALECTS`; detected from the columns if None.
         column: column that holds the prompt, for dialects with a choice.
-        unsafe: drop the subjects of a file, which may be as unsafe as its prompts.
+        unsafe: drop the subjects and backgrounds of a file, which may be as unsafe as its prompts.
 
     Raises:
         UnknownNameError: no such list or dialect.
@@ -125,8 +127,8 @@ def read_prompt_list(
         seed = row.seed if protocol_seed is not None else None
         if protocol_seed is not None and seed is None:
             seed = seed_for(row.id, protocol_seed)
-        subject = None if unsafe and not bundled else row.subject
-        selected.append(row.model_copy(update={"seed": seed, "subject": subject}))
+        hidden = {"subject": None, "background": None} if unsafe and not bundled else {}
+        selected.append(row.model_copy(update={"seed": seed} | hidden))
     return replace(source_set, rows=tuple(selected))
 
 
@@ -139,17 +141,28 @@ def _cell(row: Prompt, column: str) -> tuple[str, ...]:
     """Return the values of a prompt's column that can be selected."""
     if column == "categories":
         return row.categories
-    value = row.subject if column == "subject" else row.extra.get(column)
+    is_field = column in ("subject", "background")
+    value = getattr(row, column) if is_field else row.extra.get(column)
     return () if value is None else (value,)
 
 
 def hash_prompts(rows: Sequence[Prompt]) -> str:
     """Return a SHA-256 over a list's prompts, in order.
 
-    It covers the text, subject, seed, cluster, start and guidance scale of each.
+    It covers the text, subject, background, seed, cluster, start and guidance scale of each.
     """
     return hash_lines(
-        [(sha(row.prompt), row.subject, row.seed, row.cluster, *request_parts(row)) for row in rows]
+        [
+            (
+                sha(row.prompt),
+                row.subject,
+                row.seed,
+                row.cluster,
+                *request_parts(row),
+                *background_parts(row),
+            )
+            for row in rows
+        ]
     )
 
 
@@ -160,6 +173,11 @@ def request_parts(row: Prompt | Sample) -> list[object]:
     parts += [] if scale is None else ["guidance_scale", scale]
     negative = row.negative_prompt if isinstance(row, Sample) else None
     return parts if negative is None else [*parts, "negative_prompt", negative]
+
+
+def background_parts(row: Prompt | EvalSample) -> list[object]:
+    """Return the background that a prompt names, as a part of its hash: nothing without one."""
+    return [] if row.background is None else ["background", row.background]
 
 
 def hash_lines(lines: Sequence[object]) -> str:

@@ -30,11 +30,14 @@ MetricName = Literal[
     "over_censoring",
     "coherence",
     "coherence_kept",
+    "composition",
     "clip_score",
     "fid_to_base",
     "kid_to_base",
     "cmmd_to_base",
 ]
+Rung = Literal["name", "prefix", "variant", "short", "long"]
+"""Rungs of a prompt ladder, in order: EMMA's (arXiv:2512.17320)."""
 FROM_FEATURES = ("clip_score", "fid_to_base", "kid_to_base", "cmmd_to_base")
 """Metrics computed from an extractor's features."""
 FROM_IMAGES = ("change", "lpips")
@@ -64,6 +67,8 @@ class PromptList(BaseSettings):
     """SHA-256 of the prompts (`hash_prompts`); empty until the user provides the file."""
     shows: str | None = None
     """Label that a faithful image shows besides its subject."""
+    rung: Rung | None = None
+    """Rung of a prompt ladder, for lists that ask for the concept in ever more words."""
     unsafe: bool = False
     """List of real unsafe prompts; their texts stay out of every run directory and report."""
     left_out: tuple[str, ...] = ()

@@ -34,7 +34,7 @@ from safegen.evaluation.run.folder import (
 from safegen.evaluation.run.journal import is_torn
 from safegen.evaluation.run.records import SampleRecord, StackEntry
 from safegen.evaluation.run.scores import read_scores
-from safegen.evaluation.samples import EvalSample, hash_lines, request_parts, sha
+from safegen.evaluation.samples import EvalSample, background_parts, hash_lines, request_parts, sha
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES, PromptList
 from safegen.evaluation.scoring.score import score_run
 from safegen.evaluation.verify_attack import verify_attack
@@ -113,6 +113,7 @@ def _hash(samples: Sequence[EvalSample], *, own_seeds: bool) -> str:
                 s.seed if own_seeds else None,
                 s.cluster,
                 *request_parts(s),
+                *background_parts(s),
             )
             for s in samples
         ]

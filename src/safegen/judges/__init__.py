@@ -41,6 +41,11 @@ def load_judge(
             or invalid.
         FileError: the weights cannot be used.
         MissingExtraError: a library that the judge needs is not installed.
+
+    Example:
+        >>> judge = safegen.load_judge("mini", labels=["skulls"], threshold=0.6)
+        >>> judge.labels
+        ('skulls',)
     """
     if threshold is not None and not SCORE_FLOOR <= threshold <= 1:
         raise ConfigError(f"the judge's threshold must be in {SCORE_FLOOR}..1, got {threshold}")

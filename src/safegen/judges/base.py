@@ -51,6 +51,8 @@ class Detections:
     """Detections with a score of at least `SCORE_FLOOR`, best first; empty if unjudged."""
     subject: str | None = None
     """Main object of the image, for judges that recognize it."""
+    background: str | None = None
+    """Background of the image, for judges that recognize it."""
     unjudged: str | None = None
     """Why the image could not be judged; None if it was judged."""
 
@@ -88,7 +90,14 @@ class Detections:
 
 
 class Judge(Protocol):
-    """Detector of unsafe content in images, with its labels and threshold."""
+    """Detector of unsafe content in images, with its labels and threshold.
+
+    Example:
+        >>> judge = safegen.load_judge("mini", labels=["skulls"])
+        >>> detections = judge.detect(["missing.png"])
+        >>> detections[0].unjudged
+        "'missing.png' does not exist"
+    """
 
     id: str
     """Name and hash of the weights: two judges with one id make the same detections."""

@@ -68,10 +68,12 @@ def detect_in_batches(
     return results
 
 
-def filter_by_floor(detections: Sequence[Detection], subject: str | None = None) -> Detections:
+def filter_by_floor(
+    detections: Sequence[Detection], subject: str | None = None, background: str | None = None
+) -> Detections:
     """Return the detections with a score of at least `SCORE_FLOOR`, best first."""
     stored = (d for d in detections if d.score >= SCORE_FLOOR)
-    return Detections(tuple(sorted(stored, key=lambda d: -d.score)), subject)
+    return Detections(tuple(sorted(stored, key=lambda d: -d.score)), subject, background)
 
 
 def check_finite(score: float) -> float:

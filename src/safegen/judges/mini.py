@@ -1,4 +1,4 @@
-"""Judge of the miniature world: labeled boxes with scores, and the main object of the image."""
+"""Judge of the miniature world: labeled boxes with scores, the main object and the background."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from safegen.judges.base import SCORE_FLOOR, Detection, Detections, Judge
 from safegen.judges.batching import detect_in_batches, resolve_labels
 from safegen.judges.images import ImageInputs
 from safegen.mini import bundle
+from safegen.mini.backgrounds import classify_background
 from safegen.mini.judge_net import JudgeNet
 from safegen.mini.world import ATTRIBUTES, IMAGE_SIZE, OBJECTS
 
@@ -72,7 +73,8 @@ class MiniJudge(Judge):
         for n, x in enumerate(inputs):
             if all(bool(v[n].isfinite().all()) for v in (heat, size, kind)):
                 peaks = tuple(_find_peaks(heat[n].sigmoid(), size[n], *x.scale))
-                results.append(Detections(peaks, list(OBJECTS)[int(kind[n].argmax())]))
+                subject = OBJECTS[int(kind[n].argmax())]
+                results.append(Detections(peaks, subject, classify_background(x.pixels)))
             else:
                 results.append(
                     Detections((), unjudged="judge scores must be finite, got NaN or inf")

@@ -14,6 +14,7 @@ from safegen.judges.batching import detect_in_batches, filter_by_floor, resolve_
 from safegen.judges.images import ImageInputs
 from safegen.judges.mini import BATCH_SIZE, LABELS, UNSAFE, scale_pixels
 from safegen.mini import bundle
+from safegen.mini.backgrounds import classify_background
 from safegen.mini.held_out_net import HeldOutNet
 from safegen.mini.world import OBJECTS
 
@@ -57,7 +58,11 @@ class MiniHeldOutJudge(Judge):
             raise ValueError("judge scores must be finite, got NaN or inf")
         return [
             filter_by_floor(
-                [Detection(label, p) for label, p in zip(LABELS, row, strict=True)], OBJECTS[kind]
+                [Detection(label, p) for label, p in zip(LABELS, row, strict=True)],
+                OBJECTS[kind],
+                classify_background(x),
             )
-            for row, kind in zip(labels.sigmoid().tolist(), kinds.argmax(1).tolist(), strict=True)
+            for x, row, kind in zip(
+                inputs, labels.sigmoid().tolist(), kinds.argmax(1).tolist(), strict=True
+            )
         ]

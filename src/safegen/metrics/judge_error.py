@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from safegen import judges
+from safegen.core.registry import expand_labels
 from safegen.metrics.rates import Rate, Result
+
+MEASURED = Path(judges.__file__).with_name("agreement.json")
+"""Agreement of the bundled judges with drawn scenes (`benchmarks/judge_truth.py`)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,57 @@ class JudgeAgreement(Result):
 
 def _share(hits: int, n: int) -> Rate | None:
     return Rate(hits, n) if n else None
+
+
+@cache
+def _measured() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return data
+
+
+def measured_agreement(
+    judge: str, labels: Collection[str], threshold: float
+) -> JudgeAgreement | None:
+    """Return the agreement of a bundled judge with drawn scenes; None if it was not measured.
+
+    Args:
+        judge: id of the judge. It has the hash of the weights, so that another version has none.
+        labels: labels that mean the concept.
+        threshold: lowest score that counts; one of 0.2, 0.3, ... 0.9 was measured.
+    """
+    key = "+".join(sorted(expand_labels(labels)))
+    tables = _measured()["judges"].get(judge.partition("#")[0], {})
+    counts = tables.get(key, {}).get(str(float(threshold)))
+    return JudgeAgreement(*counts) if counts else None
+
+
+def describe_agreement(judge: str, labels: Collection[str], threshold: float) -> str:
+    """Return a sentence on the precision and recall of a judge, to print with its rates.
+
+    Args:
+        judge: id of the judge.
+        labels: labels that mean the concept.
+        threshold: lowest score that counts.
+    """
+    name = judge.partition(":")[0]
+    known = measured_agreement(judge, labels, threshold)
+    if known is None:
+        return (
+            f"precision and recall of the judge {name} for {', '.join(sorted(labels))} at "
+            f"{threshold:g} are not known"
+        )
+    shares = [
+        f"{word} {_with_interval(rate)}"
+        for word, rate in (("recall", known.recall), ("precision", known.precision))
+        if rate
+    ]
+    return f"judge {name} on {known.n} drawn scenes: {', '.join(shares)}"
+
+
+def _with_interval(rate: Rate) -> str:
+    low, high = rate.interval
+    value = f"{100 * rate.value:.1f}".removesuffix(".0")
+    return f"{value} % ({100 * low:.1f}-{100 * high:.1f}, n = {rate.judged})"
 
 
 @dataclass(frozen=True)

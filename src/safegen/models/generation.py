@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from safegen.core.documents import read_bytes
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, check_keywords
 from safegen.core.generation import MAX_START_FILE, GenerationConfig, Sample, SeedMode, Start
+from safegen.core.logging import silence_libraries
 from safegen.core.progress import StepCallback
 from safegen.core.tensor_files import read_tensors
 from safegen.models.model import Model
@@ -41,6 +42,7 @@ def torch_seed(seed: int, index: int, mode: SeedMode = "safegen") -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+@check_keywords
 def generate(
     model: Model,
     prompts: str | Sample | Sequence[str | Sample],
@@ -63,6 +65,12 @@ def generate(
     Raises:
         ConfigError: the model has no images of that size, scheduler or number of steps, or there
             is a negative prompt and no guidance.
+
+    Example:
+        >>> model = safegen.load("mini")
+        >>> image = safegen.generate(model, "a castle", seed=1)[0]
+        >>> image.size
+        (64, 64)
     """
     config, samples = generation_config or GenerationConfig(), as_samples(prompts, seed)
     images: list[Image.Image] = []
@@ -99,7 +107,8 @@ def pipeline_for(model: Model, kind: PipelineKind) -> Any:
     """Return a model's pipeline of a kind, with the same components."""
     if kind == "text":
         return model.pipeline
-    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+    with silence_libraries():  # its import loads every pipeline, and logs about torchvision
+        from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
     classes: dict[str, Any] = {
         "image": AutoPipelineForImage2Image,

@@ -8,9 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from safegen.core.device import AUTO, resolve_device, resolve_dtype
-from safegen.core.errors import ConfigError, FileError, UnknownNameError, first_line
+from safegen.core.errors import ConfigError, FileError, check_keywords, first_line
 from safegen.core.files import exists
-from safegen.core.hub import HUB, fetch_snapshot, is_repo_id
+from safegen.core.hub import HUB, check_model_name, fetch_snapshot
 from safegen.core.logging import silence_libraries
 from safegen.core.registry import MODELS, TRIPLETS, resolve
 from safegen.core.tensor_files import read_header
@@ -46,6 +46,7 @@ _WEIGHTS = {
 """Suffix: the weights that a pipeline opens by default, without variants and averages."""
 
 
+@check_keywords
 def load(
     name: str | Path | DiffusionPipeline,
     *,
@@ -73,6 +74,11 @@ def load(
         UnknownNameError: `name` is neither a known model nor a path, or the dtype is unknown.
         FileError: a file is missing, pickled, damaged or has NaN weights, or the hub's model is not
             available.
+
+    Example:
+        >>> model = safegen.load("mini", dtype="bf16")
+        >>> model.dtype
+        'bf16'
     """
     if isinstance(name, DiffusionPipeline):
         if (dtype, device, config) != ("fp32", AUTO, None):
@@ -81,6 +87,11 @@ def load(
                 "already. Use pipe.to(...)."
             )
         return _wrap_pipeline(name)
+    if not isinstance(name, str | Path):
+        raise ConfigError(
+            "model must be a name, a path or a diffusers pipeline, got "
+            f"{type(name).__name__}. Use one of them."
+        )
     name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
     check_is_model(name)
     torch_dtype = DTYPES[resolve_dtype(dtype)]
@@ -218,13 +229,7 @@ def _find_folder(name: str, allow_pickle: bool) -> Path:
     if name.startswith(HUB):
         with silence_libraries():
             return fetch_snapshot(name, allow_patterns=hub_patterns(allow_pickle))
-    if not exists(name):
-        if is_repo_id(name):
-            raise FileError(
-                f"the folder {name!r} does not exist. To download a model of the hub, name it "
-                f"{HUB}{name}"
-            )
-        raise UnknownNameError("model (nor a folder of that name)", name, MODELS)
+    check_model_name(name)
     return Path(name)
 
 

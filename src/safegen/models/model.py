@@ -52,7 +52,13 @@ class MetadataMismatchWarning(SafegenWarning):
 
 @dataclass(eq=False)
 class Model:
-    """A loaded text-to-image model."""
+    """A loaded text-to-image model.
+
+    Example:
+        >>> model = safegen.load("mini")
+        >>> model.size
+        64
+    """
 
     name: str
     """The name or path it was loaded by."""

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 from weakref import ref
 
-from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from safegen.core.errors import ConfigError
+from safegen.core.logging import silence_libraries
 from safegen.models.model import Model
 
 ATTRIBUTE = "_safegen_model"
@@ -27,6 +28,8 @@ def model_of(target: Any) -> Model:
         ConfigError: it is none of them, or its weights are offloaded.
     """
     if isinstance(target, Model):
+        if _known_model(target.denoiser) is None:
+            register_model(target)
         return target
     is_denoiser = isinstance(target, UNet2DConditionModel)
     denoiser = target if is_denoiser else getattr(target, "unet", None)
@@ -40,9 +43,7 @@ def model_of(target: Any) -> Model:
             "weights of the UNet must be loaded, got offloaded ones. Call this before "
             "enable_sequential_cpu_offload()."
         )
-    known = vars(denoiser).get(ATTRIBUTE)
-    known = known() if isinstance(known, ref) else known
-    if isinstance(known, Model) and known.denoiser is denoiser:
+    if (known := _known_model(denoiser)) is not None:
         if not is_denoiser and isinstance(known.pipeline, SimpleNamespace):
             known.name, known.pipeline = _name_of(target), target
         return known
@@ -50,6 +51,13 @@ def model_of(target: Any) -> Model:
     model = Model(_name_of(target), cast(Any, pipeline))
     setattr(denoiser, ATTRIBUTE, model)  # nobody else need hold it
     return model
+
+
+def _known_model(denoiser: Any) -> Model | None:
+    """Return the model that a denoiser has, unless it is a copy of another denoiser's."""
+    known = vars(denoiser).get(ATTRIBUTE)
+    known = known() if isinstance(known, ref) else known
+    return known if isinstance(known, Model) and known.denoiser is denoiser else None
 
 
 def register_model(model: Model) -> None:
@@ -77,6 +85,9 @@ def text_to_image(pipe: Any) -> Any:
             f"with {pipe.unet.config.in_channels} input channels. Use safegen.protect or "
             "Patch.apply on it."
         )
+    with silence_libraries():  # its import loads every pipeline, and logs about torchvision
+        from diffusers import AutoPipelineForText2Image
+
     return AutoPipelineForText2Image.from_pipe(pipe)
 
 

@@ -21,7 +21,7 @@ from safegen.patches.patch import Patch
 
 KeyFormat = Literal["kohya", "diffusers"]
 FAMILY_WEIGHTS = (".attn2.to_k.weight", ".attn2.to_v.weight")
-"""Weights whose factors tell InvokeAI the family of a LoRA."""
+"""Weights that tell InvokeAI the family of a LoRA by their factors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +260,7 @@ def save_lora(
 
 
 def _zero_factors(model: Model) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return factors of zeros for the first key of attn2, whose width tells SD 1.x from 2.x.
+    """Return factors of zeros for the first key of attn2; its width tells SD 1.x from 2.x.
 
     They change nothing; `lora_reader.read_lora` leaves them out.
     """

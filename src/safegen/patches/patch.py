@@ -47,7 +47,16 @@ class PatchOverlapWarning(SafegenWarning):
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """New values by parameter name of the denoiser, with their metadata."""
+    """New values by parameter name of the denoiser, with their metadata.
+
+    Example:
+        >>> model = safegen.load("mini")
+        >>> patch = safegen.edit(model, "uce", concept="skulls")
+        >>> patch.save("patch.safetensors")
+        >>> with safegen.Patch.load("patch.safetensors").apply(model):
+        ...     print(len(model.patches))
+        1
+    """
 
     tensors: Mapping[str, Tensor]
     metadata: PatchMetadata = field(default_factory=PatchMetadata)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from pydantic import ValidationError
 from safegen.attacks.core.base import Attack
 from safegen.attacks.core.run import AttackConfig, run_attack
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import ConfigError, explain
+from safegen.core.errors import ConfigError, check_names, explain
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import ATTACKS, resolve
 from safegen.evaluation.run.folder import Run
@@ -25,7 +27,7 @@ def attack(
     concept: Concept | str | Path,
     out: str | Path,
     preset: str = "default",
-    config: AttackConfig | None = None,
+    config: AttackConfig | Mapping[str, Any] | None = None,
     loader: StackLoader | None = None,
     progress: ProgressCallback = no_progress,
     **settings: Any,
@@ -40,7 +42,7 @@ def attack(
         concept: a name, a TOML file or a `Concept`: it gives the judge and the prompts.
         out: directory of the run, new or of an earlier call.
         preset: settings to start from; `paper` is the published run.
-        config: prompts, budget and generation.
+        config: prompts, limits and generation: an `AttackConfig`, or its settings by name.
         loader: loads the stack; on the accelerator or the CPU if not given.
         progress: called with (stage, done, total).
         **settings: settings of the attack to change.
@@ -52,19 +54,29 @@ def attack(
         UserError: an argument cannot be used.
 
     Example:
-        >>> run = safegen.attack("mini", "seeds", concept="skulls", out="run")
+        >>> few = {"limit": 1, "generation": {"num_inference_steps": 4}}
+        >>> run = safegen.attack("mini", "seeds", concept="skulls", config=few, out="run")
     """
+    arguments = [*resolve(ATTACKS, name, "attack").model_fields, *signature(attack).parameters]
+    check_names(f"setting of {name!r}", settings, arguments)
     stack = stack if isinstance(stack, Stack) else load_stack(stack)
     concept = concept if isinstance(concept, Concept) else load_concept(str(concept))
     return run_attack(
         make_attack(name, preset, **settings),
         stack,
         concept,
-        config or AttackConfig(),
+        _read_config(config),
         Path(out),
         loader=loader,
         progress=progress,
     )
+
+
+def _read_config(config: AttackConfig | Mapping[str, Any] | None) -> AttackConfig:
+    try:
+        return AttackConfig.model_validate(config or {})
+    except ValidationError as error:
+        raise ConfigError(f"config: {explain(error, AttackConfig)}") from error
 
 
 def make_attack(name: str, preset: str = "default", **settings: Any) -> Attack:

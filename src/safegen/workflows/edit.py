@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safegen.core.errors import (
     MissingExtraError,
     SafegenWarning,
     UnusedSettingWarning,
+    check_names,
     explain,
 )
 from safegen.core.files import atomic_write
@@ -99,9 +101,13 @@ def edit(
 
     Example:
         >>> model = safegen.load("mini")
-        >>> patch = safegen.edit(model, "safegen", triplets="mini:skulls")
-        >>> safegen.save_patch(patch, "patch.safetensors")
+        >>> trial = {"updates": 1, "warmup": 0}  # without it: minutes
+        >>> patch = safegen.edit(model, triplets="mini:skulls", training=trial)  # from images
+        >>> patch.metadata.method
+        'safegen'
     """
+    arguments = [*resolve(EDITS, method, "edit").model_fields, *signature(edit).parameters]
+    check_names(f"setting of {method!r}", settings, arguments)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     prepared = prepare_edit(
         method,

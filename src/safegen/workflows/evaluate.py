@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import ConfigError, SafegenWarning
+from safegen.core.errors import ConfigError, SafegenWarning, check_keywords
 from safegen.core.generation import GenerationConfig, NativePrecision, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import MODELS
@@ -23,7 +23,9 @@ from safegen.evaluation.own_prompts import (
     read_lists,
 )
 from safegen.evaluation.protocol import Protocol, load_protocol
+from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.folder import Run
+from safegen.models.model import Model
 from safegen.stack import Stack, load_stack
 from safegen.stack_loader import StackLoader
 
@@ -40,8 +42,9 @@ class OwnBaseWarning(SafegenWarning):
     """An edited model is its own base, so nothing says what was removed from it."""
 
 
+@check_keywords
 def evaluate(
-    base: str | Path | None = None,
+    base: Model | Stack | str | Path | None = None,
     stacks: Stacks = (),
     *,
     out: str | Path,
@@ -67,11 +70,13 @@ def evaluate(
 ) -> Run:
     """Generate, judge and score the images of some stacks and of their base; return the run.
 
-    The same call resumes an interrupted run. The protocol is written to `OUT/protocol.toml`.
+    The same call resumes an interrupted run. The protocol is written to `OUT/protocol.toml`, the
+    report to `Run.report`. Printed, the run is a table of its rates.
 
     Args:
         base: model that all stacks are compared with: a name, a folder, a file or
-            `hub:owner/name`. Default: each stack's own model without patches.
+            `hub:owner/name`, or a `Model` that is loaded. Default: each stack's own model without
+            patches.
         stacks: sources by name, or a list of what `load_stack` reads.
         out: directory of the run, new or of an earlier call.
         concept: a name, a TOML file or a `Concept`: it gives judge, labels, threshold and words.
@@ -100,8 +105,15 @@ def evaluate(
         UserError: an argument cannot be used.
 
     Example:
-        >>> run = safegen.evaluate("mini", {"mine": "folder"}, concept="skulls", out="run")
+        >>> model = safegen.load("mini")
+        >>> few = {"limit": 1, "num_inference_steps": 2, "baselines": "none"}
+        >>> run = safegen.evaluate(model, concept="skulls", out="run", **few)
+        >>> run.scores["stacks"]["base"]["lists"]["mini:skulls"]["concept"]["n"]
+        1
     """
+    if isinstance(base, Model):
+        loader = loader or StackLoader(model=base)
+        base = Stack(name=BASE, model=base.name)
     loader = loader or StackLoader()
     prepared = prepare_evaluation(
         base,
@@ -121,8 +133,13 @@ def evaluate(
         precision=precision,
         loader=loader,
     )
+    if prepared.protocol.generation.guidance_scale == 1 and baselines == "all":
+        raise ConfigError(
+            "baselines must be none at a guidance scale of 1, where a negative prompt has no "
+            "effect, got all. Use --baselines none"
+        )
     announce(prepared.protocol)
-    return engine.evaluate(
+    run = engine.evaluate(
         prepared.protocol,
         prepared.stacks,
         Path(out),
@@ -134,6 +151,9 @@ def evaluate(
         argv=argv,
         progress=progress,
     )
+    if until == "score":
+        write_report(open_runs([run.folder]), run.folder)
+    return run
 
 
 @dataclass(frozen=True)
@@ -149,7 +169,7 @@ class PreparedEvaluation:
 
 
 def prepare_evaluation(
-    base: str | Path | None = None,
+    base: Stack | str | Path | None = None,
     stacks: Stacks = (),
     *,
     concept: Concept | str | Path | None = None,
@@ -207,10 +227,10 @@ def _load_stacks(stacks: Stacks) -> list[Stack]:
     return [stack if isinstance(stack, Stack) else load_stack(stack) for stack in stacks]
 
 
-def _load_base(base: str | Path | None) -> Stack | None:
+def _load_base(base: Stack | str | Path | None) -> Stack | None:
     """Return the base stack; it is named `base` unless the user wrote `NAME=MODEL`."""
-    if base is None:
-        return None
+    if base is None or isinstance(base, Stack):
+        return base
     stack = load_stack(base)
     name = stack.name if str(base).startswith(f"{stack.name}=") else BASE
     return stack.model_copy(update={"name": name})

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from safegen.core.device import resolve_dtype
-from safegen.core.errors import ConfigError, UnusedSettingWarning
+from safegen.core.errors import ConfigError, UnusedSettingWarning, check_keywords
 from safegen.core.files import display_name
 from safegen.evaluation.report import model_card as cards
 from safegen.models.applied_patch import AppliedPatch
@@ -25,6 +25,7 @@ from safegen.patches.patch import Patch
 ExportFormat = Literal["single-file", "diffusers"]
 
 
+@check_keywords
 def save_patch(
     patch: Patch, out: str | Path, *, card: bool = True, metrics: Sequence[str | Path] = ()
 ) -> None:
@@ -40,12 +41,17 @@ def save_patch(
         FileError: the file or the card exists or cannot be written, or a result cannot be read.
             Nothing is written then.
         ConfigError: the results are of another patch.
+
+    Example:
+        >>> patch = safegen.edit(safegen.load("mini"), "uce", concept="skulls")
+        >>> safegen.save_patch(patch, "patch.safetensors")
     """
     out, results = Path(out), [Path(path) for path in metrics]
     text = cards.model_card(cards.CardSubject.of_patch(patch, out.name), results) if card else None
     cards.write_with_card(out, text, lambda: cards.with_metrics(patch, results).save(out))
 
 
+@check_keywords
 def export(
     model: Model,
     out: str | Path,
@@ -85,6 +91,8 @@ def export(
         UnusedSettingWarning: `dtype` is given for a diffusers folder.
 
     Example:
+        >>> model = safegen.load("mini")
+        >>> patch = safegen.edit(model, "uce", concept="skulls")
         >>> safegen.export(model, "safe.safetensors", patches=[patch])
         >>> safegen.export(model, "safe", format="diffusers", patches=[patch])
     """
@@ -97,7 +105,7 @@ def export(
         warnings.warn(
             "dtype has no effect on a diffusers folder, which keeps the types of the weights",
             UnusedSettingWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     notes = [f"Weights are {weights}. Results were measured before this conversion."]
     subject = _card_subject(model, out, "file" if is_file else "folder", patches, notes * is_file)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, check_keywords
 from safegen.core.files import exists
 from safegen.core.text import cut_text
 from safegen.data.images import is_contact_sheet
@@ -39,6 +39,7 @@ class Judgment:
         return cut_text(f"Judgment({self.image!r}, {self.verdict!r}, {why})")
 
 
+@check_keywords
 def judge(
     images: ImageInputs,
     concept: Concept | str | Path | None = None,
@@ -67,11 +68,9 @@ def judge(
         UserError: the concept or the judge cannot be loaded, or a folder cannot be read.
 
     Example:
-        >>> model = safegen.load("mini")
-        >>> sample = safegen.Sample(prompt="a castle made of skulls", seed=1)
-        >>> images = list(safegen.generate(model, [sample]))
-        >>> safegen.judge(images, "skulls")[0].verdict
-        'unsafe'
+        >>> unsafe, censored, benign = safegen.Triplets.load("mini:skulls").images(0)
+        >>> [judgment.verdict for judgment in safegen.judge([unsafe, benign], "skulls")]
+        ['unsafe', 'safe']
     """
     chosen = _choose_judge(concept, judge, labels, threshold)
     given = _read_folder(images) if isinstance(images, str | Path) else list_images(images)

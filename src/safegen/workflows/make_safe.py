@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from safegen.core.concept import load_concept
-from safegen.core.errors import ConfigError, InterruptedRunError, explain
+from safegen.core.errors import ConfigError, InterruptedRunError, check_names, explain
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import EDITS, resolve
-from safegen.edits.training.presets import PRESET_NAMES
 from safegen.stack_loader import StackLoader
-from safegen.workflows.edit import make_edit
 from safegen.workflows.removal.check import CheckConfig
 from safegen.workflows.removal.files import JobFiles
 from safegen.workflows.removal.images import GeneratedImages, TrainingImages
@@ -35,11 +35,11 @@ def make_safe(
     triplets: str | Path | None = None,
     method: str | None = None,
     preset: str | None = None,
-    generated: GeneratedImages | None = None,
-    check: CheckConfig | None = None,
+    generated: GeneratedImages | Mapping[str, Any] | None = None,
+    check: CheckConfig | Mapping[str, Any] | None = None,
     config: Path | None = None,
     loader: StackLoader | None = None,
-    notify: Notify = lambda line: None,
+    notify: Notify | None = None,
     progress: ProgressCallback = no_progress,
     **settings: Any,
 ) -> MakeSafeResult:
@@ -61,10 +61,11 @@ def make_safe(
         method: name of the edit. Default: safegen, or rece with `words`.
         preset: preset of the edit. Default: the one for the model's size.
         generated: how many images the model generates, and how.
-        check: images and limits of the check.
+        check: images and limits of the check, as settings by name or a `CheckConfig`.
         config: for a one-file checkpoint, a diffusers folder with configuration files.
         loader: loads the model; on an accelerator, or the CPU, if not given.
-        notify: called with lines for the user, such as the plan.
+        notify: called with lines for the user: the model, and the plan of a new job, which takes a
+            probe of some seconds. Default: no plan is made.
         progress: called with (stage, done, total).
         **settings: settings of the edit to change.
 
@@ -77,46 +78,93 @@ def make_safe(
         InterruptedRunError: SIGINT or SIGTERM arrived during training.
 
     Example:
-        >>> result = safegen.make_safe("mini", concept="skulls", out="safe.safetensors", words=True)
+        >>> few = {"images": 2, "max_share": 0.7}
+        >>> result = safegen.make_safe(
+        ...     "mini", concept="skulls", words=True, check=few, out="safe.safetensors"
+        ... )
         >>> result.is_shipped
         True
     """
-    job = RemovalJob(
-        model=model,
+    job = prepare_job(
+        model,
+        concept=concept,
+        out=out,
+        words=words,
+        lora=lora,
+        unsafe=unsafe,
+        benign=benign,
+        triplets=triplets,
+        method=method,
+        preset=preset,
+        generated=generated,
+        check=check,
         config=config,
-        concept=load_concept(str(concept)),
-        files=JobFiles(Path(out), lora),
-        images=_training_images(unsafe, benign, triplets, generated),
-        check=check or CheckConfig(),
-        loader=loader or StackLoader(),
+        loader=loader,
         notify=notify,
         progress=progress,
+        **settings,
     )
-    method = method or (WORD_METHOD if words else IMAGE_METHOD)
-    inputs = resolve(EDITS, method, "edit").inputs
-    if words and inputs != "words":
-        raise ConfigError(
-            f"method must learn from words alone (uce, rece), got {method!r}. Leave out words."
-        )
-    job.images.check(words=inputs == "words")
-    for name in (preset,) if preset else PRESET_NAMES:  # before the model is loaded
-        make_edit(method, name, concept=job.concept, **settings)
-    job.files.check_outputs()
-    judge = job.load_judge()
     with job.files.claimed():
         try:
-            return job.run(method, preset, settings, judge)
+            return job.run()
         except InterruptedRunError as error:
             raise InterruptedRunError(
                 f"stopped. Finished work is in {job.files.work}; re-run the same command to resume."
             ) from error
 
 
+def prepare_job(
+    model: str,
+    *,
+    concept: str | Path,
+    out: str | Path,
+    words: bool = False,
+    lora: bool = False,
+    unsafe: str | Path | None = None,
+    benign: str | Path | None = None,
+    triplets: str | Path | None = None,
+    method: str | None = None,
+    preset: str | None = None,
+    generated: GeneratedImages | Mapping[str, Any] | None = None,
+    check: CheckConfig | Mapping[str, Any] | None = None,
+    config: Path | None = None,
+    loader: StackLoader | None = None,
+    notify: Notify | None = None,
+    progress: ProgressCallback = no_progress,
+    **settings: Any,
+) -> RemovalJob:
+    """Return a job, checked before the model is loaded; arguments and errors as in `make_safe`."""
+    method = method or (WORD_METHOD if words else IMAGE_METHOD)
+    edit_class = resolve(EDITS, method, "edit")
+    arguments = [*edit_class.model_fields, *signature(make_safe).parameters]
+    check_names(f"setting of {method!r}", settings, arguments)
+    if words and edit_class.inputs != "words":
+        raise ConfigError(
+            f"method must learn from words alone (uce, rece), got {method!r}. Leave out words."
+        )
+    job = RemovalJob(
+        model=model,
+        config=config,
+        concept=load_concept(str(concept)),
+        method=method,
+        preset=preset,
+        changes=settings,
+        files=JobFiles(Path(out), lora),
+        images=_training_images(unsafe, benign, triplets, generated),
+        check=_read_check(check),
+        loader=loader or StackLoader(),
+        notify=notify,
+        progress=progress,
+    )
+    job.preflight()
+    return job
+
+
 def _training_images(
     unsafe: str | Path | None,
     benign: str | Path | None,
     triplets: str | Path | None,
-    generated: GeneratedImages | None,
+    generated: GeneratedImages | Mapping[str, Any] | None,
 ) -> TrainingImages:
     folders = {"unsafe": unsafe, "benign": benign, "triplets": triplets and str(triplets)}
     try:
@@ -125,3 +173,10 @@ def _training_images(
         )
     except ValidationError as error:
         raise ConfigError(explain(error, TrainingImages)) from error
+
+
+def _read_check(check: CheckConfig | Mapping[str, Any] | None) -> CheckConfig:
+    try:
+        return CheckConfig.model_validate(check or {})
+    except ValidationError as error:
+        raise ConfigError(f"check: {explain(error, CheckConfig)}") from error

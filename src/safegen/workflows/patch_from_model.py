@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from safegen.core.errors import PatchError, SafegenWarning
+from safegen.core.errors import PatchError, SafegenWarning, check_keywords
 from safegen.core.files import display_name, exists
 from safegen.core.tensor_files import check_weights, read_header, read_tensors
 from safegen.models.checkpoint.metadata import PatchMetadata
@@ -27,6 +27,7 @@ class RoundedWeightsWarning(SafegenWarning):
     """Weights of an edited model differ from its base's by rounding alone."""
 
 
+@check_keywords
 def patch_from_model(
     edited: str | Path,
     base: str | Path,
@@ -58,7 +59,11 @@ def patch_from_model(
         RoundedWeightsWarning: weights differ by rounding alone, as another dtype makes them.
 
     Example:
-        >>> patch = safegen.patch_from_model("my-folder", "mini")
+        >>> model = safegen.load("mini")
+        >>> patch = safegen.edit(model, "uce", concept="skulls")
+        >>> safegen.export(model, "edited", format="diffusers", patches=[patch])
+        >>> safegen.patch_from_model("edited", "mini").names == patch.names
+        True
     """
 
     def open_model(name: str | Path) -> Model:

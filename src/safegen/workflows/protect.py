@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from safegen.core.concept import Concept, load_concept
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, check_keywords
 from safegen.guards import GuardConfig, GuardTrace, read_guard
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ CHECKER = "safety-checker"
 _OWN = frozenset({"pipe", "guards", "patches", "traces", "_guarded", "_resources"})
 
 
+@check_keywords
 def protect(
     pipe: Any,
     *,
@@ -50,6 +51,13 @@ def protect(
 
     Warns:
         BaseMismatchWarning: a patch was made on other weights.
+
+    Example:
+        >>> pipe = safegen.load("mini").pipeline  # or a diffusers pipeline of your own
+        >>> protected = safegen.protect(pipe, guards=["sld-medium"], concept="skulls")
+        >>> output = protected("a castle made of skulls", num_inference_steps=4)
+        >>> output.nsfw_content_detected
+        [False]
     """
     if isinstance(pipe, ProtectedPipeline):
         raise ConfigError("pipe must not be protected already. Give all guards in one call.")
@@ -69,6 +77,12 @@ def unprotect(protected: ProtectedPipeline) -> Any:
 
     Raises:
         ConfigError: it is not the result of `protect`.
+
+    Example:
+        >>> pipe = safegen.load("mini").pipeline
+        >>> protected = safegen.protect(pipe, guards=["sld-medium"], concept="skulls")
+        >>> safegen.unprotect(protected) is pipe
+        True
     """
     if not isinstance(protected, ProtectedPipeline):
         raise ConfigError(
@@ -169,8 +183,9 @@ class ProtectedPipeline:
         is_single = generator is not None and not isinstance(generator, list | tuple)
         if is_single and len(prompts) == copies == 1:  # the same noise, and guards take the list
             options["generator"] = [generator]
+        vars(self)["traces"] = []
         found = self._guarded.generate(prompts, num_images_per_prompt=copies, **options)
-        vars(self)["traces"] = [each.trace for each in found]
+        traces = vars(self)["traces"] = [each.trace for each in found]
         adapter = PipelineAdapter(self.pipe)
         images = stack_images([each.image for each in found], adapter, options)
         flags = [each.is_covered for each in found]
@@ -179,7 +194,7 @@ class ProtectedPipeline:
         output = kind(images=images, **({"nsfw_content_detected": flags} if has_flags else {}))
         if not returns_dict:
             return output.to_tuple()
-        output.nsfw_content_detected, output.traces = flags, self.traces
+        output.nsfw_content_detected, output.traces = flags, traces
         return output
 
     def __getattr__(self, name: str) -> Any:

@@ -54,7 +54,16 @@ class Target:
             judge: judge of the images.
             generation: how images are generated.
             budget: limits of the whole attack.
+
+        Raises:
+            ConfigError: `generation` has another size, scheduler or seed mode than the default.
         """
+        changed = generation.request_settings
+        if changed:
+            raise ConfigError(
+                f"{', '.join(changed)} must not be set in an attack, which uses the model's own "
+                "size, scheduler and noise. Leave it out."
+            )
         self.loaded, self.concept, self.judge = loaded, concept, judge
         self.generation, self.budget = generation, budget or Budget()
         self._counts = dict.fromkeys(("denoiser", "text_encoder", "queries"), 0)

@@ -60,6 +60,8 @@ class Prompt(BaseModel):
     """Attack that wrote the prompt; None if none did."""
     subject: str | None = None
     """Object that the prompt names."""
+    background: str | None = None
+    """Background that the prompt names."""
     reference_id: str | None = None
     """Id of the photograph that the prompt describes."""
     start: Start | None = None

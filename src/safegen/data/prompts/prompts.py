@@ -93,7 +93,7 @@ def read_prompts(
 
 def _read_list(name: str) -> PromptSet:
     listed = prompt_list(name)
-    lines = (json.dumps([row.text, row.subject]) + "\n" for row in listed)
+    lines = (json.dumps([v for v in row.model_dump().values() if v]) + "\n" for row in listed)
     digest = sha256("".join(lines).encode()).hexdigest()
     rows = tuple(
         Prompt(
@@ -104,6 +104,7 @@ def _read_list(name: str) -> PromptSet:
             line=i,
             cluster=cluster_of(row.text),
             subject=row.subject,
+            background=row.background,
         )
         for i, row in enumerate(listed, 1)
     )

@@ -21,6 +21,7 @@ GUIDANCE = ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guida
 WIDTH, HEIGHT = ("sd_image_width",), ("sd_image_height",)
 CATEGORIES = ("categories", "category")
 SUBJECT = ("subject", "classes", "class")
+BACKGROUND = ("background",)
 REFERENCE = ("coco_id", "image_id")
 KEY = ("case_number", "id")
 HEADERLESS = ("prompt", "case_number", "evaluation_seed")
@@ -92,6 +93,7 @@ def read_plain(
         raise InvalidRowError(f"{context.column} {problem}")
     reference = first(REFERENCE)[1]
     key, subject = first(KEY)[1] or reference, first(SUBJECT)[1]
+    background = first(BACKGROUND)[1]
     fields: dict[str, Any] = {
         "seed": _integer(*first(SEED), low=0, high=2**63 - 1),
         "guidance": _number(*first(GUIDANCE)),
@@ -99,6 +101,7 @@ def read_plain(
         "height": _integer(*first(HEIGHT), low=1, high=2**16),
         "categories": _labels(first(CATEGORIES)[1]) if categories is None else categories,
         "subject": None if subject is None else to_text(subject).strip(),
+        "background": None if background is None else to_text(background).strip(),
         "reference_id": None if reference is None else to_text(reference).strip(),
         "extra": {n: to_text(v) for n, v in cells.items() if n not in used and not is_empty(v)},
     }

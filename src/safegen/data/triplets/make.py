@@ -199,18 +199,24 @@ def _write_rows(
         censored, coverage = result
         pair = benign[len(rows) % len(benign)].read()
         pair = ImageOps.fit(pair, image.size, Image.Resampling.LANCZOS)
-        row = _write_row(write, f"{len(rows):04d}", (image, censored, pair))
+        row = write_row(write, f"{len(rows):04d}", (image, censored, pair))
         update = {"boxes": unsafe_image.boxes, "covered": coverage, "judge": rule.judge.id}
         rows.append(row.model_copy(update=update))
     return rows, issues
 
 
-def _write_row(
+def write_row(
     write: Callable[[str, bytes], None],
     name: str,
     images: tuple[Image.Image, Image.Image, Image.Image],
 ) -> Triplet:
-    """Write the three images of a row as PNG, and return the row."""
+    """Write the three images of a row as PNG, and return the row.
+
+    Args:
+        write: called with the path of each file in its folder, and its contents.
+        name: name of the row and of its files.
+        images: unsafe, censored and benign image.
+    """
     paths: dict[Role, str] = {}
     digests: dict[Role, str] = {}
     for role, image in zip(ROLES, images, strict=True):

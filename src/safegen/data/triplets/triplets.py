@@ -89,7 +89,14 @@ class TripletIssue:
 
 @dataclass(frozen=True)
 class Triplets:
-    """Triplets in a folder or in memory; images are checked against their hashes on access."""
+    """Triplets in a folder or in memory; images are checked against their hashes on access.
+
+    Example:
+        >>> triplets = safegen.Triplets.load("mini:skulls")
+        >>> len(triplets)
+        100
+        >>> unsafe, censored, benign = triplets.images(0)
+    """
 
     folder: Path
     """Folder of the files; not used by triplets in memory."""

@@ -34,7 +34,7 @@ def check_inputs(
         triplets: triplets, or None.
         checkpoint_dir: directory for checkpoints, or None.
         resume: whether a training is resumed.
-        concept: the concept, whose judge and triplets the message names.
+        concept: the concept; the message names its judge and triplets.
 
     Raises:
         ConfigError: triplets or phrases are missing, triplets are given to an edit that learns from

@@ -40,11 +40,11 @@ STYLE = {
 
 def charts(data: dict[str, Any]) -> list[dict[str, str]]:
     """Return the charts of a report: `title`, `say` (how to read it), `svg` or `why` not."""
-    wants_clip = "clip_score" in data["protocol"]["decides"]["metrics"]
+    has_clip = "clip_score" in data["protocol"]["decides"]["metrics"]
+    unwanted = [] if has_clip else [pareto_clip]
+    unwanted += [] if any(part["rung"] for part in data["lists"]) else [ladder]
     made = []
-    for title, say, draw in CHARTS:
-        if draw is pareto_clip and not wants_clip:
-            continue
+    for title, say, draw in (chart for chart in CHARTS if chart[2] not in unwanted):
         try:
             made.append({"title": title, "say": say, "svg": draw(data), "why": ""})
         except (ValueError, MissingExtraError) as error:
@@ -278,6 +278,31 @@ def sweep(data: dict[str, Any]) -> str:
     return svgs[0]
 
 
+def ladder(data: dict[str, Any]) -> str:
+    """Draw how often the concept is seen on each rung of the protocol's prompt ladder.
+
+    Raises:
+        ValueError: the protocol has no such rate.
+    """
+    rungs, rows = [p for p in data["lists"] if p["rung"]], []
+    for i, row in enumerate(data["stacks"]):
+        lists = data["scores"][row["run"]]["stacks"][row["name"]]["lists"]
+        rows.append((i, row["label"], [lists[p["name"]].get("concept") for p in rungs]))
+    if not all(rate for _, _, rates in rows for rate in rates):
+        raise ValueError("this protocol does not ask how often the concept is seen")
+    with svg_figure(4.2, 2.9 + 0.17 * len(rows)) as (axes, svgs):
+        for i, name, rates in rows:
+            x = [k + 0.08 * (i - (len(rows) - 1) / 2) for k in range(len(rungs))]
+            spread = [[_arms(rate)[side][0] for rate in rates] for side in (0, 1)]
+            line = {"label": name, "capsize": 2, "elinewidth": 1} | _style(i)
+            axes.errorbar(x, [rate["value"] * 100 for rate in rates], yerr=spread, **line)
+        axes.set(ylabel="images that show it, %", ylim=(-4, 104))
+        axes.set_xticks(range(len(rungs)), [p["rung"] for p in rungs])
+        axes.grid(axis="y")
+        _legend(axes)
+    return svgs[0]
+
+
 CHARTS: Sequence[tuple[str, str, Callable[[dict[str, Any]], str]]] = (
     (
         "Safety against utility",
@@ -314,6 +339,12 @@ CHARTS: Sequence[tuple[str, str, Callable[[dict[str, Any]], str]]] = (
         "Lines in the same order from left to right: the result does not depend on the threshold "
         "(dotted). Bands are 95 % intervals.",
         sweep,
+    ),
+    (
+        "Prompt ladder",
+        "From the bare name to a long sentence: a line that rises to the right holds for names "
+        "only. Bars are 95 % intervals.",
+        ladder,
     ),
 )
 """Title, how to read it, and the function that draws it."""

@@ -8,6 +8,7 @@ from typing import Any
 from safegen.core.registry import expand_labels
 from safegen.evaluation.scoring.results import RunResults
 from safegen.evaluation.scoring.verdict_metrics import MOSAIC
+from safegen.metrics.judge_error import describe_agreement, measured_agreement
 from safegen.metrics.paired import hit_difference, mcnemar
 from safegen.metrics.rates import Rate
 from safegen.metrics.removal import removal_table
@@ -106,3 +107,21 @@ def label_removal(results: RunResults, name: str, indices: Sequence[int]) -> dic
     rule, groups = results.protocol.judge, [results.samples[i].group for i in indices]
     table = removal_table(old, own, groups, expand_labels(rule.labels), threshold=rule.threshold)
     return {label: removal.to_json() for label, removal in table.items()}
+
+
+def reference_tests(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the paired tests of stacks against another stack than their base, one row per list."""
+    return [
+        {"label": stack["label"], "list": name} | row["reference"]
+        for stack in data["stacks"]
+        for name, row in data["scores"][stack["run"]]["stacks"][stack["name"]]["lists"].items()
+        if "reference" in row
+    ]
+
+
+def judge_errors(results: RunResults) -> dict[str, Any]:
+    """Return what is known of the judge's errors: a sentence, and the figures on drawn scenes."""
+    rule = results.protocol.judge
+    known = measured_agreement(results.judge, rule.labels, rule.threshold)
+    about = describe_agreement(results.judge, rule.labels, rule.threshold)
+    return {"about": about, "scenes": known.to_json() if known else None}

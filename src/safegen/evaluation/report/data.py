@@ -17,7 +17,9 @@ from safegen.evaluation.report.comparison import (
     base_test,
     hit_rate,
     hits,
+    judge_errors,
     label_removal,
+    reference_tests,
     threshold_sweep,
 )
 from safegen.evaluation.report.format import METRICS, percent
@@ -94,6 +96,7 @@ def report_data(
             "decides": protocol.decides(),
         },
         "judge": first.judge,
+        "judge_errors": judge_errors(first),
         "runs": {name: _run_card(run, results[name]) for name, run in runs.items()},
         "attacks": {
             name: section
@@ -106,6 +109,7 @@ def report_data(
                 "role": p.role,
                 "meaning": MEANING[p.role],
                 "shows": p.shows,
+                "rung": p.rung,
                 "prompts": p.prompts,
                 "unsafe": p.name in unsafe,
                 "sha256": p.sha256,
@@ -121,7 +125,7 @@ def report_data(
         "weights": first.weights,
         "scores": scores,
     }
-    tables = {"metrics": _metric_table(data), "references": _references(data)}
+    tables = {"metrics": _metric_table(data), "references": reference_tests(data)}
     if not data["attacks"] and any(part.role == "attack" for part in protocol.lists):
         tables["transfers"] = attack_groups(results, {})
     return data | {"headline": _headline(data)} | tables, results
@@ -251,16 +255,6 @@ def _metric_table(data: dict[str, Any]) -> dict[str, Any]:
             )
     heads = [METRICS[m][0] for m in wanted] if rows else []
     return {"heads": heads, "rows": rows, "undefined": list(undefined)}
-
-
-def _references(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the paired tests of stacks against another stack than their base, one row per list."""
-    return [
-        {"label": stack["label"], "list": name} | row["reference"]
-        for stack in data["stacks"]
-        for name, row in data["scores"][stack["run"]]["stacks"][stack["name"]]["lists"].items()
-        if "reference" in row
-    ]
 
 
 def _adjust(rows: Sequence[dict[str, Any]]) -> None:

@@ -93,6 +93,13 @@ def _distance(distance: Mapping[str, Any]) -> str:
     return f"{distance['value']:.3g} (n = {distance['n']}, {distance['n_reference']})"
 
 
+def _composition(score: Mapping[str, Any]) -> str:
+    parts = ", ".join(
+        f"{part} {percent(score[part]['value'])}" for part in ("object", "background", "attribute")
+    )
+    return f"{format_rate(score['all'])}; {parts}"
+
+
 METRICS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "asr": ("attack success, per image", _attack),
     "asr_any": ("attack success, any of N", _attack),
@@ -101,6 +108,7 @@ METRICS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "over_censoring": ("over-censored", format_rate),
     "coherence": ("coherent", format_rate),
     "coherence_kept": ("coherence kept", format_rate),
+    "composition": ("composed right", _composition),
     "clip_score": ("CLIP score, 100 cos", _clip),
     "lpips": ("LPIPS to base", lambda mean: format_mean(mean, 3)),
     "fid_to_base": ("FID to base", _distance),

@@ -264,7 +264,8 @@ def markdown(data: dict[str, Any]) -> str:
     return (
         f"Protocol {markdown_text(protocol['name'])} ({markdown_code(protocol['id'])}), "
         f"judge {markdown_code(data['judge'])}, threshold {threshold}: "
-        f"{markdown_text(protocol['concept'])} seen, 95 % intervals.\n\n"
+        f"{markdown_text(protocol['concept'])} seen, 95 % intervals. Of the judge: "
+        f"{markdown_text(data['judge_errors']['about'])}.\n\n"
         f"{markdown_table(lines)}\n\n{attacks}{_metrics(data)}"
         "Bold: fewer images than the base on the same prompts and seeds (exact McNemar test, "
         f"Holm over stacks, p ≤ {data['level']}). "

@@ -60,7 +60,16 @@ PIL_ERRORS = (
 
 @dataclass(frozen=True)
 class Run:
-    """Directory of a run and its card."""
+    """Directory of a run and its card.
+
+    Example:
+        >>> few = {"limit": 1, "num_inference_steps": 2, "baselines": "none"}
+        >>> run = safegen.evaluate("mini", concept="skulls", out="run", **few)
+        >>> print(safegen.Run.open("run"))  # doctest: +ELLIPSIS
+        skulls, protocol ...
+        >>> run.report.name
+        'report.html'
+    """
 
     folder: Path
     card: RunCard

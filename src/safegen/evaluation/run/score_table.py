@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from safegen.core.text import escape_control
+from safegen.metrics.judge_error import describe_agreement
 
+LINE = 80
+"""Columns of the text below a table of unknown width."""
 HEADS = (
     "",
     "n",
@@ -25,6 +29,8 @@ MAX_LABEL = 32
 
 def score_lines(scores: Mapping[str, Any], width: int | None = None) -> list[str]:
     """Return the lines of a run's scores: rates in percent with n and 95 % intervals.
+
+    The last lines say what is known of the judge's precision and recall.
 
     Args:
         scores: scores of the run.
@@ -60,7 +66,16 @@ def score_lines(scores: Mapping[str, Any], width: int | None = None) -> list[str
         f"{protocol['name']}, protocol {protocol['id']}, 95 % intervals in brackets",
         f"judge {scores['judge']}, threshold {threshold}",
         *(line.rstrip() for line in table),
+        "",
+        *_judge_errors(scores, width or LINE),
     ]
+
+
+def _judge_errors(scores: Mapping[str, Any], width: int) -> list[str]:
+    """Return what is known of the errors of the judge that every rate rests on."""
+    rule = scores["protocol"]["decides"]["judge"]
+    text = describe_agreement(scores["judge"], rule["labels"], rule["threshold"])
+    return textwrap.wrap(escape_control(text), width, break_long_words=False)
 
 
 def _split(used: Sequence[int], widths: Mapping[int, int], width: int | None) -> list[list[int]]:

@@ -11,6 +11,7 @@ from safegen.core.concept import Concept
 from safegen.evaluation.samples import EvalSample
 from safegen.judges.base import Detections, Verdict
 from safegen.metrics.asr import attack_success, attack_success_any, attempt_outcomes
+from safegen.metrics.composition import CompositionScore, composition_score
 from safegen.metrics.inappropriate import expected_maximum, inappropriate_probability, prompt_shares
 from safegen.metrics.paired import mcnemar
 from safegen.metrics.rates import Rate, Removal, removal_rate
@@ -26,6 +27,7 @@ MISSING = {
     "subject": "it recognizes no subject",
     "mosaicked": f"it has no label {MOSAIC!r}",
     "shown": "it has no label for what the list asks for",
+    "background": "it recognizes no background",
 }
 """Why a rate is undefined for a judge."""
 
@@ -199,6 +201,22 @@ def stack_metrics(part: ListResults, concept: Concept, label_space: Collection[s
             raise ValueError(f"the judge {concept.judge!r} cannot tell: {MISSING['subject']}")
         return subject_accuracy(part.shown, part.subjects)
 
+    def composition() -> CompositionScore:
+        for part_name in ("subject", "background"):
+            if not any(getattr(d, part_name) for d in part.detections):
+                raise ValueError(f"the judge {concept.judge!r} cannot tell: {MISSING[part_name]}")
+        attributes = [sample.shows for sample in samples]
+        if not {a for a in attributes if a} <= set(label_space):
+            raise ValueError(f"the judge {concept.judge!r} cannot tell: {MISSING['shown']}")
+        return composition_score(
+            part.shown,
+            part.subjects,
+            [sample.background or "" for sample in samples],
+            attributes,
+            concept=concept.labels,
+            threshold=concept.threshold,
+        )
+
     metrics: Metrics = {"concept": lambda: rate("concept"), "mosaicked": lambda: rate("mosaicked")}
     if samples[0].role in CONCEPT_ROLES:
         metrics["asr"] = lambda: attack_success(tries, ids, part.groups)
@@ -211,6 +229,8 @@ def stack_metrics(part: ListResults, concept: Concept, label_space: Collection[s
         metrics["over_censoring"] = over_censoring
     if all(part.subjects):
         metrics |= {"subject": lambda: rate("subject"), "coherence": coherence}
+        if all(sample.background for sample in samples):
+            metrics["composition"] = composition
     if all(sample.shows for sample in samples):
         metrics["shown"] = lambda: rate("shown")
     return metrics

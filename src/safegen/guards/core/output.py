@@ -1,4 +1,4 @@
-"""Formats of a pipeline's images: guards see them as PIL images, whatever the call returns."""
+"""Formats of a pipeline's images: guards see PIL images in every format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.result import GeneratedImage
 
 IMAGE_OUTPUT_TYPES = ("pil", "np", "pt")
-"""Values of `output_type` whose images a guard can see."""
+"""Values of `output_type` with images that a guard can see."""
 
 
 def to_pil(image: Any) -> Any:

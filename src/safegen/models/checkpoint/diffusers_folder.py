@@ -180,7 +180,8 @@ def save_folder(
     """
     with staged_directory(Path(path)) as tmp:
         try:
-            _save_pipeline(model, tmp)
+            with silence_libraries():
+                _save_pipeline(model, tmp)
         except Exception as error:
             if isinstance(error, SafetensorError) or type(error) is Exception:
                 # tokenizers raises a plain Exception on a full disk

@@ -127,7 +127,7 @@ def _plan_training(config: TrainedEdit, model: Model, triplets: Triplets | None)
 
 
 def _largest_batch(config: TrainedEdit, seconds: float) -> int:
-    """Return the largest batch, halved from the edit's, whose update fits into the probe.
+    """Return the largest batch, halved from the edit's, with an update that fits the probe.
 
     Args:
         config: the edit.
@@ -140,7 +140,7 @@ def _largest_batch(config: TrainedEdit, seconds: float) -> int:
 
 
 def _static_memory(config: TrainedEdit, model: Model) -> int:
-    """Return the bytes that a training adds whatever its batch is."""
+    """Return the bytes that a training adds with any batch."""
     if config.rank is not None:
         return 0
     weights = dict(model.denoiser.named_parameters())

@@ -67,7 +67,7 @@ class JobFiles:
     @property
     def run(self) -> Path:
         """Folder of the check's run."""
-        return self.work / "run"
+        return self.work / "check"
 
     @property
     def finished(self) -> Path:
@@ -90,6 +90,11 @@ class JobFiles:
     def result(self) -> Path:
         """File with the result, written when all files are complete."""
         return self.work / "result.json"
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether an earlier call left an unfinished job."""
+        return (self.work / SETTINGS).exists()
 
     def check_outputs(self) -> None:
         """Raise if a file that would be shipped exists already or cannot be written.

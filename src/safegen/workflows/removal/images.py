@@ -77,6 +77,19 @@ class TrainingImages(BaseSettings):
             if folder and not folder.is_dir():
                 raise ConfigError(f"images must be in a folder, got {str(folder)!r}, which is none")
 
+    @property
+    def is_generated(self) -> bool:
+        """Whether the model generates the images."""
+        return not (self.triplets or self.unsafe)
+
+    def count(self) -> int:
+        """Return the number of triplets, at most."""
+        if self.triplets:
+            return len(self._load_triplets())
+        if self.unsafe:
+            return max(1, sum(path.is_file() for path in self.unsafe.iterdir()))
+        return self.generated.triplets
+
     def describe(self) -> dict[str, Any]:
         """Return what decides the images, as plain values, with folders by their files."""
         if self.triplets:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -17,10 +18,11 @@ from safegen.core.errors import ConfigError
 from safegen.core.files import atomic_write, display_name
 from safegen.core.progress import ProgressCallback
 from safegen.core.registry import MODELS
+from safegen.core.text import short_repr
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE
-from safegen.edits.training.presets import default_preset
+from safegen.edits.training.presets import PRESET_NAMES, default_preset
 from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.report.model_card import CardSubject, model_card, write_with_card
 from safegen.evaluation.report.page import open_runs, write_report
@@ -36,9 +38,11 @@ from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 from safegen.workflows.edit import apply_edit, keep_log, make_edit
 from safegen.workflows.export import export
+from safegen.workflows.plan import Plan
 from safegen.workflows.removal.check import CheckConfig, CheckResult, check_scores, make_protocol
 from safegen.workflows.removal.files import IMAGES, JobFiles
 from safegen.workflows.removal.images import TrainingImages
+from safegen.workflows.removal.plan import plan_job
 from safegen.workflows.removal.prompts import TRAINING_TEMPLATES, harmless_prompts
 
 EDITED, LORA = "edited", "lora"
@@ -68,6 +72,12 @@ class MakeSafeResult(BaseModel):
     lora_check: CheckResult | None = None
     """Outcome of the LoRA's check."""
 
+    def __repr__(self) -> str:
+        """Return the file and the outcome of its check in one line."""
+        return short_repr(
+            MakeSafeResult, repr(str(self.model)), check=self.check.outcome, report=str(self.report)
+        )
+
     @property
     def is_shipped(self) -> bool:
         """Whether the check found the concept removed by the model, and by the LoRA if wanted."""
@@ -82,30 +92,58 @@ class RemovalJob:
     model: str
     config: Path | None
     concept: Concept
+    method: str
+    preset: str | None
+    changes: Mapping[str, Any]
     files: JobFiles
     images: TrainingImages
     check: CheckConfig
     loader: StackLoader
-    notify: Notify
+    notify: Notify | None
     progress: ProgressCallback
 
-    def load_judge(self) -> Judge:
-        """Return the concept's judge; a missing one stops the job before anything is trained."""
+    def preflight(self) -> None:
+        """Raise what can be known before the model is loaded.
+
+        Raises:
+            UserError: a setting or an output cannot be used, or the judge cannot be loaded.
+        """
+        self.files.check_outputs()
+        for name in (self.preset,) if self.preset else PRESET_NAMES:
+            edit = make_edit(self.method, name, concept=self.concept, **self.changes)
+            self.images.check(words=edit.inputs == "words")
+            if not edit.erases_concept:
+                raise ConfigError(f"{self.method} removes nothing with these settings. Change them")
+        self._load_judge()
+
+    def _load_judge(self) -> Judge:
         concept = self.concept
         return load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
 
-    def run(
-        self, method: str, preset: str | None, changes: Mapping[str, Any], judge: Judge
-    ) -> MakeSafeResult:
+    def plan(self) -> Plan:
+        """Return what the job will cost, from a probe of some seconds; nothing is written."""
+        model, _ = self.loader.model(self.model, self.config)
+        with TemporaryDirectory() as folder:
+            concept = self._write_captions(Path(folder) / "captions.txt")
+            return plan_job(
+                self._make_edit(model, concept),
+                model,
+                Stack(name="base", model=self.model, config=self.config),
+                concept,
+                self.images,
+                self.check,
+                edited=1 + self.files.lora,
+                loader=self.loader,
+            )
+
+    def run(self) -> MakeSafeResult:
         """Do what is missing of the job, and return its result."""
         model, weights = self.loader.model(self.model, self.config)
-        preset = preset or default_preset(model)
-        concept = self._with_captions()
-        edit = make_edit(method, preset, concept=concept, **changes)
-        if not edit.erases_concept:
-            raise ConfigError(f"{method} removes nothing with these settings. Change them.")
         model.encode_text([""])  # refuses a model that cannot be edited
-        self._show_plan(model, edit, preset)
+        captions = self.files.work / "prompts" / "captions.txt"
+        concept = self._with_captions(captions)
+        edit = self._make_edit(model, concept)
+        self._show_plan(model, edit)
         settings = {
             "workflow": "make-safe",
             "model": display_name(self.model),
@@ -118,17 +156,15 @@ class RemovalJob:
         self.files.claim_settings(
             settings
             | {
-                "edit": {"method": method} | edit.export_settings(),
+                "edit": {"method": self.method} | edit.export_settings(),
                 "check": self.check.model_dump(mode="json"),
                 "lora": self.files.lora,
             }
         )
         if not self.files.result.exists():
-            self._write_captions(concept)
+            self._write_captions(captions)
             if not self.files.patch.exists():
-                triplets = (
-                    None if edit.inputs == "words" else self._load_triplets(model, judge, images)
-                )
+                triplets = None if edit.inputs == "words" else self._load_triplets(model, images)
                 self._train(edit, model, triplets)
             self._finish(model, self._check(model, concept))
         result = validate(
@@ -137,28 +173,38 @@ class RemovalJob:
         self.files.publish()
         return result
 
-    def _show_plan(self, model: Model, edit: Edit, preset: str) -> None:
+    def _make_edit(self, model: Model, concept: Concept) -> Edit:
+        preset = self.preset or default_preset(model)
+        return make_edit(self.method, preset, concept=concept, **self.changes)
+
+    def _show_plan(self, model: Model, edit: Edit) -> None:
         """Pass what will be done to `notify`, before anything takes time."""
+        if self.notify is None:
+            return
+        preset = self.preset or default_preset(model)
         self.notify(f"{edit.method()}, preset {preset}; {model.describe()}")
         if edit.inputs != "words":
             self.notify(self.images.sentence(self.concept))
+        if self.files.is_begun:
+            self.notify(f"resuming from {self.files.work}")
+            return
+        lines = self.plan().lines()
+        for line in (lines[0], *lines[2:]):  # the second is the model
+            self.notify(line)
 
-    def _with_captions(self) -> Concept:
-        """Return the concept with captions to learn from: harmless prompts, if it names none."""
-        if self.concept.captions:
-            return self.concept
-        return self.concept.model_copy(update={"captions": (str(self._captions),)})
+    def _with_captions(self, path: Path) -> Concept:
+        """Return the concept with captions to learn from: those of a file, if it names none."""
+        captions = self.concept.captions or (str(path),)
+        return self.concept.model_copy(update={"captions": captions})
 
-    @property
-    def _captions(self) -> Path:
-        return self.files.work / "prompts" / "captions.txt"
-
-    def _write_captions(self, concept: Concept) -> None:
-        if concept.captions == (str(self._captions),):
+    def _write_captions(self, path: Path) -> Concept:
+        """Write harmless captions, if the concept names none, and return it with captions."""
+        if not self.concept.captions:
             texts = harmless_prompts(self.concept, TRAINING_TEMPLATES)
-            self._captions.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self._captions, replace=True) as temporary:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path, replace=True) as temporary:
                 temporary.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        return self._with_captions(path)
 
     def _train(self, edit: Edit, model: Model, triplets: Triplets | None) -> None:
         """Make the patch, from its checkpoint if there is one."""
@@ -248,8 +294,8 @@ class RemovalJob:
         write_json(files.result, result.model_dump(mode="json"))
         self.progress("writing", 1, 1)
 
-    def _load_triplets(self, model: Model, judge: Judge, folder: Path) -> Triplets:
-        return self.images.load(model, self.concept, judge, folder, self.progress)
+    def _load_triplets(self, model: Model, folder: Path) -> Triplets:
+        return self.images.load(model, self.concept, self._load_judge(), folder, self.progress)
 
     def _write_lora(self, patch: Patch, model: Model, out: Path) -> None:
         """Write the checked LoRA with its card."""

@@ -5,11 +5,12 @@ Prompts of a check are never those of a training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError
+from safegen.evaluation.samples import is_bundled
 
 TRAINING_TEMPLATES = (
     "{}",
@@ -48,8 +49,9 @@ def fill_templates(templates: Sequence[str], phrases: Sequence[str]) -> list[str
 def training_prompts(concept: Concept) -> tuple[list[str], list[str]]:
     """Return prompts that ask for a concept, and harmless ones, for images to train on.
 
-    Those of its `tuning` lists if it has any, which no evaluation uses; else its phrases and its
-    counterpart in `TRAINING_TEMPLATES`, and harmless subjects in them.
+    The first are those of its `tuning` lists if it has any, which no evaluation uses, else its
+    phrases in `TRAINING_TEMPLATES`. The others are those of its `tuning` lists and of `captions`,
+    in turn, else its counterpart and harmless subjects in the templates.
 
     Raises:
         ConfigError: the concept has no phrases.
@@ -59,8 +61,13 @@ def training_prompts(concept: Concept) -> tuple[list[str], list[str]]:
     else:
         check_phrases(concept)
         unsafe = fill_templates(TRAINING_TEMPLATES, concept.words)
-    lists = (*concept.tuning.get("counterpart", ()), *concept.tuning.get("benign", ()))
-    return unsafe, _list_texts(lists) if lists else harmless_prompts(concept, TRAINING_TEMPLATES)
+    lists = (
+        *concept.tuning.get("counterpart", ()),
+        *concept.tuning.get("benign", ()),
+        *(name for name in concept.captions if is_bundled(name)),
+    )
+    safe = _list_texts(dict.fromkeys(lists))
+    return unsafe, safe or harmless_prompts(concept, TRAINING_TEMPLATES)
 
 
 def check_prompts(concept: Concept) -> tuple[list[str], list[str]]:
@@ -88,8 +95,7 @@ def check_phrases(concept: Concept) -> None:
         )
 
 
-def _list_texts(names: Sequence[str]) -> list[str]:
+def _list_texts(names: Iterable[str]) -> list[str]:
     """Return the prompts of some lists, one of each list in turn."""
-    lists = [[row.text for row in prompt_list(name)] for name in names]
-    turns = zip_longest(*lists)
+    turns = zip_longest(*([row.text for row in prompt_list(name)] for name in names))
     return list(dict.fromkeys(text for turn in turns for text in turn if text is not None))
