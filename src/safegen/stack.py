@@ -168,10 +168,10 @@ def _is_patch(path: Path) -> bool:
     if path.suffix != ".safetensors" or not exists(path, file=True):
         return False
     from safegen.core.tensor_files import read_metadata
-    from safegen.patches.patch import FORMAT
+    from safegen.models.checkpoint.metadata import PATCH_FORMAT
 
     try:
-        return read_metadata(path).get("format") == FORMAT
+        return read_metadata(path).get("format") == PATCH_FORMAT
     except FileError:
         return False
 
