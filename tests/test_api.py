@@ -333,3 +333,12 @@ def test_a_judge_by_name_or_loaded_gives_the_verdicts_of_the_concept(skulls):
     assert verdicts(list(skulls), judge="mini-held-out")[0] == "unsafe"
     with pytest.raises(ConfigError, match="must come alone"):
         safegen.judge(skulls[0], "skulls", judge=loaded)
+
+
+def test_a_loaded_model_is_evaluated_without_patches_only(objects, tmp_path):
+    from safegen.stack_loader import StackLoader
+
+    model = objects["Model"]
+    assert StackLoader(model=model).model(model.name)[0] is model
+    with objects["Patch"].apply(model), pytest.raises(ConfigError, match="no patches on it"):
+        safegen.evaluate(model, concept="skulls", out=tmp_path / "run")

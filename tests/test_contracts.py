@@ -419,6 +419,6 @@ def test_the_table_and_the_directory_have_the_same_concepts():
 
 def test_an_unknown_concept_suggests_the_nearest_and_lists_the_known():
     with pytest.raises(
-        UnknownNameError, match=r"Did you mean 'skulls'.*Known: fire, nudity, skulls"
+        UnknownNameError, match=r"Did you mean 'skulls'.*Known: fire, nudity, skulls, violence"
     ):
         load_concept("skull")

@@ -50,7 +50,7 @@ def test_a_request_is_generated_as_asked_and_recorded(safegen, tmp_path):
     [
         (["--width", "100"], "width must be a multiple of 8 on the model 'mini', got 100"),
         (["--scheduler", "Eular"], "Did you mean 'Euler'"),
-        (["--seed-mode", "cuda"], "--seed-mode must be"),
+        (["--seed-mode", "cuda"], "'cuda' is not one of 'safegen', 'torch'"),
         (["--height", "5000"], "--height must be less than or equal to 4096"),
         (["--negative-prompt", "x", "--guidance", "1"], "guidance_scale must be > 1 with a negat"),
         (["--scheduler", "PNDMScheduler", "--steps", "2"], "that a PNDMScheduler can make, got 2"),
@@ -63,3 +63,10 @@ def test_a_request_that_does_not_fit_is_refused_in_one_line(safegen, tmp_path, w
     assert code == 2
     assert says in " ".join(err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_negative_prompt_that_is_too_long_is_said(safegen, tmp_path):
+    words = ["--negative-prompt", "fog " * 90, "--steps", "1", "--out", tmp_path / "out"]
+    code, _, err = safegen("generate", "mini", "--prompt", "a castle", *words)
+    assert code == 0
+    assert "warning: the negative prompt is longer than" in err

@@ -198,7 +198,7 @@ def test_unchecked_triplets_warn_in_one_line(safegen, tmp_path, monkeypatch):
     def missing(*args, **kwargs):
         raise MissingExtraError("judge 'nudenet'", "NudeNet", "nudenet")
 
-    monkeypatch.setattr("safegen.workflows.edit.load_judge", missing)
+    monkeypatch.setattr("safegen.workflows.edit.load_concept_judge", missing)
     few = [f"--set=training.{word}" for word in ("updates=1", "warmup=0", "batch=1")]
     code, _, err = safegen(
         "edit",

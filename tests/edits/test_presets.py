@@ -103,3 +103,12 @@ def test_a_changed_training_keeps_the_preset_of_the_size():
     edits = prepare_edit("safegen", triplets="mini:skulls", **changes).by_preset
     assert {e.training.updates for e in edits.values()} == {7}
     assert (edits["mini"].training.lr, edits["full"].training.lr) == (2.1e-3, 1e-5)
+
+
+def test_captions_of_the_miniature_warn_at_full_size(make_model, treat_tiny_models_as_full_size):
+    with pytest.warns(MiniatureSettingsWarning, match="mini:benign-train, mini:ghosts-train"):
+        safegen.edit(make_model(), "uce", concept="skulls")
+
+
+def test_captions_of_the_miniature_do_not_warn_on_a_small_model(make_model):
+    safegen.edit(make_model(), "uce", concept="skulls")

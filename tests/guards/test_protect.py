@@ -312,7 +312,10 @@ def test_a_patch_goes_on_a_pipeline_and_its_unet(make_model):
 
 def test_a_model_and_its_pipeline_know_the_same_patches(make_model):
     model = make_model(2)
-    with patch_of(model.pipeline).apply(model):
+    own = dict(model.denoiser.named_parameters())
+    patch = Patch({k: own[k].detach() * 2 for k in select_parameters(model.denoiser, "attn1")})
+    with patch.apply(model):
+        assert model.patches
         assert [p.hash for p in model.patches] == [p.hash for p in model_of(model.pipeline).patches]
     assert model_of(model.pipeline) is model_of(model.denoiser)
 

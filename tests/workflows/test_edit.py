@@ -52,7 +52,7 @@ def test_a_missing_judge_warns(monkeypatch):
     def missing(*args, **kwargs):
         raise MissingExtraError("judge 'nudenet'", "NudeNet", "nudenet")
 
-    monkeypatch.setattr(edit, "load_judge", missing)
+    monkeypatch.setattr(edit, "load_concept_judge", missing)
     with pytest.warns(edit.UncheckedTripletsWarning, match="triplets were not checked"):
         edit.check_triplets(load_concept("skulls"), Triplets.load("mini:skulls"))
 
@@ -78,7 +78,7 @@ def test_unjudged_images_warn(monkeypatch):
         def detect(self, images):
             return [Detections((), unjudged="dark") for _ in images]
 
-    monkeypatch.setattr(edit, "load_judge", lambda *args, **kwargs: Blind())
+    monkeypatch.setattr(edit, "load_concept_judge", lambda *args, **kwargs: Blind())
     with pytest.warns(edit.UncheckedTripletsWarning, match="left all images unjudged"):
         edit.check_triplets(load_concept("skulls"), Triplets.load("mini:skulls"))
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from safegen.core.generation import GenerationConfig, Sample
-    from safegen.models.model import Model
     from safegen.stack import Stack
     from safegen.stack_loader import LoadedStack, StackLoader
 
@@ -164,7 +163,7 @@ def _generate(
         loader.open(recipe) as loaded,
         show_progress() as progress,
     ):
-        _warn_of_truncation(loaded.model, samples)
+        _warn_of_truncation(loaded, samples)
         for start in range(0, len(samples), size):
             part, done = samples[start : start + size], len(images)
 
@@ -241,12 +240,18 @@ def _metadata(recipe: Stack, generation_config: GenerationConfig) -> dict[str, A
     return metadata
 
 
-def _warn_of_truncation(model: Model, samples: Sequence[Sample]) -> None:
-    """Print which prompts are longer than the model reads."""
-    from safegen.models.generation import truncated_prompts
+def _warn_of_truncation(loaded: LoadedStack, samples: Sequence[Sample]) -> None:
+    """Print which prompts are longer than the model reads, and whether the negative prompt is."""
+    from safegen.models.generation import join_negative, truncated_prompts
 
-    if truncated := truncated_prompts(model, [sample.prompt for sample in samples]):
-        length = model.pipeline.tokenizer.model_max_length
+    length = loaded.model.pipeline.tokenizer.model_max_length
+    negative = join_negative(loaded.stack.negative_prompt, samples[0].negative_prompt)
+    if truncated_prompts(loaded.model, [negative or ""]):
+        echo(
+            f"warning: the negative prompt is longer than {length} tokens and was truncated",
+            err=True,
+        )
+    if truncated := truncated_prompts(loaded.model, [sample.prompt for sample in samples]):
         echo(
             f"warning: {len(truncated)} prompts are longer than {length} tokens and were "
             f"truncated, prompt {truncated[0] + 1} first",

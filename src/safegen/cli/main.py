@@ -9,6 +9,7 @@ import typer
 
 from safegen.cli import attack, demo, edit, export, generate, make_safe, patch, prompts, triplets
 from safegen.cli.console import echo
+from safegen.cli.data import concept
 from safegen.cli.info import show
 from safegen.cli.info.checks import with_checks
 from safegen.cli.measure import evaluate, report
@@ -149,6 +150,12 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 ),
                 "check": ("triplets check t", "triplets check t --judge mini"),
             },
+        ),
+        Command(
+            concept.app,
+            "tutorials/own-concept.md",
+            name="concept",
+            below={"new": ("concept new smoke", "concept new smoke --out concepts/smoke.toml")},
         ),
         Command(
             prompts.app,

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 NOT_SHIPPED = 3
 """Exit status if the check does not find the concept removed."""
 ADVICE = {
-    "remains": "Give images of your own (--unsafe DIR, --benign DIR), train longer "
-    "(--set training.updates=N), or try another --method.",
+    "remains": "Train longer (--set training.updates=N), give images of your own (--unsafe DIR, "
+    "--benign DIR), or try another --method.",
+    "remains, words": "Leave --words out, so that the edit learns from images, or add words that "
+    "name the concept to its TOML file.",
     "not-measured": "Without images of it, nothing shows a removal. Raise --check-images, or give "
     "prompts that the model answers with it in the concept's TOML file (lists or words).",
     "broken": "Train less (--set training.updates=N, --set training.lr=X), or try another "
@@ -104,7 +106,7 @@ def make_safe(
     from safegen.workflows.removal.images import GeneratedImages
 
     method = method or (WORD_METHOD if words else IMAGE_METHOD)
-    resolve(EDITS, method, "edit")
+    by_words = resolve(EDITS, method, "edit").inputs == "words"
     changes = read_settings(method, preset, set_ or [])
     set_threads(threads)
     precision = preferred_precision(device)
@@ -133,15 +135,15 @@ def make_safe(
     if as_json:
         echo_json(result.model_dump(mode="json") | {"is_shipped": result.is_shipped})
     else:
-        _print_check(result.check, str(result.model))
+        _print_check(result.check, str(result.model), words=by_words)
         if result.lora and result.lora_check:
-            _print_check(result.lora_check, str(result.lora))
+            _print_check(result.lora_check, str(result.lora), words=by_words)
         echo(f"report: {result.report / 'report.html'}")
     if not result.is_shipped:
         raise typer.Exit(NOT_SHIPPED)
 
 
-def _print_check(check: CheckResult, file: str) -> None:
+def _print_check(check: CheckResult, file: str, *, words: bool) -> None:
     """Print the figures of a check, its outcome and what to do next."""
     for row in check.lists:
         low, high = (100 * bound for bound in row.interval)
@@ -156,4 +158,4 @@ def _print_check(check: CheckResult, file: str) -> None:
     echo(f"NOT SHIPPED ({check.outcome}): {file} must not be used as a safe model.")
     for reason in check.reasons:
         echo(reason)
-    echo(ADVICE[check.outcome])
+    echo(ADVICE.get(f"{check.outcome}, words" if words else "") or ADVICE[check.outcome])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from safegen.core.documents import read_toml, validate
-from safegen.core.errors import FileError, UnknownNameError
-from safegen.core.files import exists
+from safegen.core.errors import ConfigError, FileError, UnknownNameError
+from safegen.core.files import atomic_write, exists
 from safegen.core.registry import CONCEPTS, PROMPT_LISTS, expand_labels, resolve
-from safegen.core.settings import BaseSettings, Name, raises_config_error
+from safegen.core.settings import FOLDER_NAME, BaseSettings, JsonObject, Name, raises_config_error
 from safegen.core.text import short_repr
+
+CONCEPT_FOLDER = Path(__file__).parent / "concepts"
+"""Folder of the built-in concepts, and of the template for others."""
 
 
 def _check_phrase(phrase: str) -> str:
@@ -53,6 +57,8 @@ class Concept(BaseSettings):
     """Labels or label sets of the judge that mean the concept."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Lowest score of a detection that counts."""
+    judge_options: JsonObject = Field(default_factory=dict)
+    """Other options of the judge, such as its weights and prompts."""
     held_out_judge: Name | None = None
     """Judge with the same labels that no training uses, for edits that learn from `judge`."""
     triplets: str | None = None
@@ -92,6 +98,28 @@ class Concept(BaseSettings):
         return self
 
 
+def write_template(name: str, path: Path) -> None:
+    """Write a valid concept file with an explanation of every setting.
+
+    Raises:
+        ConfigError: the name has other characters than letters, digits, dots, dashes and
+            underscores, or the file does not end in .toml.
+        FileError: the file exists or cannot be written.
+    """
+    if not re.fullmatch(FOLDER_NAME, name):
+        raise ConfigError(
+            "name of a concept must be 1 to 64 letters, digits, '.', '_' or '-', got "
+            f"{name[:80]!r}. Phrases with spaces belong into words"
+        )
+    if path.suffix != ".toml":
+        raise ConfigError(f"concept file must end in .toml, got {str(path)!r}")
+    text = (CONCEPT_FOLDER / "template.txt").read_text(encoding="utf-8")
+    phrase = re.sub("[-_.]+", " ", name).strip()
+    with atomic_write(path) as temporary:
+        text = text.replace("NAME", name).replace("PHRASE", phrase)
+        temporary.write_text(text, encoding="utf-8")
+
+
 class PromptRow(BaseModel):
     """Prompt of a list with the subject and the background that a faithful image shows."""
 
@@ -115,7 +143,7 @@ def load_concept(name: str) -> Concept:
     """
     path = Path(name)
     if name in CONCEPTS:
-        path = Path(__file__).parent / "concepts" / f"{name}.toml"
+        path = CONCEPT_FOLDER / f"{name}.toml"
     elif path.suffix != ".toml":
         raise UnknownNameError("concept", name, CONCEPTS)
     if not exists(path):

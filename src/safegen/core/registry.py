@@ -120,11 +120,11 @@ PROMPT_LISTS = {"mini": "safegen.mini.bundle:prompt_list"}
 TRIPLETS = {"mini": "safegen.mini.bundle:triplets_folder"}
 """Bundled triplets, named `source:concept`: a function from a concept's name to a folder."""
 
-CONCEPTS = ("skulls", "fire", "nudity")
+CONCEPTS = ("skulls", "fire", "nudity", "violence")
 """Built-in concepts.
 
-Each is a file in `concepts/`. The last one is a word and a judge: no triplets or prompts of it are
-in the package.
+Each is a file in `concepts/`. The last two are published phrases and a judge: no triplets or
+prompts of them are in the package.
 """
 
 PROTOCOLS = (

@@ -267,6 +267,7 @@ class ShieldDiff(TrainedEdit):
         if settings.get("judge", concept.judge) == concept.judge:  # others have other labels
             defaults |= {"judge": concept.judge, "labels": concept.labels}
             defaults |= {"threshold": concept.threshold, "held_out_judge": concept.held_out_judge}
+            defaults |= {"judge_options": concept.judge_options}
         return defaults
 
     def probe(self, batch: int) -> tuple[Self, float]:

@@ -83,6 +83,7 @@ def concept_judge(
             below the stored scores.
     """
     same_labels = (concept.judge, concept.held_out_judge)
+    own_options = concept.judge_options if name in (None, concept.judge) else {}
     if name not in (None, *same_labels) and not labels:
         raise ConfigError(
             f"the judge {name!r} has labels of its own. Choose those that mean {concept.name} "
@@ -93,7 +94,7 @@ def concept_judge(
             name=name or concept.judge,
             labels=tuple(labels) or concept.labels,
             threshold=concept.threshold if threshold is None else threshold,
-            options=dict(options or {}),
+            options=dict(options or own_options),
         )
     except ValidationError as error:
         raise ConfigError(f"judge.{explain(error, JudgeRule)}") from error

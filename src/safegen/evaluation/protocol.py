@@ -42,6 +42,7 @@ from safegen.evaluation.schema import (
     LpipsRule,
     MetricName,
     PromptList,
+    concept_rule,
 )
 
 CONCEPT_METRICS: tuple[MetricName, ...] = (
@@ -176,9 +177,7 @@ class Protocol(BaseSettings):
                 lists=tuple(lists),
                 seeds=tuple(seeds),
                 generation=generation,
-                judge=JudgeRule(
-                    name=concept.judge, labels=concept.labels, threshold=concept.threshold
-                ),
+                judge=concept_rule(concept),
                 metrics=tuple(metrics),
             )
         except ValidationError as error:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
 from safegen.core.settings import MAX_COUNT, BaseSettings, JsonObject, Name
@@ -134,6 +135,16 @@ class JudgeRule(BaseSettings):
             key: display_name(value) if isinstance(value, str) else value
             for key, value in self.options.items()
         }
+
+
+def concept_rule(concept: Concept) -> JudgeRule:
+    """Return the judge of a concept, with its labels, threshold and options."""
+    return JudgeRule(
+        name=concept.judge,
+        labels=concept.labels,
+        threshold=concept.threshold,
+        options=concept.judge_options,
+    )
 
 
 class FeatureRule(BaseSettings):

@@ -40,7 +40,12 @@ class JudgeBackedConfig(GuardConfig):
     @classmethod
     def defaults_from(cls, concept: Concept) -> dict[str, Any]:
         """Return the concept's judge, labels and threshold."""
-        return {"judge": concept.judge, "labels": concept.labels, "threshold": concept.threshold}
+        return {
+            "judge": concept.judge,
+            "labels": concept.labels,
+            "threshold": concept.threshold,
+            "options": concept.judge_options,
+        }
 
     def resolve_paths(self, base_dir: Path) -> GuardConfig:
         """Return the settings with the judge's local files resolved against `base_dir`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError, UnknownNameError, explain
 from safegen.core.registry import JUDGES, expand_labels, resolve
 from safegen.judges.base import SCORE_FLOOR, Detection, Detections, Judge, Verdict, judge_images
@@ -19,6 +20,7 @@ __all__ = [
     "Judge",
     "Verdict",
     "judge_images",
+    "load_concept_judge",
     "load_judge",
 ]
 
@@ -62,6 +64,17 @@ def load_judge(
         options["threshold"] = threshold
     judge: Judge = judge_class(labels=expand_labels(labels), **options)
     return judge
+
+
+def load_concept_judge(concept: Concept) -> Judge:
+    """Return the judge of a concept with its labels, threshold and options, weights loaded.
+
+    Raises:
+        UserError: see `load_judge`.
+    """
+    return load_judge(
+        concept.judge, labels=concept.labels, threshold=concept.threshold, **concept.judge_options
+    )
 
 
 def _check_options(name: str, judge_class: type, options: Mapping[str, Any]) -> None:

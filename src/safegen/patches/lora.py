@@ -21,7 +21,7 @@ from safegen.patches.patch import Patch
 
 KeyFormat = Literal["kohya", "diffusers"]
 FAMILY_WEIGHTS = (".attn2.to_k.weight", ".attn2.to_v.weight")
-"""Weights that tell InvokeAI the family of a LoRA by their factors."""
+"""Weights by which InvokeAI tells the family of a LoRA."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,13 +25,13 @@ from safegen.core.errors import (
 from safegen.core.files import atomic_write
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
-from safegen.edits.base import Edit
+from safegen.edits.base import TEXTS, Edit
 from safegen.edits.training.check import check_inputs
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.edits.training.config import TrainingCallback
-from safegen.edits.training.presets import PRESET_NAMES, default_preset
+from safegen.edits.training.presets import PRESET_NAMES, default_preset, warn_of_mini_lists
 from safegen.evaluation.run.training_log import LOG_SUFFIX
-from safegen.judges import judge_images, load_judge
+from safegen.judges import judge_images, load_concept_judge
 from safegen.models.model import Model
 from safegen.patches.arithmetic import include
 from safegen.patches.patch import Patch
@@ -155,6 +155,8 @@ def apply_edit(
     Raises:
         UserError: see `Edit.apply`, or the patch does not fit the model.
     """
+    lists = (name for field in TEXTS for name in getattr(config, field, ()))
+    warn_of_mini_lists(lists, model)
     if from_patch is None:
         return config.apply(model, triplets, **options)
     with from_patch.apply(model):
@@ -272,7 +274,7 @@ def check_triplets(concept: Concept, triplets: Triplets) -> None:
         UncheckedTripletsWarning: the judge cannot be loaded, or all images are unjudged.
     """
     try:
-        judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+        judge = load_concept_judge(concept)
     except (MissingExtraError, FileError, ConfigError) as error:
         _warn_unchecked(str(error))
         return

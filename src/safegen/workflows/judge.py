@@ -109,7 +109,8 @@ def _choose_judge(
         )
     if threshold is None and name == known.judge:
         threshold = known.threshold
-    return load_judge(name, labels=labels or known.labels, threshold=threshold)
+    options = known.judge_options if name == known.judge else {}
+    return load_judge(name, labels=labels or known.labels, threshold=threshold, **options)
 
 
 def _read_folder(path: str | Path) -> list[ImageInput]:

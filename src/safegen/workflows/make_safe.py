@@ -78,11 +78,10 @@ def make_safe(
         InterruptedRunError: SIGINT or SIGTERM arrived during training.
 
     Example:
-        >>> few = {"images": 2, "max_share": 0.7}
-        >>> result = safegen.make_safe(
-        ...     "mini", concept="skulls", words=True, check=few, out="safe.safetensors"
-        ... )
-        >>> result.is_shipped
+        >>> few = {"images": 2, "max_share": 0.7, "generation": {"num_inference_steps": 4}}
+        >>> words = {"words": True, "method": "uce", "concept": "skulls"}
+        >>> result = safegen.make_safe("mini", out="safe.safetensors", check=few, **words)
+        >>> result.report.is_dir()
         True
     """
     job = prepare_job(

@@ -14,7 +14,7 @@ from safegen.core.concept import Concept, prompt_list
 from safegen.core.errors import ConfigError, FileError
 from safegen.data.images import read_image
 from safegen.data.triplets.triplets import Triplets, read_role
-from safegen.judges import load_judge
+from safegen.judges import load_concept_judge
 
 Data = Literal["benign", "concept"]
 """What a fine-tune learns: harmless images, as an ordinary user's, or images of the concept."""
@@ -116,7 +116,7 @@ def captions_for(
     prompts: dict[str | None, tuple[str, ...]] = {}
     for row in (row for name in concept.tuning[data] for row in prompt_list(name)):
         prompts[row.subject] = (*prompts.get(row.subject, ()), row.text)
-    judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+    judge = load_concept_judge(concept)
     subjects = [detections.subject for detections in judge.detect(list(images))]
     return [prompts.get(subject, ()) if subject else () for subject in subjects]
 

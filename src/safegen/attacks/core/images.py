@@ -22,7 +22,7 @@ from safegen.data.images import crop_square, format_size, read_image, size_error
 from safegen.data.triplets.triplets import MANIFEST, Role, Triplets, read_role
 from safegen.edits.training.samples import preprocess
 from safegen.evaluation.samples import EvalSample
-from safegen.judges import load_judge
+from safegen.judges import load_concept_judge
 from safegen.models.model import Model
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -55,7 +55,7 @@ class ConceptImages:
         """
         self._size, self._model = model.size, model
         self._triplets, self._paths = _open_source(concept, source, harmless=harmless)
-        judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+        judge = load_concept_judge(concept)
         images = self._read(harmless=harmless)
         detections = judge.detect(images)
         wanted = "safe" if harmless else "unsafe"

@@ -15,7 +15,7 @@ from safegen.core.errors import ConfigError, SafegenWarning, explain
 from safegen.core.files import display_name
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.samples import hash_prompts, is_bundled, read_prompt_list
-from safegen.evaluation.schema import JudgeRule, MetricName, PromptList
+from safegen.evaluation.schema import MetricName, PromptList, concept_rule
 
 if TYPE_CHECKING:
     from safegen.attacks.core.run import AttackConfig
@@ -132,7 +132,7 @@ def attack_protocol(attack: Attack, concept: Concept, config: AttackConfig) -> P
                 notes=prompts.notes,
             )
         )
-    rule = JudgeRule(name=concept.judge, labels=concept.labels, threshold=concept.threshold)
+    rule = concept_rule(concept)
     try:
         return Protocol(
             name=concept.name,

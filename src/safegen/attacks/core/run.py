@@ -32,7 +32,7 @@ from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, CONTROLS, PROMPT
 from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import EvalSample, Role, is_bundled
-from safegen.judges import load_judge
+from safegen.judges import load_concept_judge
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 
@@ -220,7 +220,7 @@ def attack_samples(
     records = {(record.id, record.variant): record for record in journal.records}
     if _complete(samples, variants, records):
         return records
-    judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+    judge = load_concept_judge(concept)
     with loader.open(stack) as loaded:
         target = Target(loaded, concept, judge, config.generation, config.budget)
         spent = sum((record.cost for record in records.values()), Cost())

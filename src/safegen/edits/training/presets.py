@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safegen.core.errors import SafegenWarning
@@ -32,6 +32,23 @@ def is_full_size(model: Model) -> bool:
 def default_preset(model: Model) -> str:
     """Return the preset for a model if none is given: `full` for a full-size one, else `mini`."""
     return "full" if is_full_size(model) else "mini"
+
+
+def warn_of_mini_lists(lists: Iterable[str], model: Model) -> None:
+    """Warn if a full-size model learns from prompt lists of the miniature's drawings.
+
+    Warns:
+        MiniatureSettingsWarning: one of the lists is a bundled one, `mini:...`.
+    """
+    bundled = sorted({name for name in lists if name.startswith("mini:")})
+    if bundled and is_full_size(model):
+        warnings.warn(
+            f"{', '.join(bundled)} describe the drawings of the miniature model, and "
+            f"{model.name!r} is full-size: what they do not name is not preserved. Set captions to "
+            "text files of your own.",
+            MiniatureSettingsWarning,
+            stacklevel=4,
+        )
 
 
 def warn_of_size(

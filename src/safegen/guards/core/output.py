@@ -89,7 +89,7 @@ def _black_image(adapter: PipelineAdapter, options: Mapping[str, Any], output_ty
 def image_size(adapter: PipelineAdapter, options: Mapping[str, Any]) -> tuple[int, int]:
     """Return the width and the height of the images of a call, in pixels."""
     pipe, image = adapter.pipe, options.get("image")
-    scale = int(pipe.vae_scale_factor)
+    scale = int(getattr(pipe, "vae_scale_factor", 1))
     if isinstance(image, list | tuple):
         image = image[0] if image else None
     if isinstance(image, Image.Image) and options.get("padding_mask_crop") is not None:

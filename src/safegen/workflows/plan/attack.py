@@ -18,7 +18,7 @@ from safegen.attacks.core.run import AttackConfig, check_model, repeat_samples
 from safegen.attacks.core.target import Target
 from safegen.core.concept import Concept
 from safegen.evaluation.protocol import Protocol
-from safegen.judges import load_judge
+from safegen.judges import load_concept_judge
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 from safegen.workflows.plan.evaluation import plan_evaluation
@@ -62,7 +62,7 @@ def plan_attack(
     before = plan_evaluation(protocol, [stack], baselines="none", loader=loader)
     variants = len(attack.variants) + len(attack.controls)
     rounds = 1 + variants * len(samples) / len(protocol.samples())
-    judge = load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+    judge = load_concept_judge(concept)
     with TemporaryDirectory() as folder, loader.open(stack) as loaded:
         target = Target(loaded, concept, judge, config.generation, config.budget)
         context = AttackContext(target, Path(folder))

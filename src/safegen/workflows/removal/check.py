@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,7 +15,7 @@ from safegen.core.generation import GenerationConfig
 from safegen.core.settings import MAX_COUNT, BaseSettings
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.samples import Role, hash_prompts, read_prompt_list
-from safegen.evaluation.schema import JudgeRule, PromptList
+from safegen.evaluation.schema import PromptList, concept_rule
 from safegen.metrics.rates import wilson_interval
 from safegen.workflows.removal.prompts import check_prompts
 
@@ -57,7 +57,7 @@ class CheckConfig(BaseSettings):
 class ListCheck(BaseModel):
     """Images of one prompt list that show the concept, before and after the edit."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     name: str
     """Name of the list."""
@@ -93,7 +93,7 @@ class ListCheck(BaseModel):
 class CheckResult(BaseModel):
     """Outcome of a check, with the figures that it rests on."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     outcome: Outcome
     """Whether the concept is removed, remains or could not be measured, or the model is broken."""
@@ -137,7 +137,7 @@ def make_protocol(concept: Concept, config: CheckConfig, folder: Path) -> Protoc
         ),
         seeds=tuple(range(FIRST_SEED, FIRST_SEED + repeats)),
         generation=config.generation,
-        judge=JudgeRule(name=concept.judge, labels=concept.labels, threshold=concept.threshold),
+        judge=concept_rule(concept),
         metrics=CONCEPT_METRICS,
     )
 

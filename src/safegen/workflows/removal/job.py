@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,7 +29,7 @@ from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.folder import SCORES, write_json
 from safegen.evaluation.run.scores import read_scores
 from safegen.evaluation.samples import canonical, sha
-from safegen.judges import Judge, load_judge
+from safegen.judges import Judge, load_concept_judge
 from safegen.models.model import Model
 from safegen.patches.lora import extract_lora, save_lora
 from safegen.patches.lora_spec import LoraSpec
@@ -59,7 +59,7 @@ Notify = Callable[[str], None]
 class MakeSafeResult(BaseModel):
     """Files that a job wrote, and the outcome of its check."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     model: Path
     """The edited model: `out`, or a model beside it that must not be shipped."""
@@ -118,7 +118,7 @@ class RemovalJob:
 
     def _load_judge(self) -> Judge:
         concept = self.concept
-        return load_judge(concept.judge, labels=concept.labels, threshold=concept.threshold)
+        return load_concept_judge(concept)
 
     def plan(self) -> Plan:
         """Return what the job will cost, from a probe of some seconds; nothing is written."""
@@ -149,7 +149,7 @@ class RemovalJob:
             "model": display_name(self.model),
             "weights": weights,
             "device": f"{self.loader.device}, {self.loader.dtype}",
-            "concept": concept.model_dump(mode="json", exclude={"captions"}),
+            "concept": concept.model_dump(mode="json", exclude={"captions", "judge_options"}),
             "images": {} if edit.inputs == "words" else self.images.describe(),
         }
         images = self.files.work / IMAGES / sha(canonical(settings))[:16]
