@@ -54,6 +54,7 @@ bench: .venv/installed ## the figures in docs/, made again in a folder of their 
 	$(BIN)/python benchmarks/unlearn_diff.py --folder $(FIGURES)/unlearn-diff --out $(FIGURES)/unlearn_diff_cost.json
 	$(BIN)/python benchmarks/plan.py --out $(FIGURES)/plan.json
 	$(BIN)/python benchmarks/sheet.py --out $(FIGURES)/mini-sheet.png
+	$(BIN)/python benchmarks/before_after.py $(FIGURES)/patches/safegen-0.safetensors --out $(FIGURES)/before-after.png
 
 lint: .venv/installed ## ruff, mypy, the import contracts and the vocabulary
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

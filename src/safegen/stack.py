@@ -144,6 +144,11 @@ def load_stack(spec: str | Path) -> Stack:
         raise UnknownNameError(
             "model, model folder or recipe", spec, MODELS, "Or give NAME=MODEL+patch.safetensors."
         )
+    if not patches and _is_patch(Path(model)):
+        raise ConfigError(
+            f"a stack must be a model with its patches, got the patch {model!r} alone. "
+            f"Give MODEL+{model}"
+        )
     name = name or _name_of(patches[-1] if patches else model)
     if not re.fullmatch(FOLDER_NAME, name) or not model or not all(patches):
         raise ConfigError(
@@ -156,6 +161,19 @@ def load_stack(spec: str | Path) -> Stack:
 def _is_model(name: str) -> bool:
     """Return whether a name may be that of a model: it is checked when the model is loaded."""
     return name in MODELS or name.startswith(HUB) or exists(Path(name))
+
+
+def _is_patch(path: Path) -> bool:
+    """Return whether a file is a patch; what cannot be read is not."""
+    if path.suffix != ".safetensors" or not exists(path, file=True):
+        return False
+    from safegen.core.tensor_files import read_metadata
+    from safegen.models.checkpoint.metadata import PATCH_FORMAT
+
+    try:
+        return read_metadata(path).get("format") == PATCH_FORMAT
+    except FileError:
+        return False
 
 
 def _name_of(source: str) -> str:

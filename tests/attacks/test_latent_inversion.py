@@ -286,7 +286,7 @@ def test_a_run_has_a_rate_for_each_text_and_control_and_prompts_may_be_blank(
     rows = {row["list"]: row["details"] for row in scores["attack"]["after"]}
     assert rows["latent_inversion text=blank"]["autoencoder_success"] == {"mean": 1.0, "n": 1}
     assert rows["latent_inversion control=blank"]["autoencoder_success"]["mean"] == 0.0
-    assert "autoencoder_success = 0" in (run.folder / "report.html").read_text()
+    assert "autoencoder_success 0" in (run.folder / "report.html").read_text()
     blank, _, benign = read_prompts(run.folder / PROMPTS).rows
     assert blank.prompt == BLANK
     assert blank.start == benign.start

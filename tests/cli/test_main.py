@@ -452,6 +452,10 @@ def test_a_demo_ends_with_commands_that_work_on_its_folder(safegen, tmp_path, mo
     assert (tmp_path / "a demo-model.safetensors").stat().st_size > 1e6
     code, text, err = safegen("verify", *commands["verify"])
     assert (code, "no problems" in text) == (0, True), text + err
+    code, text, err = safegen("verify", "a demo", "--json")
+    assert (code, json.loads(text)["problems"]) == (0, [])
+    code, text, err = safegen("score", "a demo", "--json", "--out", "scores.json")
+    assert (code, json.loads(text)) == (0, json.loads((tmp_path / "scores.json").read_text()))
     code, text, err = safegen("report", "a demo", "--html", "page.html")
     assert code == 0, err
     assert "skulls" in (tmp_path / "page.html").read_text()

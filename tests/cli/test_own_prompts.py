@@ -325,6 +325,10 @@ def test_a_model_with_the_denoiser_of_its_base_is_reported(folder, loader, tmp_p
             "'mini-smoke' must be used with its own prompts, got --prompts mini:skulls=",
         ),
         ({"concept": "nudity"}, "concept 'nudity' must have prompt lists, got none"),
+        (
+            {"concept": "skulls", "guidance_scale": 1.0},
+            "baselines must be none at a guidance scale of 1",
+        ),
         ({"concept": "skulls", "judge": "q16"}, "the judge 'q16' has labels of its own"),
         ({"base": "a=mini+p.safetensors", "concept": "skulls"}, "the base must be a model without"),
     ],
@@ -356,6 +360,21 @@ def test_a_patch_of_an_edited_folder_turns_its_base_into_it_bit_for_bit(folder, 
     write_tensors(tmp_path / "bf16.safetensors", rounded, {})
     with pytest.warns(RoundedWeightsWarning, match="only rounded to a smaller type"):
         safegen.patch_from_model(tmp_path / "bf16.safetensors", "mini")
+
+
+def test_a_stack_is_named_as_its_last_file_and_is_no_patch_alone(folder, tmp_path):
+    import safegen
+    from safegen.stack import load_stack
+
+    patch = tmp_path / "my patch.safetensors"
+    safegen.patch_from_model(folder / "mine", "mini").save(patch)
+    stacks = [load_stack(spec) for spec in (folder / "mine", f"mini+{patch}", "hub:owner/some")]
+    assert [stack.name for stack in stacks] == ["mine", "my-patch", "some"]
+    assert stacks[1].patches == (patch,)
+    with pytest.raises(ConfigError, match=r"got the patch .* alone\. Give MODEL\+"):
+        load_stack(patch)
+    with pytest.raises(UnknownNameError, match=r"Or give NAME=MODEL\+patch.safetensors"):
+        load_stack(folder / "nothing")
 
 
 def test_models_that_differ_elsewhere_or_nowhere_make_no_patch(folder, tmp_path):

@@ -92,3 +92,24 @@ def test_show_prints_json_without_texts_unless_they_are_requested(show):
     assert "afar" not in out
     _, out, _ = show(source, "--json", "--reveal")
     assert json.loads(out)["rows"][0]["prompt"] == "a castle, seen from afar"
+
+
+def test_show_prints_the_hash_that_a_protocol_wants(show, tmp_path):
+    from safegen.core.errors import FileError
+    from safegen.evaluation.protocol import load_protocol
+
+    (tmp_path / "my.csv").write_text("prompt,seed\na castle,7\nan owl,8\n")
+    _, out, _ = show(tmp_path / "my.csv")
+    lines = [line for line in out.splitlines() if line.startswith("for a protocol with")]
+    text = (
+        'name = "own"\nconcept = "skulls"\nSEEDS\nmetrics = ["concept"]\ngeneration = {}\n'
+        'judge = { name = "mini", labels = ["skulls"] }\n'
+        '[[lists]]\nrole = "benign"\nname = "my"\nsource = "my.csv"\n'
+    )
+    path = tmp_path / "own.toml"
+    for seeds, line in zip(("seeds = [1]", 'seeds = "rows"'), lines, strict=True):
+        path.write_text(text.replace("SEEDS", seeds))
+        with pytest.raises(FileError, match=r"the one that `safegen prompts show my.csv` prints"):
+            load_protocol(str(path))
+        path.write_text(text.replace("SEEDS", seeds) + line[line.index("sha256 =") :] + "\n")
+        assert load_protocol(str(path)).lists[0].prompts == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from red import RedJudge, safe_image, unsafe_image
 
+from safegen.core.registry import JUDGES
 from safegen.data.triplets.make import make_triplets
 
 
@@ -32,4 +33,5 @@ def made(images: Path) -> Path:
 @pytest.fixture
 def red(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace every judge of the command line by `RedJudge`."""
+    monkeypatch.setitem(JUDGES, "red", "red:RedJudge")  # names are checked first
     monkeypatch.setattr("safegen.judges.load_judge", lambda name, **_: RedJudge())

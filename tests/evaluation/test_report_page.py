@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shlex
 from importlib.resources import files
@@ -14,7 +15,7 @@ from crafted import write_attack_run, write_run
 from safegen.evaluation.report.curves import loss_axis, loss_change, loss_curve, running_median
 from safegen.evaluation.report.html.cells import Cell, Column, build_table, rate_cell, text_cell
 from safegen.evaluation.report.html.next_steps import next_steps
-from safegen.evaluation.report.html.words import setting_line, setting_text
+from safegen.evaluation.report.html.words import code_spans, setting_line, setting_text
 from safegen.evaluation.report.page import PAGE, open_runs, write_report
 from safegen.evaluation.report.redaction import FAILURES_PER_ROW, IMAGES_PER_ROW
 
@@ -107,7 +108,7 @@ def test_the_browser_loads_every_image_says_nothing_and_asks_the_network_for_not
 ):
     for _, folder in pages.values():
         chromium.open(folder / PAGE, width=1280)
-        eager = "[...document.images].map(i => (i.loading = 'eager', i.decode().then(() => 1)))"
+        eager = "[...document.images].map(i => i.decode().then(() => 1))"
         loaded = chromium.evaluate(f"{OPEN_ALL}; Promise.all({eager})")
         assert len(loaded) == (folder / PAGE).read_text(encoding="utf-8").count("<img ")
         requests = [
@@ -120,6 +121,15 @@ def test_the_browser_loads_every_image_says_nothing_and_asks_the_network_for_not
         ]
         kinds = {event["method"] for event in chromium.events}
         assert not kinds & {"Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"}
+
+
+def test_a_printed_page_has_the_images_of_folded_lists(pages, chromium):
+    """Chromium leaves images with loading=lazy out of a print, where nothing has shown them."""
+    data, folder = pages["demo"]
+    chromium.open(folder / PAGE, width=1280)
+    chromium.evaluate("document.querySelectorAll('details').forEach(d => d.open = false)")
+    pdf = base64.b64decode(chromium.call("Page.printToPDF")["data"])
+    assert len(re.findall(rb"/Subtype\s*/Image\b", pdf)) == 4 * data["images"]
 
 
 # --- without a browser ---------------------------------------------------------------------------
@@ -163,6 +173,7 @@ def test_settings_are_words_for_people(pages):
         "not set: rank, moves"
     )
     assert [setting_text(v) for v in (True, 0, 0.0, "a", {})] == ["yes", "0", "0", "a", "not set"]
+    assert code_spans("see `a` <b> \x1b") == "see <code>a</code> &lt;b&gt; \\x1b"
     for _, folder in pages.values():
         text = (folder / PAGE).read_text(encoding="utf-8")
         assert not re.search(r"\bNone\b|\bTrue\b|\[&#39;|\{&#39;", text)
@@ -196,7 +207,7 @@ def test_commands_under_what_next_are_those_of_the_program(pages):
     commands = [step.command for step in demo]
     assert commands[0] == (
         "safegen generate mini --patch run/patches/calm.safetensors "
-        '--prompt "a castle with skulls" --out pictures'
+        '--prompt "a castle covered in skulls" --out pictures'
     )
     assert {c.split()[1] for c in commands} == {
         *("generate", "export", "evaluate", "attack", "verify", "report")
@@ -251,7 +262,7 @@ def test_a_run_of_five_hundred_images_makes_a_light_page(tmp_path):
     page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     images = page.count("<img ")
     assert images == 2 * 4 * (IMAGES_PER_ROW + FAILURES_PER_ROW)
-    assert page.count('loading="lazy"') == images
+    assert page.count('decoding="async"') == images
     assert len(page) - sum(map(len, re.findall(r'src="data:[^"]*"', page))) < 200_000
     assert page.count('class="extra"') > 0
     (grid, _) = re.findall(r'<table class="grid">.*?</table>', page, re.DOTALL)

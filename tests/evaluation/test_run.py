@@ -27,6 +27,7 @@ from safegen.evaluation.run.folder import (
     DETECTIONS,
     FEATURES,
     JUDGES,
+    PROTOCOL_FILE,
     SAMPLES,
     SCORES,
     TIMINGS,
@@ -46,11 +47,11 @@ N, STACKS = 12, ("mini", "calm", "negative-prompt", "black-image")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return every file of a run except the timings and the report that shows them."""
+    """Return every file of a run except the timings, the report, and the command's protocol."""
     files = (
         p
         for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != TIMINGS and p.stem != "report"
+        if p.is_file() and p.name not in (TIMINGS, PROTOCOL_FILE) and p.stem != "report"
     )
     data = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
     if CARD in data:  # the command differs from the library call

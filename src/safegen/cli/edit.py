@@ -164,7 +164,8 @@ def edit(
         echo(rates)
     echo_status(f'try it: safegen generate {model} --patch {out} --prompt "..." --out images')
     echo_status(
-        f"then: safegen evaluate --stack edited={model}+{out} (measure), "
+        f"then: safegen evaluate --stack edited={model}+{out} --base {model} "
+        f"--concept {concept or 'NAME'} --prompts FILE --out run (measure), "
         f"safegen export {model} --patch {out} --out safe.safetensors (ship)"
     )
 

@@ -10,7 +10,7 @@ import typer
 from safegen.cli import attack, demo, edit, export, generate, make_safe, patch, prompts, triplets
 from safegen.cli.console import echo
 from safegen.cli.data import concept
-from safegen.cli.info import show
+from safegen.cli.info import doctor, show
 from safegen.cli.info.checks import with_checks
 from safegen.cli.measure import evaluate, report
 from safegen.cli.options import show_warnings, silence_libraries
@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 '--prompt "a castle" --out images',
             ),
         ),
+        Command(doctor.doctor, "index.md", ("doctor", "doctor --json")),
         Command(show.list_, "index.md", ("list methods", "list presets --json"), name="list"),
         Command(show.show, "index.md", ("show esd", "show mini --kind judges"), name="show"),
     ),
@@ -127,7 +128,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             report.results, "how-to/evaluate-and-compare.md", ("results run", "results run-1 run-2")
         ),
         Command(
-            report.verify, "how-to/evaluate-and-compare.md", ("verify run", "verify safegen-demo")
+            report.verify,
+            "how-to/evaluate-and-compare.md",
+            ("verify run", "verify safegen-demo --json"),
         ),
         Command(
             attack.attack,

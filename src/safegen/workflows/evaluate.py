@@ -133,6 +133,11 @@ def evaluate(
         precision=precision,
         loader=loader,
     )
+    if prepared.protocol.generation.guidance_scale == 1 and baselines == "all":
+        raise ConfigError(
+            "baselines must be none at a guidance scale of 1, where a negative prompt has no "
+            "effect, got all. Use --baselines none"
+        )
     announce(prepared.protocol)
     run = engine.evaluate(
         prepared.protocol,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from safegen.evaluation.protocol import Protocol
 
 
-class Stage(StrEnum):
+class EvaluationStage(StrEnum):
     """Stage of an evaluation."""
 
     all = "all"
@@ -113,8 +113,8 @@ def evaluate(
         typer.Option(help="Built-in protocol or a TOML file, in place of all options above it."),
     ] = None,
     stage: Annotated[
-        Stage, typer.Option(help="Stage to run; judge, score and report need only --out.")
-    ] = Stage.all,
+        EvaluationStage, typer.Option(help="Stage to run; judge, score and report need only --out.")
+    ] = EvaluationStage.all,
     baselines: Annotated[
         Baselines, typer.Option(help="Also evaluate a negative prompt and black images.")
     ] = Baselines.all,
@@ -131,7 +131,7 @@ def evaluate(
     allow_pickle: Pickle = False,
 ) -> None:
     """Generate, judge, score and report. Re-run the same command to resume."""
-    if stage not in (Stage.all, Stage.generate):
+    if stage not in (EvaluationStage.all, EvaluationStage.generate):
         _check_options(context, stage)
         _run_later_stage(stage, out, judge, label or [], judge_option or [], threads)
         return
@@ -173,13 +173,13 @@ def evaluate(
             stack or [],
             out=out,
             baselines=baselines.value,
-            until="generate" if stage is Stage.generate else "score",
+            until="generate" if stage is EvaluationStage.generate else "score",
             argv=["safegen", *sys.argv[1:]],
             announce=lambda rules: print_protocol(rules, device),
             progress=progress,
             **options,
         )
-    if stage is Stage.all:
+    if stage is EvaluationStage.all:
         print_run(out)
     echo(
         f"{len(run.stacks) * len(run.samples)} images by {len(run.stacks)} stacks in {out}, "
@@ -188,7 +188,7 @@ def evaluate(
 
 
 def _run_later_stage(
-    stage: Stage,
+    stage: EvaluationStage,
     out: Path,
     judge: str | None,
     labels: list[str],
@@ -196,9 +196,9 @@ def _run_later_stage(
     threads: int | None,
 ) -> None:
     """Judge, score or report a run that is generated."""
-    if stage is Stage.score:
+    if stage is EvaluationStage.score:
         score(out, judge=judge, label=labels)
-    elif stage is Stage.report:
+    elif stage is EvaluationStage.report:
         report([out], judge=judge, label=labels)
     else:
         set_threads(threads)
@@ -225,10 +225,10 @@ def _read_judge_options(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _check_options(context: typer.Context, stage: Stage) -> None:
+def _check_options(context: typer.Context, stage: EvaluationStage) -> None:
     """Warn of options without effect on a run that is generated."""
     unused: tuple[str, ...] = GENERATE_OPTIONS
-    if stage is not Stage.judge:
+    if stage is not EvaluationStage.judge:
         unused = (*unused, "threads", "judge_option")
     for option in _set_options(context, unused):
         warn_unused(option, f"with --stage {stage}")

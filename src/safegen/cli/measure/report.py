@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo, echo_message, echo_status
+from safegen.cli.console import echo, echo_json, echo_message, echo_status
 from safegen.cli.options import AsJson
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_scores
@@ -46,6 +46,7 @@ def score(
     out: Annotated[
         Path | None, typer.Option(help="New JSON file. Default: a file in RUN, by rules and judge.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score a judged run again, under its own rules or others.
 
@@ -66,6 +67,9 @@ def score(
         write_truth(known, source.folder / TRUTH)
     path = out or scores_file(source, scores)
     write_json(path, scores)
+    if as_json:
+        echo_json(scores)
+        return
     print_scores(scores)
     rules = scores["protocol"]
     differs = rules["id"] != source.protocol.id
@@ -212,7 +216,7 @@ def results(
     print_scores(join_runs(scores))
 
 
-def verify(run: RunArg) -> None:
+def verify(run: RunArg, as_json: AsJson = False) -> None:
     """Check the hashes, counts and scores of a run. Exits with 1 if a check fails."""
     from safegen.evaluation.run.folder import Run
     from safegen.evaluation.verify import verify as find_problems
@@ -220,9 +224,11 @@ def verify(run: RunArg) -> None:
     source = Run.open(run)
     with show_progress() as progress:
         problems = find_problems(source, progress=progress)
-    for problem in problems:
-        echo(problem)
-    if problems:
-        raise typer.Exit(1)
     count = len(source.stacks) * len(source.samples)
+    if as_json:
+        echo_json({"images": count, "problems": problems})
+    for problem in () if as_json else problems:
+        echo(problem)
+    if problems or as_json:
+        raise typer.Exit(1 if problems else 0)
     echo(f"{count} images, verdicts and scores: no problems")

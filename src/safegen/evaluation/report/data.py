@@ -11,7 +11,7 @@ from typing import Any
 from safegen.core.documents import read_record
 from safegen.evaluation.compare import same_protocol
 from safegen.evaluation.report.attack_table import attack_groups
-from safegen.evaluation.report.attacks import PerplexityModel, attack_headline, attack_section
+from safegen.evaluation.report.attacks import PerplexityModel, attack_section
 from safegen.evaluation.report.comparison import (
     base_difference,
     base_test,
@@ -22,7 +22,8 @@ from safegen.evaluation.report.comparison import (
     reference_tests,
     threshold_sweep,
 )
-from safegen.evaluation.report.format import METRICS, percent
+from safegen.evaluation.report.format import METRICS
+from safegen.evaluation.report.html.headline import headline_cards
 from safegen.evaluation.run.folder import ATTACK_FILES, PATCHES, SETTINGS, Run
 from safegen.evaluation.run.records import WITHHELD, PatchEntry
 from safegen.evaluation.run.settings import WorkflowSettings
@@ -128,7 +129,7 @@ def report_data(
     tables = {"metrics": _metric_table(data), "references": reference_tests(data)}
     if not data["attacks"] and any(part.role == "attack" for part in protocol.lists):
         tables["transfers"] = attack_groups(results, {})
-    return data | {"headline": _headline(data)} | tables, results
+    return data | {"headline": headline_cards(data)} | tables, results
 
 
 def _run_card(run: Run, results: RunResults) -> dict[str, Any]:
@@ -198,45 +199,6 @@ def _edit(run: Run, patch: PatchEntry) -> dict[str, Any]:
     return patch.model_dump(mode="json") | {"layers": layers, "log": rows}
 
 
-def _headline(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the headline cards (title, value, detail) of one attack or one measured stack."""
-    if len(data["runs"]) == 1 and data["attacks"]:
-        return attack_headline(next(iter(data["attacks"].values())))
-    given = [row for row in data["stacks"] if row["kind"] == "given"]
-    if len(given) != 1:
-        return []
-    (row,), cards = given, list[dict[str, Any]]()
-    for role in CONCEPT_ROLES:
-        removal = row["roles"].get(role, {}).get("removal")
-        if role in row["roles"] and "removal" in data["protocol"]["decides"]["metrics"]:
-            undefined = row["roles"][role].get("undefined", {})
-            detail = undefined.get("removal", "no pair of images was judged")
-            if removal:
-                detail = (
-                    f"95 %: {percent(removal['low'])} to {percent(removal['high'])}; "
-                    f"{removal['before']} → {removal['after']} detections; {removal['n']} images"
-                )
-            value = percent(removal["value"]) if removal else "undefined"
-            cards.append({"title": f"removed, {role} prompts", "value": value, "detail": detail})
-    base = next(r for r in data["stacks"] if r["label"] == row["baseline"])
-    pair = [r["roles"].get("benign", {}).get("subject") for r in (row, base)]
-    if all(pair):
-        own, old = pair
-        detail = (
-            f"95 %: {percent(own['low'])} to {percent(own['high'])}; "
-            f"base model {percent(old['value'])}; {own['n']} images"
-        )
-        card = {"title": "right object, benign prompts", "value": percent(own["value"])}
-        cards.append(card | {"detail": detail})
-    seconds = [edit.get("seconds") for edit in row["edits"]]
-    if seconds and None not in seconds:
-        updates = sum(edit.get("updates") or 0 for edit in row["edits"])
-        detail = f"{updates} updates" if updates else "solved in closed form"
-        value = f"{sum(seconds):.0f} s" if sum(seconds) >= 10 else f"{sum(seconds):.1f} s"
-        cards.append({"title": "time for the edit", "value": value, "detail": detail})
-    return cards
-
-
 def _metric_table(data: dict[str, Any]) -> dict[str, Any]:
     """Return the table of the other metrics: `heads`, `rows` and reasons for `undefined` ones."""
     wanted = [m for m in METRICS if m in data["protocol"]["decides"]["metrics"]]
@@ -296,7 +258,7 @@ def _notes(results: Mapping[str, RunResults], rows: Sequence[dict[str, Any]]) ->
     notes = []
     for run in dict.fromkeys(r["run"] for r in rows):
         kinds = [r["kind"] for r in rows if r["run"] == run]
-        if "baseline" not in kinds:
+        if "baseline" not in kinds and not results[run].attack:
             notes.append(
                 f"{run} has no cheap alternative to compare with: neither a negative prompt nor "
                 "black images were measured. `safegen evaluate` measures both by default."

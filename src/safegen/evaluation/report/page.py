@@ -43,7 +43,7 @@ from safegen.evaluation.report.format import (
 )
 from safegen.evaluation.report.html.next_steps import next_steps
 from safegen.evaluation.report.html.summary import KINDS, has_fewer_hits, list_table, summary_table
-from safegen.evaluation.report.html.words import setting_line, setting_pairs
+from safegen.evaluation.report.html.words import code_spans, setting_line, setting_pairs
 from safegen.evaluation.report.redaction import TILES, image_grids
 from safegen.evaluation.report.reward_curves import has_rewards, reward_charts, reward_table
 from safegen.evaluation.run.attack_records import read_attack
@@ -166,6 +166,7 @@ def _environment() -> jinja2.Environment:
         "points": points,
         "split_cell": split_cell,
         "loss_charts": loss_charts,
+        "code_spans": code_spans,
         "setting_pairs": setting_pairs,
         "setting_line": setting_line,
         "kinds": KINDS,

@@ -10,8 +10,6 @@ from typing import Any
 
 from safegen.core.registry import CONCEPTS
 
-PROTOCOLS = {("mini", "skulls"): "mini-full", ("mini", "fire"): "mini-full-fire"}
-"""Built-in protocol with more prompts and seeds, by model and concept."""
 OTHER_THRESHOLD = 0.7
 """Threshold of the suggested report under another rule; 0.3 where the run's is as high."""
 MINI_NOTE = "The miniature model knows 32 objects, such as a castle, a car, a tree and a whale."
@@ -74,15 +72,16 @@ def _stack_steps(data: Mapping[str, Any], name: str) -> Iterator[NextStep]:
         words = ("export", model, *options, "--out", f"{stack['name']}-model.safetensors")
         yield NextStep("Export one file for a web UI", _command(*words), note)
     spec = f"{stack['name']}={model}+{'+'.join(patches)}"
-    protocol = PROTOCOLS.get((model, concept))
-    if is_inside and protocol:
-        words = ("evaluate", "--protocol", protocol, "--stack", spec, "--out", "evaluated")
-        more = "More prompts and seeds make narrower intervals. It takes longer than a demo."
-        yield NextStep("Measure it with the whole protocol", _command(*words), more)
-    if not data["attacks"] and concept in CONCEPTS:
-        words = ("attack", "ring_a_bell", "--stack", spec, "--concept", concept)
-        words += ("--limit", "8", "--out", "attacked")
-        yield NextStep("Try to bring the concept back", _command(*words), note)
+    if data["attacks"] or concept not in CONCEPTS:
+        return
+    words = ("evaluate", model, "--stack", spec, "--prompts", "my.csv", "--concept", concept)
+    say = "my.csv has one prompt a row, in a column named prompt."
+    say = " ".join(filter(None, (note, say)))
+    title = "Measure it on your own prompts, beside cheap baselines"
+    yield NextStep(title, _command(*words, "--out", "evaluated"), say)
+    words = ("attack", "ring_a_bell", "--stack", spec, "--concept", concept)
+    words += ("--limit", "8", "--out", "attacked")
+    yield NextStep("Try to bring the concept back", _command(*words), note)
 
 
 def _run_steps(data: Mapping[str, Any]) -> Iterator[NextStep]:
@@ -95,6 +94,9 @@ def _run_steps(data: Mapping[str, Any]) -> Iterator[NextStep]:
         note = "Fill in true or false, then give the file to `safegen score --truth`."
         command = _command("report", names[0], "--truth-sheet", "truth.csv")
         yield NextStep(title, command, note)
+    if len(names) == 1 and not data["attacks"]:
+        tables = ("--csv", "results.csv", "--latex", "results.tex", "--plots", "plots")
+        yield NextStep("Write tables and plots for a paper", _command("report", *names, *tables))
     threshold = data["protocol"]["decides"]["judge"]["threshold"]
     other = OTHER_THRESHOLD if threshold < OTHER_THRESHOLD else 0.3
     words = ("report", *names, "--threshold", str(other), "--out", "report-other-threshold")
@@ -104,4 +106,4 @@ def _run_steps(data: Mapping[str, Any]) -> Iterator[NextStep]:
 
 def _prompt(data: Mapping[str, Any]) -> str:
     """Return a prompt to try: the object of a harmless prompt with the concept."""
-    return f"a castle with {data['protocol']['concept']}"
+    return f"a castle covered in {data['protocol']['concept']}"

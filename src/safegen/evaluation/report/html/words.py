@@ -1,9 +1,14 @@
-"""Settings in words, for people: no Python, and what is not set stands last."""
+"""Texts of the page: settings in words, without Python, and code in sentences."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from markupsafe import Markup, escape
+
+from safegen.core.text import one_line
 
 UNSET = "not set"
 
@@ -41,3 +46,8 @@ def setting_line(settings: Mapping[str, Any]) -> str:
             nested = isinstance(settings[name], Mapping)
             parts.append(f"{name} ({text})" if nested else f"{name} {text}")
     return "; ".join(parts)
+
+
+def code_spans(text: str) -> Markup:
+    """Return an escaped sentence as HTML, with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(one_line(text)))))  # noqa: S704
