@@ -291,8 +291,7 @@ class RemovalJob:
         )
         write_json(files.finished / report / SUMMARY, self._summary(patch, result))
         if result.lora and result.lora_check:
-            out = files.finished / result.lora.name
-            self._write_lora(patch, model, out, result.lora_check)
+            self._write_lora(patch, model, files.finished / result.lora.name, result.lora_check)
         export(
             model,
             files.finished / name,
