@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.folder import SCORES, write_json
 from safegen.evaluation.run.scores import read_scores
 from safegen.evaluation.samples import canonical, sha
-from safegen.judges import Judge, load_concept_judge
+from safegen.judges import load_concept_judge
 from safegen.models.model import Model
 from safegen.patches.lora import extract_lora, save_lora
 from safegen.patches.lora_spec import LoraSpec
@@ -43,7 +44,7 @@ from safegen.workflows.removal.check import CheckConfig, CheckResult, check_scor
 from safegen.workflows.removal.files import IMAGES, JobFiles
 from safegen.workflows.removal.images import TrainingImages
 from safegen.workflows.removal.plan import plan_job
-from safegen.workflows.removal.prompts import TRAINING_TEMPLATES, harmless_prompts
+from safegen.workflows.removal.prompts import harmless_prompts
 
 EDITED, LORA = "edited", "lora"
 """Names of the stacks that are checked."""
@@ -114,11 +115,7 @@ class RemovalJob:
             self.images.check(words=edit.inputs == "words")
             if not edit.erases_concept:
                 raise ConfigError(f"{self.method} removes nothing with these settings. Change them")
-        self._load_judge()
-
-    def _load_judge(self) -> Judge:
-        concept = self.concept
-        return load_concept_judge(concept)
+        load_concept_judge(self.concept)
 
     def plan(self) -> Plan:
         """Return what the job will cost, from a probe of some seconds; nothing is written."""
@@ -200,7 +197,7 @@ class RemovalJob:
     def _write_captions(self, path: Path) -> Concept:
         """Write harmless captions, if the concept names none, and return it with captions."""
         if not self.concept.captions:
-            texts = harmless_prompts(self.concept, TRAINING_TEMPLATES)
+            texts = harmless_prompts(self.concept)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path, replace=True) as temporary:
                 temporary.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
@@ -295,7 +292,9 @@ class RemovalJob:
         self.progress("writing", 1, 1)
 
     def _load_triplets(self, model: Model, folder: Path) -> Triplets:
-        return self.images.load(model, self.concept, self._load_judge(), folder, self.progress)
+        return self.images.load(
+            model, self.concept, load_concept_judge(self.concept), folder, self.progress
+        )
 
     def _write_lora(self, patch: Patch, model: Model, out: Path) -> None:
         """Write the checked LoRA with its card."""
@@ -309,7 +308,7 @@ class RemovalJob:
             [(patch.hash, patch.metadata.to_json())],
             [note],
         )
-        write_with_card(out, model_card(card), lambda: _copy(lora, out))
+        write_with_card(out, model_card(card), partial(shutil.copyfile, lora, out))
 
     def _summary(self, patch: Patch, result: MakeSafeResult) -> dict[str, Any]:
         """Return the summary of the job as plain values, without folders."""
@@ -334,7 +333,3 @@ class RemovalJob:
             "check": result.check.model_dump(mode="json"),
             "lora_check": result.lora_check and result.lora_check.model_dump(mode="json"),
         }
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
