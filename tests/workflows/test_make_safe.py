@@ -276,6 +276,7 @@ def test_own_images_are_censored_and_used(loader, tiny, tmp_path):
         ({"triplets": "mini:ghosts"}, "no bundled triplets named 'ghosts'"),
         ({"method": "safegne"}, "Did you mean 'safegen'"),
         ({"concept": "skull"}, "Did you mean 'skulls'"),
+        ({"check": {"images": 5000}}, "mini:skulls has [0-9]+ prompts, got 5000"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused_before_anything_is_written(

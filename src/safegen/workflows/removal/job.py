@@ -115,6 +115,8 @@ class RemovalJob:
             self.images.check(words=edit.inputs == "words")
             if not edit.erases_concept:
                 raise ConfigError(f"{self.method} removes nothing with these settings. Change them")
+        with TemporaryDirectory() as folder:
+            make_protocol(self.concept, self.check, Path(folder)).samples()
         load_concept_judge(self.concept)
 
     def plan(self) -> Plan:
