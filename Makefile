@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= safegen-demo
 FIGURES ?= safegen-figures
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly lint docs bench clean
+.PHONY: help demo test nightly integrations lint docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -22,6 +22,11 @@ test: .venv/installed ## the test suite, in two processes of one thread each; mo
 
 nightly: .venv/installed ## the slow proofs too: the shipped model's required figures, the whole demo
 	$(BIN)/python -m pytest
+
+integrations: ## the plug-ins with the real eval-unlearn and inspect_ai, in an environment of their own
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -e '.[eval-unlearn,inspect,test]'
+	.venv-integrations/bin/python -m pytest tests/integrations
 
 docs: .venv/installed ## the documentation site, in site/
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
@@ -57,4 +62,4 @@ lint: .venv/installed ## ruff, mypy, the import contracts and the vocabulary
 	$(BIN)/python -m pytest -q tests/test_vocabulary.py
 
 clean: ## remove the environment
-	rm -rf .venv
+	rm -rf .venv .venv-integrations

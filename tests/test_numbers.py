@@ -7,13 +7,14 @@ import inspect
 import json
 import math
 import pkgutil
+from contextlib import suppress
 from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 import safegen
-from safegen.core.errors import ConfigError, UserError, explain
+from safegen.core.errors import ConfigError, MissingExtraError, UserError, explain
 from safegen.core.settings import MAX_NUMBER, MAX_SEED, BaseSettings
 
 EXTREMES = (math.nan, math.inf, -math.inf, 1e308, -1e308, -1, 0, 2**64, -(2**64), "nan", "1e999")
@@ -41,6 +42,7 @@ REQUIRED = {
     "unsafe": ["a skull"],
     "safe": ["a castle"],
     "text": "a skull",
+    "stack": "mini",
     "lists": [{"role": "explicit", "name": "s", "source": "mini:skulls", "sha256": "0" * 64}],
     "generation": {},
     "metrics": ["concept"],
@@ -59,7 +61,8 @@ def settings_classes():
     """Return every concrete settings class of the package."""
     for module in pkgutil.walk_packages(safegen.__path__, "safegen."):
         if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+            with suppress(MissingExtraError):
+                importlib.import_module(module.name)
 
     def below(parent):
         for child in parent.__subclasses__():

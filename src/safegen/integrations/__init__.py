@@ -1,0 +1,1 @@
+"""Plug-ins for other toolkits; each is an entry point, and is imported by its toolkit alone."""
