@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError, PatchError, UnknownNameError
-from safegen.evaluation.protocol import load_protocol
+from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.run.base_check import BaseDifferenceWarning
 from safegen.evaluation.run.folder import PROTOCOL_FILE
 from safegen.workflows.evaluate import OwnBaseWarning, evaluate
@@ -205,7 +205,7 @@ def test_plots_are_one_column_wide_pictures(safegen, run, tmp_path, monkeypatch)
 
 
 def test_the_protocol_of_a_run_can_be_given_again(run, loader, tmp_path):
-    from safegen.evaluation.protocol import load_protocol
+    from safegen.evaluation.protocol_file import load_protocol
     from safegen.evaluation.verify import verify
 
     path = run.folder / PROTOCOL_FILE
@@ -258,8 +258,7 @@ def test_texts_that_ask_for_the_concept_stay_out_of_the_run_of_a_full_model(fold
     from safegen.core.concept import load_concept
     from safegen.core.generation import GenerationConfig
     from safegen.evaluation.own_prompts import prompt_protocol, read_lists
-    from safegen.evaluation.protocol import load_protocol
-    from safegen.evaluation.protocol_file import write_protocol
+    from safegen.evaluation.protocol_file import load_protocol, write_protocol
 
     concept = load_concept("nudity")
     lists = read_lists([str(folder / "my.csv")], concept, unsafe=True)

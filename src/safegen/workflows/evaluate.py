@@ -23,7 +23,8 @@ from safegen.evaluation.own_prompts import (
     prompt_protocol,
     read_lists,
 )
-from safegen.evaluation.protocol import Protocol, load_protocol
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.folder import Run
 from safegen.models.model import Model
