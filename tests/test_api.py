@@ -318,6 +318,8 @@ def test_transparency_of_a_file_is_judged_on_white_and_its_rotation_is_applied(t
         ({"concept": "skulls", "judge": "nudenet"}, "labels must be given with the judge"),
         ({"judge": "minni"}, "no judge named 'minni'"),
         ({"concept": "skuls"}, "no concept named 'skuls'"),
+        ({"concept": Image.new("RGB", (8, 8))}, "got Image. Images come first"),
+        ({"concept": "skulls", "labels": "skull"}, "no label .* named 'skull'"),
     ],
 )
 def test_the_judge_must_be_known_by_concept_or_name(arguments, message, skulls):
@@ -342,3 +344,16 @@ def test_a_loaded_model_is_evaluated_without_patches_only(objects, tmp_path):
     assert StackLoader(model=model).model(model.name)[0] is model
     with objects["Patch"].apply(model), pytest.raises(ConfigError, match="no patches on it"):
         safegen.evaluate(model, concept="skulls", out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("model", ["mini", 3, "pipeline"])
+def test_a_model_that_is_not_loaded_is_refused_in_one_line(objects, tmp_path, model):
+    given = objects["Model"].pipeline if model == "pipeline" else model
+    calls = (
+        lambda: safegen.generate(given, "a castle"),
+        lambda: safegen.edit(given, "uce", concept="skulls"),
+        lambda: safegen.export(given, tmp_path / "x.safetensors"),
+    )
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"model must be a safegen.Model, got .*\(\.\.\.\)"):
+            call()

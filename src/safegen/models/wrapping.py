@@ -53,6 +53,21 @@ def model_of(target: Any) -> Model:
     return model
 
 
+def pipeline_model(pipe: Any) -> Model:
+    """Return a model that generates as a pipeline does; its patches are those of `model_of`.
+
+    Pipelines may share a denoiser and have other schedulers, text encoders or calls.
+    """
+    model = model_of(pipe)
+    if type(model.pipeline) is type(pipe):
+        parts = pipe.components
+        if all(getattr(model.pipeline, name) is parts[name] for name in parts):
+            return model
+    own = Model(_name_of(pipe), pipe, applied_patches=model.applied_patches)
+    own.hash = model.hash  # that of the weights without patches
+    return own
+
+
 def _known_model(denoiser: Any) -> Model | None:
     """Return the model that a denoiser has, unless it is a copy of another denoiser's."""
     known = vars(denoiser).get(ATTRIBUTE)

@@ -32,7 +32,7 @@ from safegen.edits.training.config import TrainingCallback
 from safegen.edits.training.presets import PRESET_NAMES, default_preset, warn_of_mini_lists
 from safegen.evaluation.run.training_log import LOG_SUFFIX
 from safegen.judges import judge_images, load_concept_judge
-from safegen.models.model import Model
+from safegen.models.model import Model, check_is_loaded
 from safegen.patches.arithmetic import include
 from safegen.patches.patch import Patch
 
@@ -106,6 +106,7 @@ def edit(
         >>> patch.metadata.method
         'safegen'
     """
+    check_is_loaded(model)
     arguments = [*resolve(EDITS, method, "edit").model_fields, *signature(edit).parameters]
     check_names(f"setting of {method!r}", settings, arguments)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)

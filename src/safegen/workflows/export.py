@@ -18,7 +18,7 @@ from safegen.models.applied_patch import AppliedPatch
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.checkpoint.metadata import CheckpointMetadata, PatchRecord
 from safegen.models.checkpoint.single_file_writer import save_single_file
-from safegen.models.model import Model
+from safegen.models.model import Model, check_is_loaded
 from safegen.patches.arithmetic import warn_of_overlap
 from safegen.patches.patch import Patch
 
@@ -96,6 +96,7 @@ def export(
         >>> safegen.export(model, "safe.safetensors", patches=[patch])
         >>> safegen.export(model, "safe", format="diffusers", patches=[patch])
     """
+    check_is_loaded(model)
     out, results = Path(out), [Path(path) for path in metrics]
     if format not in get_args(ExportFormat):
         raise ConfigError(f"format must be single-file or diffusers, got {format!r}")
