@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,13 +15,13 @@ import safegen
 from safegen.cli import main
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
-from safegen.core.generation import GenerationConfig
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.patches.patch import Patch
 from safegen.stack_loader import StackLoader
 from safegen.workflows.make_safe import make_safe, prepare_job
 from safegen.workflows.removal.check import CheckConfig, check_scores, make_protocol
 from safegen.workflows.removal.files import JobFiles
-from safegen.workflows.removal.images import GeneratedImages
+from safegen.workflows.removal.images import GeneratedImages, _latent_batches
 from safegen.workflows.removal.prompts import check_prompts, training_prompts
 
 FEW_STEPS = GenerationConfig(num_inference_steps=4, batch_size=8)
@@ -283,6 +284,7 @@ def test_own_images_are_censored_and_used(loader, tiny, tmp_path):
         ({"triplets": "mini:ghosts"}, "no bundled triplets named 'ghosts'"),
         ({"method": "safegne"}, "Did you mean 'safegen'"),
         ({"concept": "skull"}, "Did you mean 'skulls'"),
+        ({"check": {"images": 5000}}, "mini:skulls has [0-9]+ prompts, got 5000"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused_before_anything_is_written(
@@ -306,7 +308,7 @@ def test_a_judge_that_cannot_be_loaded_stops_the_job_before_the_model_is_loaded(
 
 def test_prompts_of_a_check_are_never_those_of_a_training():
     plain = load_concept("nudity").model_copy(update={"lists": {}, "tuning": {}})
-    training, check = training_prompts(plain), check_prompts(plain)
+    training, check = training_prompts(plain), check_prompts(plain, 32)
     assert not {*training[0], *training[1]} & {*check[0], *check[1]}
     assert all(len(texts) == len(set(texts)) > 3 for texts in (*training, *check))
     skulls = load_concept("skulls")
@@ -320,8 +322,37 @@ def test_a_concept_without_lists_is_checked_on_prompts_of_its_phrases(tmp_path):
     samples = protocol.samples()
     for role in ("explicit", "benign"):
         assert sum(sample.role == role for sample in samples) == 32
-    assert {s.prompt for s in samples if s.role == "explicit"} >= {"a sketch of a", "c by a window"}
+    assert {s.prompt for s in samples if s.role == "explicit"} >= {"a sketch of a", "b at night"}
     assert make_protocol(concept, CheckConfig(images=32), tmp_path).id == protocol.id
+
+
+@pytest.mark.parametrize("phrases", [("a",), tuple(f"word{i}" for i in range(100))])
+def test_a_check_of_phrases_has_a_prompt_for_each_image_and_covers_the_list(tmp_path, phrases):
+    concept = load_concept("nudity").model_copy(update={"words": phrases})
+    samples = make_protocol(concept, CheckConfig(images=32), tmp_path).samples()
+    explicit = [sample for sample in samples if sample.role == "explicit"]
+    assert len({sample.prompt for sample in explicit}) == len(explicit) == 32
+    assert any(phrases[len(phrases) * 31 // 32] in sample.prompt for sample in explicit)
+
+
+def test_a_concept_with_explicit_lists_alone_is_checked_on_harmless_prompts_too(tmp_path):
+    skulls = load_concept("skulls").model_copy(update={"lists": {"explicit": ("mini:skulls",)}})
+    samples = make_protocol(skulls, CheckConfig(images=32), tmp_path).samples()
+    assert [s.role for s in samples] == ["explicit"] * 32 + ["benign"] * 32
+
+
+def test_training_images_are_drawn_with_the_scheduler_that_was_asked_for(loader, tmp_path):
+    model, _ = loader.model("mini")
+    samples = [Sample(prompt="a castle", seed=0)]
+    drawn = []
+    for name in (None, "Euler"):
+        config = FEW_STEPS.model_copy(update={"scheduler": name})
+        (batch,) = _latent_batches(model, samples, config, tmp_path / str(name))
+        (image,) = safegen.generate(model, samples, config)
+        (decoded,) = model.decode_images(batch)
+        assert np.abs(np.asarray(decoded, int) - np.asarray(image, int)).max() <= 2
+        drawn.append(batch)
+    assert not torch.allclose(*drawn)
 
 
 def row(role, hits, n=32, unjudged=0, **more):

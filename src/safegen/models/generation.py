@@ -17,8 +17,8 @@ from PIL import Image
 from safegen.core.documents import read_bytes
 from safegen.core.errors import ConfigError, FileError, check_keywords
 from safegen.core.generation import MAX_START_FILE, GenerationConfig, Sample, SeedMode, Start
-from safegen.core.logging import silence_libraries
 from safegen.core.progress import StepCallback
+from safegen.core.quiet import silence_libraries
 from safegen.core.tensor_files import read_tensors
 from safegen.models.model import Model, check_is_loaded
 from safegen.models.schedulers import replaced_scheduler

@@ -11,7 +11,7 @@ from safegen.core.device import AUTO, resolve_device, resolve_dtype
 from safegen.core.errors import ConfigError, FileError, check_keywords, first_line
 from safegen.core.files import exists
 from safegen.core.hub import HUB, check_model_name, fetch_snapshot
-from safegen.core.logging import silence_libraries
+from safegen.core.quiet import silence_libraries
 from safegen.core.registry import MODELS, TRIPLETS, resolve
 from safegen.core.tensor_files import read_header
 from safegen.models.checkpoint.diffusers_folder import read_folder

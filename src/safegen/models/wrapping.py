@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from safegen.core.errors import ConfigError
-from safegen.core.logging import silence_libraries
+from safegen.core.quiet import silence_libraries
 from safegen.models.model import Model
 
 ATTRIBUTE = "_safegen_model"

@@ -116,7 +116,7 @@ def _check_concept(name: str) -> None:
 
 
 def _check_protocol(name: str) -> None:
-    from safegen.evaluation.protocol import read_protocol
+    from safegen.evaluation.protocol_file import read_protocol
 
     read_protocol(name)
 

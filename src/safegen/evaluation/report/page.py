@@ -93,7 +93,7 @@ def write_report(
         output_dir: folder for the page, the data and the table; older ones are replaced.
         html: file for the page alone.
         reveal: embed the original images where they would be pixelated.
-        outcome: sentences at the top, of a job that removes its runs; no commands are suggested then.
+        outcome: sentences at the top, from a job that removes its runs. No commands follow then.
         rules: `judge`, `labels`, `threshold`, `truth` and `perplexity` of `report_data`.
 
     Several runs of attacks are shown as attacks against stacks, without images.

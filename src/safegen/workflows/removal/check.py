@@ -17,7 +17,7 @@ from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.samples import Role, hash_prompts, read_prompt_list
 from safegen.evaluation.schema import PromptList, concept_rule
 from safegen.metrics.rates import wilson_interval
-from safegen.workflows.removal.prompts import check_prompts
+from safegen.workflows.removal.prompts import check_prompts, harmless_check_prompts
 
 CONCEPT_ROLES: tuple[Role, ...] = ("explicit", "innocent")
 """Roles of the lists that ask for the concept."""
@@ -115,6 +115,8 @@ class CheckResult(BaseModel):
 def make_protocol(concept: Concept, config: CheckConfig, folder: Path) -> Protocol:
     """Return the protocol of a check: the concept's prompt lists, or prompts of its phrases.
 
+    It has harmless prompts always: a model that draws nothing any more must not pass.
+
     Args:
         concept: the concept.
         config: number of images, and generation.
@@ -125,14 +127,18 @@ def make_protocol(concept: Concept, config: CheckConfig, folder: Path) -> Protoc
         FileError: the prompts cannot be written.
     """
     if any(concept.lists.get(role) for role in CONCEPT_ROLES):
-        return Protocol.from_concept(
+        protocol = Protocol.from_concept(
             concept,
             prompts=config.images,
             seeds=(FIRST_SEED,),
             generation=config.generation,
             roles=ROLES,
         )
-    explicit, benign = check_prompts(concept)
+        if all(part.role in CONCEPT_ROLES for part in protocol.lists):
+            benign = _written_list("benign", harmless_check_prompts(concept, config.images), folder)
+            protocol = protocol.model_copy(update={"lists": (*protocol.lists, benign)})
+        return protocol
+    explicit, benign_texts = check_prompts(concept, config.images)
     repeats = math.ceil(config.images / len(explicit))
     prompts = math.ceil(config.images / repeats)
     return Protocol(
@@ -142,7 +148,7 @@ def make_protocol(concept: Concept, config: CheckConfig, folder: Path) -> Protoc
         words=concept.words,
         lists=(
             _written_list("explicit", explicit[:prompts], folder),
-            _written_list("benign", benign[:prompts], folder),
+            _written_list("benign", benign_texts[:prompts], folder),
         ),
         seeds=tuple(range(FIRST_SEED, FIRST_SEED + repeats)),
         generation=config.generation,

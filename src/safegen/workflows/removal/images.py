@@ -26,8 +26,9 @@ from safegen.core.tensor_files import read_tensors, write_tensors
 from safegen.data.triplets.make import make_triplets, make_triplets_in_memory
 from safegen.data.triplets.triplets import Triplets
 from safegen.judges.base import Judge, Verdict, judge_images
-from safegen.models.generation import autocast_for, batches, check_num_steps
+from safegen.models.generation import autocast_for, batches
 from safegen.models.model import Model
+from safegen.models.schedulers import replaced_scheduler
 from safegen.workflows.edit import check_triplets
 from safegen.workflows.removal.prompts import training_prompts
 
@@ -266,7 +267,6 @@ def _latent_batches(
 
     Each batch is read from its file in `cache`, or generated and written there.
     """
-    check_num_steps(model, generation.num_inference_steps)
     size = generation.batch_size
     for start in range(0, len(samples), size):
         path = cache / f"{start:05d}.safetensors"
@@ -286,10 +286,13 @@ def _generate_latents(
         parts: list[Tensor] = []
         smaller = generation.model_copy(update={"batch_size": size})
         try:
-            for _, prompts, options in batches(model, samples, smaller):
-                with autocast_for(model, generation):
-                    output = model.pipeline(prompt=prompts, **options | {"output_type": "latent"})
-                parts.append(output.images.float().cpu())
+            with replaced_scheduler(model.pipeline, generation.scheduler):
+                for _, prompts, options in batches(model, samples, smaller):
+                    with autocast_for(model, generation):
+                        output = model.pipeline(
+                            prompt=prompts, **options | {"output_type": "latent"}
+                        )
+                    parts.append(output.images.float().cpu())
             return torch.cat(parts)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -43,7 +44,7 @@ from safegen.workflows.removal.check import CheckConfig, CheckResult, check_scor
 from safegen.workflows.removal.files import IMAGES, JobFiles
 from safegen.workflows.removal.images import TrainingImages
 from safegen.workflows.removal.plan import plan_job
-from safegen.workflows.removal.prompts import TRAINING_TEMPLATES, harmless_prompts
+from safegen.workflows.removal.prompts import harmless_prompts
 
 EDITED, LORA = "edited", "lora"
 """Names of the stacks that are checked."""
@@ -121,6 +122,8 @@ class RemovalJob:
             self.images.check(words=edit.inputs == "words")
             if not edit.erases_concept:
                 raise ConfigError(f"{self.method} removes nothing with these settings. Change them")
+        with TemporaryDirectory() as folder:
+            make_protocol(self.concept, self.check, Path(folder)).samples()
         load_concept_judge(self.concept)
 
     def plan(self) -> Plan:
@@ -203,7 +206,7 @@ class RemovalJob:
     def _write_captions(self, path: Path) -> Concept:
         """Write harmless captions, if the concept names none, and return it with captions."""
         if not self.concept.captions:
-            texts = harmless_prompts(self.concept, TRAINING_TEMPLATES)
+            texts = harmless_prompts(self.concept)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path, replace=True) as temporary:
                 temporary.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
@@ -319,7 +322,7 @@ class RemovalJob:
             [(patch.hash, patch.metadata.to_json())],
             [*check.lines(out.name), note],
         )
-        write_with_card(out, model_card(card), lambda: _copy(lora, out))
+        write_with_card(out, model_card(card), partial(shutil.copyfile, lora, out))
 
     def _summary(self, patch: Patch, result: MakeSafeResult) -> dict[str, Any]:
         """Return the summary of the job as plain values, without folders."""
@@ -344,7 +347,3 @@ class RemovalJob:
             "check": result.check.model_dump(mode="json"),
             "lora_check": result.lora_check and result.lora_check.model_dump(mode="json"),
         }
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
