@@ -399,3 +399,22 @@ def test_prompts_beside_a_protocol_object_are_refused(tmp_path):
     protocol = load_protocol("mini-smoke")
     with pytest.raises(ConfigError, match="prompts must be left out"):
         evaluate("mini", protocol=protocol, prompts="my.csv", out=tmp_path / "run")
+
+
+def test_a_protocol_of_a_named_column_can_be_given_again(tmp_path):
+    from safegen.core.concept import load_concept
+    from safegen.core.generation import GenerationConfig
+    from safegen.evaluation.own_prompts import prompt_protocol, read_lists
+    from safegen.evaluation.protocol_file import load_protocol, write_protocol
+
+    concept, table = load_concept("skulls"), tmp_path / "own.csv"
+    table.write_text("bla,foo\n1,a castle\n2,a boat\n")
+    lists = read_lists([str(table)], concept, column="foo")
+    protocol = prompt_protocol(concept, lists, generation=GenerationConfig())
+    write_protocol(protocol, tmp_path)
+    again = load_protocol(str(tmp_path / "protocol.toml"))
+    assert again.id == protocol.id
+    assert [row.prompt for row in again.lists[0].read(protocol_seed=None).rows] == [
+        "a castle",
+        "a boat",
+    ]

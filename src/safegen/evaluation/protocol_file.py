@@ -152,7 +152,10 @@ def _copy(part: PromptList, folder: Path, number: int) -> str | None:
     if is_bundled(source) or source.startswith(HUB):
         return source
     path = Path(source)
-    if part.unsafe or path.stat().st_size > MAX_COPY or read_prompts(source).dialect == FOUND:
+    if part.unsafe or path.stat().st_size > MAX_COPY:
+        return None
+    found = read_prompts(source, dialect=part.dialect or None, column=part.column or None)
+    if found.dialect == FOUND:
         return None
     copy = folder / PROMPT_FILES / str(number) / path.name
     if copy.exists():  # of another list
