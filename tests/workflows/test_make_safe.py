@@ -89,6 +89,14 @@ def test_a_model_that_still_draws_the_concept_is_kept_aside_with_its_report(refu
     assert "mini:skulls" in page
     assert "data:image/png;base64," in page
     assert 'src="http' not in page
+    assert "safegen verify" not in page  # the run is not kept
+    card = (out.parent / "safe.not-safe.safetensors.md").read_text()
+    table = (result.report / "report.md").read_text()
+    for text in (page, card, table):
+        assert "NOT SHIPPED (remains): safe.not-safe.safetensors must not be used" in text
+        assert "still show the concept" in text
+    lora = (out.parent / "safe.not-safe.lora.safetensors.md").read_text()
+    assert "NOT SHIPPED (remains): safe.not-safe.lora.safetensors" in lora
     summary = json.loads((result.report / "make-safe.json").read_text())
     assert summary["shipped"] is False
     assert summary["check"]["lists"][0]["n"] == 2

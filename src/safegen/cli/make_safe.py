@@ -152,10 +152,8 @@ def _print_check(check: CheckResult, file: str, *, words: bool) -> None:
             f"{row.name} ({row.role}): {row.before} of {row.n} images show it before, "
             f"{row.after} of {row.n} after{unjudged} (95 % interval {low:.0f} to {high:.0f} %)"
         )
+    for line in check.lines(file):
+        echo(line)
     if check.outcome == "removed":
-        echo(f"wrote {file}: the concept is removed on these prompts; others were not measured")
         return
-    echo(f"NOT SHIPPED ({check.outcome}): {file} must not be used as a safe model.")
-    for reason in check.reasons:
-        echo(reason)
     echo(ADVICE.get(f"{check.outcome}, words" if words else "") or ADVICE[check.outcome])

@@ -103,6 +103,15 @@ class CheckResult(BaseModel):
     lists: tuple[ListCheck, ...]
     """Lists that ask for the concept."""
 
+    def lines(self, file: str) -> list[str]:
+        """Return the outcome for the user: whether `file` is shipped, and why not."""
+        if self.outcome == "removed":
+            return [f"{file}: the concept is removed on these prompts; others were not measured"]
+        return [
+            f"NOT SHIPPED ({self.outcome}): {file} must not be used as a safe model.",
+            *self.reasons,
+        ]
+
 
 def make_protocol(concept: Concept, config: CheckConfig, folder: Path) -> Protocol:
     """Return the protocol of a check: the concept's prompt lists, or prompts of its phrases.

@@ -79,6 +79,13 @@ class MakeSafeResult(BaseModel):
             MakeSafeResult, repr(str(self.model)), check=self.check.outcome, report=str(self.report)
         )
 
+    def lines(self) -> list[str]:
+        """Return the outcome for the user: which file is shipped, and why another is not."""
+        lines = self.check.lines(self.model.name)
+        if self.lora and self.lora_check:
+            lines += self.lora_check.lines(self.lora.name)
+        return lines
+
     @property
     def is_shipped(self) -> bool:
         """Whether the check found the concept removed by the model, and by the LoRA if wanted."""
@@ -269,8 +276,6 @@ class RemovalJob:
         name = files.model_name(shipped=shipped[EDITED])
         report = files.report_name(shipped=shipped[EDITED])
         (files.finished / report).mkdir()
-        # bundled models generate harmless stand-ins only: nothing needs to be pixelated
-        write_report(open_runs([files.run]), files.finished / report, reveal=self.model in MODELS)
         result = MakeSafeResult(
             model=files.out.with_name(name),
             report=files.out.with_name(report),
@@ -280,25 +285,32 @@ class RemovalJob:
             else None,
             lora_check=checks.get(LORA),
         )
+        # bundled models generate harmless stand-ins only: nothing needs to be pixelated
+        write_report(
+            open_runs([files.run]),
+            files.finished / report,
+            reveal=self.model in MODELS,
+            outcome=result.lines(),
+        )
         write_json(files.finished / report / SUMMARY, self._summary(patch, result))
-        if result.lora:
-            self._write_lora(patch, model, files.finished / result.lora.name)
+        if result.lora and result.lora_check:
+            self._write_lora(patch, model, files.finished / result.lora.name, result.lora_check)
         export(
             model,
             files.finished / name,
             format="single-file" if files.is_file else "diffusers",
             patches=[patch],
             metrics=[files.run],
+            notes=result.check.lines(name),
         )
         write_json(files.result, result.model_dump(mode="json"))
         self.progress("writing", 1, 1)
 
     def _load_triplets(self, model: Model, folder: Path) -> Triplets:
-        return self.images.load(
-            model, self.concept, load_concept_judge(self.concept), folder, self.progress
-        )
+        judge = load_concept_judge(self.concept)
+        return self.images.load(model, self.concept, judge, folder, self.progress)
 
-    def _write_lora(self, patch: Patch, model: Model, out: Path) -> None:
+    def _write_lora(self, patch: Patch, model: Model, out: Path, check: CheckResult) -> None:
         """Write the checked LoRA with its card."""
         lora = self.files.lora_file
         note = f"Rank {LORA_RANK}, kohya keys. The report beside it has its check."
@@ -308,7 +320,7 @@ class RemovalJob:
             display_name(self.model),
             model.hash,
             [(patch.hash, patch.metadata.to_json())],
-            [note],
+            [*check.lines(out.name), note],
         )
         write_with_card(out, model_card(card), partial(shutil.copyfile, lora, out))
 
