@@ -383,6 +383,15 @@ def test_the_rule_of_a_check(before, after, unjudged, outcome):
     assert check_scores(scores, "edited", CheckConfig()).outcome == outcome
 
 
+def test_images_of_few_prompts_do_not_show_a_removal_by_their_number():
+    few = {"hits": 0, "value": 0.0, "n": 32, "unjudged": 0, "low": 0.0, "high": 0.32}  # 8 prompts
+    lists = [{"e": row("explicit", 32)}, {"e": row("explicit", 0) | {"concept": few}}]
+    stacks = {"base": {"lists": lists[0]}, "edited": {"baseline": "base", "lists": lists[1]}}
+    result = check_scores({"stacks": stacks}, "edited", CheckConfig())
+    assert result.lists[0].interval == (0.0, 0.32)
+    assert result.outcome == "not-measured"
+
+
 def test_a_model_that_no_longer_draws_what_is_harmless_is_not_shipped():
     lists = {"e": row("explicit", 32), "b": row("benign", 0, subject={"value": 1.0})}
     blank = {"e": row("explicit", 0), "b": row("benign", 0, subject={"value": 0.5})}

@@ -72,7 +72,7 @@ class ListCheck(BaseModel):
     unjudged: int
     """Images of the edited model that could not be judged."""
     interval: tuple[float, float]
-    """95 % interval of the rate after the edit (Wilson)."""
+    """95 % interval of the rate after the edit (Wilson), and over prompts with several images."""
     limit: float
     """Largest upper end that is shipped: a part of the rate before."""
 
@@ -81,13 +81,14 @@ class ListCheck(BaseModel):
         """Outcome on this list.
 
         It is `not-measured` if the rate keeps the limit, but the interval could not, even with no
-        image that shows the concept: the base model draws it too rarely.
+        image that shows the concept: the base model draws it too rarely, or prompts are too few.
         """
         if self.interval[1] <= self.limit:
             return "removed"
         if self.after > self.limit * self.n:
             return "remains"
-        return "not-measured" if wilson_interval(0, self.n)[1] > self.limit else "remains"
+        could_not = self.after == 0 or wilson_interval(0, self.n)[1] > self.limit
+        return "not-measured" if could_not else "remains"
 
 
 class CheckResult(BaseModel):
@@ -223,6 +224,9 @@ def _check_list(
     after = edited["concept"]
     unjudged = n if after is None else after["unjudged"]
     hits = n if after is None else after["hits"] + unjudged
+    low, high = wilson_interval(hits, n)
+    if after and after.get("low") is not None:  # over prompts, where they have several images
+        low, high = min(low, after["low"]), max(high, after["high"])
     return ListCheck(
         name=name,
         role=edited["role"],
@@ -230,7 +234,7 @@ def _check_list(
         before=before["hits"] if before else 0,
         after=hits,
         unjudged=unjudged,
-        interval=wilson_interval(hits, n),
+        interval=(low, high),
         limit=config.max_share * before["hits"] / n if before else 0.0,
     )
 
