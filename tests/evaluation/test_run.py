@@ -334,7 +334,7 @@ def test_another_judge_needs_no_generation(copy, monkeypatch):
         "hits": 3,
         "n": 4,
         "unjudged": 2,
-            "clusters": 3,  # images of one prompt count together in the interval
+        "clusters": 3,  # images of one prompt count together in the interval
     }
     assert scores["judge"] == "odd:1"
     ghosts = scores["stacks"]["mini"]["lists"]["mini:ghosts"]
