@@ -315,7 +315,7 @@ def test_transparency_of_a_file_is_judged_on_white_and_its_rotation_is_applied(t
     ("arguments", "message"),
     [
         ({}, "a concept or the name of a judge, got neither"),
-        ({"concept": "skulls", "judge": "nudenet"}, "labels must be given with the judge"),
+        ({"concept": "skulls", "judge": "nudenet"}, "has labels of its own"),
         ({"judge": "minni"}, "no judge named 'minni'"),
         ({"concept": "skuls"}, "no concept named 'skuls'"),
         ({"concept": Image.new("RGB", (8, 8))}, "got Image. Images come first"),

@@ -11,7 +11,7 @@ from safegen.core.errors import ConfigError, FileError, check_keywords
 from safegen.core.files import exists
 from safegen.core.text import cut_text
 from safegen.data.images import is_contact_sheet
-from safegen.judges import Detections, Judge, Verdict, load_judge
+from safegen.judges import Detections, Judge, Verdict, load_concept_judge, load_judge
 from safegen.judges.images import ImageInput, ImageInputs, list_images
 
 
@@ -107,16 +107,7 @@ def _choose_judge(
             f"concept must be a name, a TOML file or a Concept, got {type(known).__name__}. "
             "Images come first; a loaded judge goes with judge=."
         )
-    name = judge or known.judge
-    if name not in (known.judge, known.held_out_judge) and not labels:
-        raise ConfigError(
-            f"labels must be given with the judge {name!r}, as those of {known.name!r} belong to "
-            f"{known.judge!r}"
-        )
-    if threshold is None and name == known.judge:
-        threshold = known.threshold
-    options = known.judge_options if name == known.judge else {}
-    return load_judge(name, labels=labels or known.labels, threshold=threshold, **options)
+    return load_concept_judge(known, judge, labels=labels, threshold=threshold)
 
 
 def _read_folder(path: str | Path) -> list[ImageInput]:
