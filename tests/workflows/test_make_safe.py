@@ -247,7 +247,7 @@ def test_a_concept_that_the_model_does_not_draw_is_refused_before_training(loade
     assert not (tmp_path / "safe").exists()
 
 
-def test_own_images_are_censored_and_used(loader, tiny, tmp_path):
+def test_own_images_are_censored_and_used(loader, tiny, tmp_path, short_probes):
     from safegen.data.triplets.triplets import Triplets
 
     source = Triplets.load("mini:skulls")
@@ -255,6 +255,8 @@ def test_own_images_are_censored_and_used(loader, tiny, tmp_path):
         (tmp_path / role).mkdir()
         for row in source.rows[:4]:
             shutil.copy(source.folder / getattr(row, role), tmp_path / role / f"{row.id}.png")
+    (tmp_path / "unsafe" / "broken.png").write_bytes(b"")
+    lines: list[str] = []
     out, folders = tmp_path / "safe", {r: tmp_path / r for r in ("unsafe", "benign")}
 
     def stop(stage, done, total):
@@ -262,7 +264,10 @@ def test_own_images_are_censored_and_used(loader, tiny, tmp_path):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        make_safe("mini", out=out, loader=loader, progress=stop, **folders, **tiny)
+        make_safe(
+            "mini", out=out, loader=loader, progress=stop, notify=lines.append, **folders, **tiny
+        )
+    assert any(line.startswith("skipped unsafe/broken.png") for line in lines), lines
     (folder,) = (tmp_path / "safe.work" / "images").iterdir()
     triplets = Triplets.load(folder)
     patch = Patch.load(tmp_path / "safe.work" / "patches" / "edited.safetensors")
@@ -279,7 +284,7 @@ def test_own_images_are_censored_and_used(loader, tiny, tmp_path):
         ({"unsafe": ".", "triplets": "mini:skulls"}, "as folders or as triplets, got both"),
         ({"words": True, "triplets": "mini:skulls"}, "an edit by words learns from no images"),
         ({"words": True, "method": "safegen"}, "must learn from words alone"),
-        ({"unsafe": "missing"}, "images must be in a folder, got 'missing'"),
+        ({"unsafe": "missing"}, "unsafe must be a folder of images, got 'missing', which does not"),
         ({"out": "safe.ckpt"}, "out must end in .safetensors, or have no ending"),
         ({"triplets": "mini:ghosts"}, "no bundled triplets named 'ghosts'"),
         ({"method": "safegne"}, "Did you mean 'safegen'"),

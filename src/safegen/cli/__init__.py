@@ -114,4 +114,12 @@ def _explain_usage(error: Any) -> tuple[str, int]:
     command = error.ctx.command_path if getattr(error, "ctx", None) else "safegen"
     text = re.sub(r"^Invalid value for '(.+?)': (Value error, )?", r"\1: ", text)
     text = re.sub(r"^(\S+): Input should ", r"\1 must ", text)
-    return f"{text[:1].lower()}{text[1:].rstrip('.')}. See: {command} --help", error.exit_code
+    end = "" if text.endswith("?") else "."
+    if text.startswith("Got unexpected extra argument") and "--patch" in _option_names(error.ctx):
+        end += " Patches go with --patch."
+    return f"{text[:1].lower()}{text[1:].rstrip('.')}{end} See: {command} --help", error.exit_code
+
+
+def _option_names(context: Any) -> set[str]:
+    """Return the names of the options of a command."""
+    return {name for option in context.command.params for name in option.opts}

@@ -21,6 +21,7 @@ HEADS = (
     "mosaic %",
     "changed %",
     "blank",
+    "unjudged",
 )
 
 MAX_LABEL = 32
@@ -112,6 +113,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     """Return the figures of a stack on a list, in the order of `HEADS`."""
     seen, shows = row.get("concept"), row.get("shows")
     attribute = _number(row.get("shown"))
+    unjudged = seen["unjudged"] if seen else row["images"] if "concept" in row else 0
     return [
         str(seen["n"] if seen else 0),
         _interval(seen),
@@ -121,6 +123,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _number(row.get("mosaicked")),
         _number(row.get("change")),
         str(row["blank"]["hits"] or ""),
+        str(unjudged or ""),
     ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ MIN_TRIPLETS = 4
 """Fewest triplets to learn from."""
 MAX_IMAGES = 3
 """Most images that are generated for each triplet, before a concept is too rare."""
+
+MAX_SHOWN = 5
+"""Most skipped images that the user is told of one by one."""
 
 
 class GeneratedImages(BaseSettings):
@@ -74,9 +77,12 @@ class TrainingImages(BaseSettings):
                 f"benign must go with unsafe, got {str(self.benign)!r} alone. "
                 "Give a folder of images that show the concept, too."
             )
-        for folder in (self.unsafe, self.benign):
+        for name, folder in (("unsafe", self.unsafe), ("benign", self.benign)):
             if folder and not folder.is_dir():
-                raise ConfigError(f"images must be in a folder, got {str(folder)!r}, which is none")
+                state = "is a file" if folder.exists() else "does not exist"
+                raise ConfigError(
+                    f"{name} must be a folder of images, got {str(folder)!r}, which {state}"
+                )
 
     @property
     def is_generated(self) -> bool:
@@ -117,7 +123,13 @@ class TrainingImages(BaseSettings):
         )
 
     def load(
-        self, model: Model, concept: Concept, judge: Judge, folder: Path, progress: ProgressCallback
+        self,
+        model: Model,
+        concept: Concept,
+        judge: Judge,
+        folder: Path,
+        progress: ProgressCallback,
+        notify: Callable[[str], None] | None = None,
     ) -> Triplets:
         """Return the triplets: given ones, made of files, or of images that the model generates.
 
@@ -127,6 +139,7 @@ class TrainingImages(BaseSettings):
             judge: its judge, with labels and threshold.
             folder: where triplets of files, or latents, are written. What is there is used.
             progress: called with (description, done, total).
+            notify: called with lines about the given images, and which of them are skipped.
 
         Raises:
             UserError: there are too few images that can be used.
@@ -142,7 +155,7 @@ class TrainingImages(BaseSettings):
         if folder.exists():
             return Triplets.load(folder)
         folder.parent.mkdir(exist_ok=True)
-        triplets = make_triplets(
+        made = make_triplets(
             self.unsafe,
             self.benign,
             judge,
@@ -150,7 +163,14 @@ class TrainingImages(BaseSettings):
             labels=judge.labels,
             threshold=judge.threshold,
             progress=progress,
-        ).triplets
+        )
+        triplets = made.triplets
+        if notify:
+            notify(f"triplets made: {len(triplets)}, images skipped: {len(made.skipped)}")
+            for issue in made.skipped[:MAX_SHOWN]:
+                notify(f"skipped {issue}")
+            if len(made.skipped) > MAX_SHOWN:
+                notify(f"... and {len(made.skipped) - MAX_SHOWN} more")
         if len(triplets) < MIN_TRIPLETS:
             shutil.rmtree(folder)
             raise ConfigError(

@@ -308,7 +308,7 @@ class RemovalJob:
 
     def _load_triplets(self, model: Model, folder: Path) -> Triplets:
         judge = load_concept_judge(self.concept)
-        return self.images.load(model, self.concept, judge, folder, self.progress)
+        return self.images.load(model, self.concept, judge, folder, self.progress, self.notify)
 
     def _write_lora(self, patch: Patch, model: Model, out: Path, check: CheckResult) -> None:
         """Write the checked LoRA with its card."""
