@@ -357,3 +357,15 @@ def test_a_model_that_is_not_loaded_is_refused_in_one_line(objects, tmp_path, mo
     for call in calls:
         with pytest.raises(ConfigError, match=r"model must be a safegen.Model, got .*\(\.\.\.\)"):
             call()
+
+
+def test_an_evaluation_takes_a_label_as_text_and_names_what_is_no_stack(objects, tmp_path):
+    from safegen.stack_loader import StackLoader
+    from safegen.workflows.evaluate import prepare_evaluation
+
+    model, options = objects["Model"], {"concept": "skulls", "loader": StackLoader()}
+    own = {"prompts": "mini:skulls", "limit": 1, "labels": "fire"}
+    assert prepare_evaluation("mini", **own, **options).protocol.judge.labels == ("fire",)
+    for base, stacks in ((model.pipeline, ()), ("mini", {"x": objects["Patch"]})):
+        with pytest.raises(ConfigError, match=r"a stack must be a name or a path, got [A-Z]\w+\."):
+            prepare_evaluation(base, stacks, **options)

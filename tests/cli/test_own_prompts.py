@@ -418,3 +418,14 @@ def test_a_protocol_of_a_named_column_can_be_given_again(tmp_path):
         "a castle",
         "a boat",
     ]
+
+
+def test_a_rate_of_no_judged_image_stands_in_the_csv_with_its_unjudged_images(safegen, run):
+    from safegen.evaluation.results.rows import csv_table
+
+    scores = json.loads((run.folder / "scores.json").read_text())
+    row = scores["stacks"]["mine"]["lists"]["my explicit"]
+    row |= {"concept": None, "undefined": {"concept": "no image was judged"}}
+    lines = [line for line in csv_table({"run": scores}).splitlines() if "my explicit" in line]
+    (found,) = [line for line in lines if ",mine," in line and ",concept," in line]
+    assert found.endswith(f",concept,,,,0,{row['images']}")

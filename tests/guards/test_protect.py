@@ -378,6 +378,10 @@ def test_what_is_no_pipeline_is_refused_in_one_line(make_model, pipelines):
             safegen.protect(value, guards=[BLOCK])
     with pytest.raises(ConfigError, match="got neither"):
         safegen.protect(pipelines["text"], guards=None)
+    with pytest.raises(ConfigError, match="a guard must be a name, a table or settings, got int"):
+        safegen.protect(pipelines["text"], guards=[3])
+    with pytest.raises(ConfigError, match=r"judge is required\. A concept gives it"):
+        safegen.protect(pipelines["text"], guards=["judge-filter"])
     safe = safegen.protect(pipelines["text"], guards=[BLOCK])
     with pytest.raises(ConfigError, match="a list of texts, got NoneType in it"):
         safe(["a red cube", None], num_inference_steps=1)

@@ -84,7 +84,7 @@ def evaluate(
             protocol: `NAME=FILE` for its lists that need a file.
         column: column of the files that holds the prompts.
         judge: judge to use instead of the concept's.
-        labels: its labels that mean the concept.
+        labels: its label or labels that mean the concept.
         threshold: lowest score of a detection that counts.
         judge_options: options of the judge.
         protocol: a built-in name, a TOML file or a `Protocol`; it sets everything else but `limit`
@@ -199,7 +199,7 @@ def prepare_evaluation(
     named = {
         "concept": concept,
         "judge": judge,
-        "label": labels or None,
+        "label": ([labels] if isinstance(labels, str) else labels) or None,
         "threshold": threshold,
         "judge_option": judge_options or None,
         "column": column,
@@ -223,7 +223,8 @@ def prepare_evaluation(
 def _load_stacks(stacks: Stacks) -> list[Stack]:
     """Return stacks from sources by name, or from a list of sources."""
     if isinstance(stacks, Mapping):
-        return [load_stack(f"{name}={source}") for name, source in stacks.items()]
+        specs = [f"{k}={v}" if isinstance(v, str | Path) else v for k, v in stacks.items()]
+        return [load_stack(spec) for spec in specs]
     return [stack if isinstance(stack, Stack) else load_stack(stack) for stack in stacks]
 
 

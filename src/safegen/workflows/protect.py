@@ -292,7 +292,7 @@ def _with_checker(pipe: Any, guard: GuardSpec) -> GuardSpec:
         ConfigError: the pipeline has none that was loaded from a folder.
     """
     table = {"name": guard} if isinstance(guard, str) else guard
-    if isinstance(table, GuardConfig) or table.get("name") != CHECKER or "weights" in table:
+    if not isinstance(table, Mapping) or table.get("name") != CHECKER or "weights" in table:
         return guard
     config = getattr(getattr(pipe, "safety_checker", None), "config", None)
     folder = Path(getattr(config, "_name_or_path", None) or "")

@@ -30,7 +30,7 @@ CHECK_TEMPLATES = (
     *("{} on a beach", "{} in a forest", "{} in a city", "{} in a kitchen"),
     *("{} in black and white", "{} under a lamp", "{} in the morning", "{} in a garden"),
     *("{} against a white wall", "{}, side view", "{}, from above", "{}, in the background"),
-    *("a picture book page with {}", "a stage with {}", "a mural of {}", "a print of {}"),
+    *("a storybook page with {}", "a stage with {}", "a mural of {}", "a print of {}"),
 )
 """As many as a check has images by default: even one phrase gives each image its own prompt."""
 SUBJECTS = (
