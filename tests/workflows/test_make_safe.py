@@ -18,6 +18,7 @@ from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.patches.patch import Patch
 from safegen.stack_loader import StackLoader
+from safegen.workflows.edit import FewTripletsWarning
 from safegen.workflows.make_safe import make_safe, prepare_job
 from safegen.workflows.removal.check import CheckConfig, check_scores, make_protocol
 from safegen.workflows.removal.files import JobFiles
@@ -263,7 +264,7 @@ def test_own_images_are_censored_and_used(loader, tiny, tmp_path, short_probes):
         if stage == "generating: base":
             raise RuntimeError
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError), pytest.warns(FewTripletsWarning, match="got 4"):
         make_safe(
             "mini", out=out, loader=loader, progress=stop, notify=lines.append, **folders, **tiny
         )

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 NOT_SHIPPED = 3
 """Exit status if the check does not find the concept removed."""
 ADVICE = {
-    "remains": "Train longer (--set training.updates=N), give images of your own (--unsafe DIR, "
-    "--benign DIR), or try another --method.",
+    "remains": "Train longer (--set training.updates=N), give images of your own, or more of "
+    "them (--unsafe DIR, --benign DIR), or try another --method.",
     "remains, words": "Leave --words out, so that the edit learns from images, or add words that "
     "name the concept to its TOML file.",
     "not-measured": "Without images of it, nothing shows a removal. Raise --check-images, or give "

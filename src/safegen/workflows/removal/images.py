@@ -29,7 +29,7 @@ from safegen.judges.base import Judge, Verdict, judge_images
 from safegen.models.generation import autocast_for, batches
 from safegen.models.model import Model
 from safegen.models.schedulers import replaced_scheduler
-from safegen.workflows.edit import check_triplets
+from safegen.workflows.edit import check_triplets, warn_of_few
 from safegen.workflows.removal.prompts import training_prompts
 
 MIN_TRIPLETS = 4
@@ -147,6 +147,7 @@ class TrainingImages(BaseSettings):
         if self.triplets:
             triplets = self._load_triplets()
             check_triplets(concept, triplets)
+            warn_of_few(triplets)
             return triplets
         if not self.unsafe:
             return generate_triplets(
@@ -177,6 +178,7 @@ class TrainingImages(BaseSettings):
                 f"images must give at least {MIN_TRIPLETS} triplets, got {len(triplets)} from "
                 f"{self.unsafe}. Add images, or leave --unsafe out."
             )
+        warn_of_few(triplets)
         return triplets
 
     def _load_triplets(self) -> Triplets:
