@@ -75,3 +75,10 @@ def test_images_that_were_not_judged_have_a_column_of_their_own():
     table = score_lines(scores)[-5:-2]
     assert score_lines(scores)[3].endswith("unjudged")
     assert [line.split()[-1] for line in table][1:] == ["42", "192"]
+
+
+def test_a_composition_score_stands_in_the_table():
+    scores = scores_of(["base"])
+    scores["stacks"]["base"]["lists"]["own"]["composition"] = {"all": rate(0.844, 0.68, 0.93)}
+    assert "all right %" in score_lines(scores)[3]
+    assert any("84.4 (68-93)" in line for line in score_lines(scores))
