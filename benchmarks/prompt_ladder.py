@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safegen.evaluation.evaluate import evaluate
-from safegen.evaluation.protocol import load_protocol
+from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.folder import SCORES
 from safegen.evaluation.run.scores import read_scores

@@ -315,9 +315,11 @@ def test_transparency_of_a_file_is_judged_on_white_and_its_rotation_is_applied(t
     ("arguments", "message"),
     [
         ({}, "a concept or the name of a judge, got neither"),
-        ({"concept": "skulls", "judge": "nudenet"}, "labels must be given with the judge"),
+        ({"concept": "skulls", "judge": "nudenet"}, "has labels of its own"),
         ({"judge": "minni"}, "no judge named 'minni'"),
         ({"concept": "skuls"}, "no concept named 'skuls'"),
+        ({"concept": Image.new("RGB", (8, 8))}, "got Image. Images come first"),
+        ({"concept": "skulls", "labels": "skull"}, "no label .* named 'skull'"),
     ],
 )
 def test_the_judge_must_be_known_by_concept_or_name(arguments, message, skulls):
@@ -342,3 +344,28 @@ def test_a_loaded_model_is_evaluated_without_patches_only(objects, tmp_path):
     assert StackLoader(model=model).model(model.name)[0] is model
     with objects["Patch"].apply(model), pytest.raises(ConfigError, match="no patches on it"):
         safegen.evaluate(model, concept="skulls", out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("model", ["mini", 3, "pipeline"])
+def test_a_model_that_is_not_loaded_is_refused_in_one_line(objects, tmp_path, model):
+    given = objects["Model"].pipeline if model == "pipeline" else model
+    calls = (
+        lambda: safegen.generate(given, "a castle"),
+        lambda: safegen.edit(given, "uce", concept="skulls"),
+        lambda: safegen.export(given, tmp_path / "x.safetensors"),
+    )
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"model must be a safegen.Model, got .*\(\.\.\.\)"):
+            call()
+
+
+def test_an_evaluation_takes_a_label_as_text_and_names_what_is_no_stack(objects, tmp_path):
+    from safegen.stack_loader import StackLoader
+    from safegen.workflows.evaluate import prepare_evaluation
+
+    model, options = objects["Model"], {"concept": "skulls", "loader": StackLoader()}
+    own = {"prompts": "mini:skulls", "limit": 1, "labels": "fire"}
+    assert prepare_evaluation("mini", **own, **options).protocol.judge.labels == ("fire",)
+    for base, stacks in ((model.pipeline, ()), ("mini", {"x": objects["Patch"]})):
+        with pytest.raises(ConfigError, match=r"a stack must be a name or a path, got [A-Z]\w+\."):
+            prepare_evaluation(base, stacks, **options)

@@ -17,7 +17,8 @@ from safegen.core.generation import GenerationConfig
 from safegen.core.settings import check_file_name, check_name
 from safegen.data.prompts.prompts import read_prompts
 from safegen.evaluation.evaluate import expand_baselines
-from safegen.evaluation.protocol import Protocol, load_protocol, read_protocol
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.protocol_file import load_protocol, read_protocol
 from safegen.evaluation.schema import JudgeRule
 from safegen.judges import load_judge
 from safegen.judges.nudenet import _read_side

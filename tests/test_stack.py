@@ -63,6 +63,7 @@ def test_a_recipe_and_a_spec_can_be_equal(tmp_path, tiny_folder, patches):
         ("x=", ConfigError, "NAME=model"),
         ("x=mini+", ConfigError, "NAME=model"),
         ("x=r.toml", ConfigError, "a recipe must be given without a name"),
+        (Stack(name="a", model="mini"), ConfigError, "must be a name or a path, got Stack"),
     ],
 )
 def test_an_invalid_spec_is_refused(spec, error, says):

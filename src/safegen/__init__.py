@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from safegen.core.generation import Sample as Sample
     from safegen.data.triplets.triplets import Triplets as Triplets
     from safegen.evaluation.protocol import Protocol as Protocol
-    from safegen.evaluation.protocol import load_protocol as load_protocol
+    from safegen.evaluation.protocol_file import load_protocol as load_protocol
     from safegen.evaluation.run.folder import Run as Run
     from safegen.judges import Judge as Judge
     from safegen.judges import load_judge as load_judge
@@ -68,7 +68,7 @@ _MODULES = {
     "load": "safegen.models.loading",
     "load_concept": "safegen.core.concept",
     "load_judge": "safegen.judges",
-    "load_protocol": "safegen.evaluation.protocol",
+    "load_protocol": "safegen.evaluation.protocol_file",
     "make_safe": "safegen.workflows.make_safe",
     "patch_from_model": "safegen.workflows.patch_from_model",
     "protect": "safegen.workflows.protect",

@@ -129,8 +129,14 @@ def load_stack(spec: str | Path) -> Stack:
     Raises:
         UnknownNameError: it is none of them.
         FileError: the recipe is missing or invalid.
-        ConfigError: the name has other characters than `FolderName` allows.
+        ConfigError: it is neither text nor a path, or the name has other characters than
+            `FolderName` allows.
     """
+    if not isinstance(spec, str | Path):
+        raise ConfigError(
+            f"a stack must be a name or a path, got {type(spec).__name__}. Name the file of a "
+            "patch, list Stacks without names, and give safegen.load(pipe) as the base"
+        )
     spec = str(spec)
     name, separator, rest = spec.partition("=")
     if not separator or exists(Path(spec)):

@@ -21,7 +21,7 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig
 from safegen.data.prompts.prompts import read_prompts
 from safegen.evaluation.evaluate import evaluate
-from safegen.evaluation.protocol import load_protocol
+from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.run.folder import SCORES
 from safegen.evaluation.samples import EvalSample
 from safegen.evaluation.scoring.verdict_metrics import attacked_prompts

@@ -53,6 +53,9 @@ def test_generate_writes_images_and_their_settings(safegen, tmp_path):
     [
         (["generate", "minni", "--prompt", "x", "--out", "OUT"], "Did you mean 'mini'"),
         (["generate", "mini", "--out", "OUT"], "no prompt is given"),
+        (["-q", "demo"], "Give it after the command: safegen COMMAND -q. See: safegen --help"),
+        (["generat"], "Did you mean 'generate'? See: safegen --help"),
+        (["export", "TRIPLETS", "mini", "--out", "OUT"], "(mini). Patches go with --patch. See:"),
         (["generate", "mini", "--prompts", "no.txt", "--out", "OUT"], "'no.txt' does not exist"),
         (
             ["generate", "mini", "--prompt", "x", "--patch", "no.safetensors", "--out", "OUT"],

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError, PatchError, UnknownNameError
+from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.run.base_check import BaseDifferenceWarning
 from safegen.evaluation.run.folder import PROTOCOL_FILE
 from safegen.workflows.evaluate import OwnBaseWarning, evaluate
@@ -204,7 +205,7 @@ def test_plots_are_one_column_wide_pictures(safegen, run, tmp_path, monkeypatch)
 
 
 def test_the_protocol_of_a_run_can_be_given_again(run, loader, tmp_path):
-    from safegen.evaluation.protocol import load_protocol
+    from safegen.evaluation.protocol_file import load_protocol
     from safegen.evaluation.verify import verify
 
     path = run.folder / PROTOCOL_FILE
@@ -257,8 +258,7 @@ def test_texts_that_ask_for_the_concept_stay_out_of_the_run_of_a_full_model(fold
     from safegen.core.concept import load_concept
     from safegen.core.generation import GenerationConfig
     from safegen.evaluation.own_prompts import prompt_protocol, read_lists
-    from safegen.evaluation.protocol import load_protocol
-    from safegen.evaluation.protocol_file import write_protocol
+    from safegen.evaluation.protocol_file import load_protocol, write_protocol
 
     concept = load_concept("nudity")
     lists = read_lists([str(folder / "my.csv")], concept, unsafe=True)
@@ -384,3 +384,48 @@ def test_models_that_differ_elsewhere_or_nowhere_make_no_patch(folder, tmp_path)
         safegen.patch_from_model(folder / "soft", "mini")
     with pytest.raises(PatchError, match="got equal weights of the denoiser"):
         safegen.patch_from_model("mini", "mini")
+
+
+@pytest.mark.parametrize(
+    "setting", [{"seeds": 0}, {"limit": 0}, {"num_inference_steps": 0}, {"guidance_scale": 0.0}]
+)
+def test_a_setting_of_zero_is_refused_and_not_taken_for_the_default(setting, loader, tmp_path):
+    with pytest.raises(ConfigError):
+        evaluate("mini", concept="skulls", loader=loader, out=tmp_path / "run", **setting)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_beside_a_protocol_object_are_refused(tmp_path):
+    protocol = load_protocol("mini-smoke")
+    with pytest.raises(ConfigError, match="prompts must be left out"):
+        evaluate("mini", protocol=protocol, prompts="my.csv", out=tmp_path / "run")
+
+
+def test_a_protocol_of_a_named_column_can_be_given_again(tmp_path):
+    from safegen.core.concept import load_concept
+    from safegen.core.generation import GenerationConfig
+    from safegen.evaluation.own_prompts import prompt_protocol, read_lists
+    from safegen.evaluation.protocol_file import load_protocol, write_protocol
+
+    concept, table = load_concept("skulls"), tmp_path / "own.csv"
+    table.write_text("bla,foo\n1,a castle\n2,a boat\n")
+    lists = read_lists([str(table)], concept, column="foo")
+    protocol = prompt_protocol(concept, lists, generation=GenerationConfig())
+    write_protocol(protocol, tmp_path)
+    again = load_protocol(str(tmp_path / "protocol.toml"))
+    assert again.id == protocol.id
+    assert [row.prompt for row in again.lists[0].read(protocol_seed=None).rows] == [
+        "a castle",
+        "a boat",
+    ]
+
+
+def test_a_rate_of_no_judged_image_stands_in_the_csv_with_its_unjudged_images(safegen, run):
+    from safegen.evaluation.results.rows import csv_table
+
+    scores = json.loads((run.folder / "scores.json").read_text())
+    row = scores["stacks"]["mine"]["lists"]["my explicit"]
+    row |= {"concept": None, "undefined": {"concept": "no image was judged"}}
+    lines = [line for line in csv_table({"run": scores}).splitlines() if "my explicit" in line]
+    (found,) = [line for line in lines if ",mine," in line and ",concept," in line]
+    assert found.endswith(f",concept,,,,0,{row['images']}")

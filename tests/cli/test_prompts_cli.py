@@ -96,7 +96,7 @@ def test_show_prints_json_without_texts_unless_they_are_requested(show):
 
 def test_show_prints_the_hash_that_a_protocol_wants(show, tmp_path):
     from safegen.core.errors import FileError
-    from safegen.evaluation.protocol import load_protocol
+    from safegen.evaluation.protocol_file import load_protocol
 
     (tmp_path / "my.csv").write_text("prompt,seed\na castle,7\nan owl,8\n")
     _, out, _ = show(tmp_path / "my.csv")

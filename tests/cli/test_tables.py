@@ -11,7 +11,7 @@ from safegen.evaluation.run.score_table import score_lines
 
 
 def rate(value, low, high, n=192):
-    return {"hits": 1, "n": n, "value": value, "low": low, "high": high}
+    return {"hits": 1, "n": n, "value": value, "low": low, "high": high, "unjudged": 0}
 
 
 def scores_of(stacks, *, varied=True):
@@ -30,9 +30,9 @@ def scores_of(stacks, *, varied=True):
             "blank": {"hits": 3 + varied * number},
         }
         found[stack] = {"lists": {"mini:skulls-innocent": row, "own": row}}
-    decides = {"judge": {"threshold": 0.5}}
+    decides = {"judge": {"labels": ["skulls"], "threshold": 0.5}}
     protocol = {"name": "mini-full", "id": "0" * 16, "decides": decides}
-    return {"protocol": protocol, "judge": "mini:1026c734f34c6784", "stacks": found}
+    return {"protocol": protocol, "judge": "mini:of-another-version", "stacks": found}
 
 
 def figures(lines):
@@ -65,3 +65,20 @@ def test_scores_print_at_eighty_columns_where_there_is_no_screen(monkeypatch, ca
     monkeypatch.delenv("COLUMNS", raising=False)
     print_scores(scores_of(["base", "edited"]))
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_images_that_were_not_judged_have_a_column_of_their_own():
+    scores = scores_of(["base", "edited", "broken"])
+    rows = [scores["stacks"][name]["lists"]["own"] for name in scores["stacks"]]
+    rows[1]["concept"] |= {"n": 150, "unjudged": 42}
+    rows[2] |= {"concept": None, "images": 192}
+    table = score_lines(scores)[-5:-2]
+    assert score_lines(scores)[3].endswith("unjudged")
+    assert [line.split()[-1] for line in table][1:] == ["42", "192"]
+
+
+def test_a_composition_score_stands_in_the_table():
+    scores = scores_of(["base"])
+    scores["stacks"]["base"]["lists"]["own"]["composition"] = {"all": rate(0.844, 0.68, 0.93)}
+    assert "all right %" in score_lines(scores)[3]
+    assert any("84.4 (68-93)" in line for line in score_lines(scores))

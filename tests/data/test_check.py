@@ -12,7 +12,7 @@ from PIL import Image
 from red import RedJudge, rows, safe_image, unsafe_image
 from typer.testing import CliRunner
 
-from safegen.cli.triplets import app
+from safegen.cli.data.triplets import app
 from safegen.core.errors import FileError, UnusedSettingWarning
 from safegen.data.triplets.check import check_triplets
 from safegen.data.triplets.triplets import TripletIssue, Triplets

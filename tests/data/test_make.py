@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from red import RedJudge, rows, safe_image, unsafe_image
 from typer.testing import CliRunner
 
-from safegen.cli.triplets import app
+from safegen.cli.data.triplets import app
 from safegen.core.errors import ConfigError, FileError
 from safegen.data.triplets.censor import Censor, censor_image
 from safegen.data.triplets.check import check_triplets

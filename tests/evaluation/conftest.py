@@ -61,7 +61,7 @@ def patch_file(tmp_path_factory, loader):
 def go(quick, patch_file, loader):
     """Return a function that evaluates the quick protocol on the model and on the patched model."""
     from safegen.evaluation.evaluate import evaluate
-    from safegen.evaluation.protocol import load_protocol
+    from safegen.evaluation.protocol_file import load_protocol
     from safegen.stack import load_stack
 
     argv = ("safegen", "evaluate", "--stack", f"calm=mini+{patch_file}")

@@ -15,7 +15,7 @@ from PIL import Image
 import safegen
 from safegen.core.errors import ConfigError, FileError
 from safegen.evaluation.evaluate import judge_run
-from safegen.evaluation.protocol import load_protocol
+from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.report.format import split_cell
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.folder import (

@@ -13,7 +13,7 @@ import safegen
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import PROTOCOLS
 from safegen.data.prompts.prompts import cluster_of
-from safegen.evaluation.protocol import load_protocol, read_protocol
+from safegen.evaluation.protocol_file import load_protocol, read_protocol
 from safegen.evaluation.samples import hash_prompts, read_prompt_list
 
 HERE = Path(__file__).parents[1] / "data" / "prompts"

@@ -15,7 +15,8 @@ from safegen.core.generation import GenerationConfig
 from safegen.core.registry import LABEL_SETS, PROTOCOLS
 from safegen.data.prompts.prompt import Prompt, cluster_of, seed_for
 from safegen.evaluation.compare import differences, same_protocol
-from safegen.evaluation.protocol import Protocol, load_protocol, read_protocol
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.protocol_file import load_protocol, read_protocol
 from safegen.evaluation.samples import ROLES, hash_prompts, read_prompt_list
 from safegen.evaluation.schema import Rung
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import re
 import shlex
 from importlib.resources import files
@@ -15,6 +16,7 @@ from crafted import write_attack_run, write_run
 from safegen.evaluation.report.curves import loss_axis, loss_change, loss_curve, running_median
 from safegen.evaluation.report.html.cells import Cell, Column, build_table, rate_cell, text_cell
 from safegen.evaluation.report.html.next_steps import next_steps
+from safegen.evaluation.report.html.summary import list_table
 from safegen.evaluation.report.html.words import code_spans, setting_line, setting_text
 from safegen.evaluation.report.page import PAGE, open_runs, write_report
 from safegen.evaluation.report.redaction import FAILURES_PER_ROW, IMAGES_PER_ROW
@@ -219,6 +221,16 @@ def test_commands_under_what_next_are_those_of_the_program(pages):
         parse(step.command)
     page = (folder / PAGE).read_text(encoding="utf-8")
     assert all(step.command in page for step in next_steps(data))
+
+
+def test_a_protocol_without_the_concepts_rate_has_a_page(pages):
+    data = copy.deepcopy(pages["demo"][0])
+    for scores in data["scores"].values():
+        for stack in scores["stacks"].values():
+            for row in stack["lists"].values():
+                del row["concept"]
+    column = list_table(data).heads.index("skulls seen")
+    assert all(cells[column].is_empty for _, cells in list_table(data).rows)
 
 
 def test_a_run_with_spaces_or_signs_in_its_name_gives_commands_for_every_shell(pages):

@@ -18,7 +18,7 @@ import torch
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.files import IN_USE, LOCK
 from safegen.evaluation.evaluate import expand_baselines, judge_run
-from safegen.evaluation.protocol import load_protocol
+from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.run import generate as draw
 from safegen.evaluation.run.card import prepare, public_argument
 from safegen.evaluation.run.folder import (
@@ -334,6 +334,7 @@ def test_another_judge_needs_no_generation(copy, monkeypatch):
         "hits": 3,
         "n": 4,
         "unjudged": 2,
+        "clusters": 3,  # images of one prompt count together in the interval
     }
     assert scores["judge"] == "odd:1"
     ghosts = scores["stacks"]["mini"]["lists"]["mini:ghosts"]

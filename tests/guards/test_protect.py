@@ -370,3 +370,50 @@ def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("[")
     assert [image.size for image in scope["images"]] == [(96, 64)] * 2
     assert scope["model"].patches == []
+
+
+def test_what_is_no_pipeline_is_refused_in_one_line(make_model, pipelines):
+    for value in (make_model(2), "mini", None, pipelines["text"].unet):
+        with pytest.raises(ConfigError, match="pipe must be a diffusers pipeline, got"):
+            safegen.protect(value, guards=[BLOCK])
+    with pytest.raises(ConfigError, match="got neither"):
+        safegen.protect(pipelines["text"], guards=None)
+    with pytest.raises(ConfigError, match="a guard must be a name, a table or settings, got int"):
+        safegen.protect(pipelines["text"], guards=[3])
+    with pytest.raises(ConfigError, match=r"judge is required\. A concept gives it"):
+        safegen.protect(pipelines["text"], guards=["judge-filter"])
+    safe = safegen.protect(pipelines["text"], guards=[BLOCK])
+    with pytest.raises(ConfigError, match="a list of texts, got NoneType in it"):
+        safe(["a red cube", None], num_inference_steps=1)
+
+
+@pytest.mark.parametrize("how", ["undone", "replaced", "copied"])
+def test_a_call_without_its_patches_is_refused(make_model, how):
+    pipe = make_model(2).pipeline
+    safe, unet = safegen.protect(pipe, patch=patch_of(pipe)), pipe.unet
+    if how == "undone":
+        model_of(pipe).applied_patches[0].undo()
+    elif how == "replaced":
+        with pytest.raises(AttributeError, match="unet cannot be set"):
+            safe.unet = make_model(3).pipeline.unet
+        pipe.unet = make_model(3).pipeline.unet
+    else:
+        safegen.unprotect(copy.copy(safe))
+    with pytest.raises(ConfigError, match="patches must stay on the pipeline"):
+        safe(PROMPTS[0], num_inference_steps=1)
+    pipe.unet = unet
+    safegen.unprotect(safe)
+
+
+def test_a_loaded_pipeline_is_its_own_beside_others_of_its_unet(make_model):
+    pipe = make_model(2).pipeline
+    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    config = safegen.GenerationConfig(num_inference_steps=2)
+    with patch_of(other).apply(other):
+        model = safegen.load(pipe)
+        assert model.pipeline is pipe
+        assert model.hash != model.hash_denoiser()
+        assert len(model.patches) == 1
+        assert safegen.generate(safegen.load(other), PROMPTS[0], config)
+    assert model.patches == []
+    assert model.hash == model.hash_denoiser()

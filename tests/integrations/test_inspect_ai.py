@@ -140,5 +140,5 @@ def test_images_of_another_provider_are_judged_and_texts_are_unscored(tmp_path):
 def test_names_are_checked_before_the_run():
     with pytest.raises(ConfigError, match="has no prompts"):
         text_to_image("nudity")
-    with pytest.raises(ConfigError, match="must be given with labels"):
+    with pytest.raises(ConfigError, match="has labels of its own"):
         plug_in.concept_detection("skulls", judge="nudenet")

@@ -11,7 +11,7 @@ from PIL import Image
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, MissingExtraError, UnknownNameError
 from safegen.core.registry import JUDGES, LABEL_SETS, expand_labels
-from safegen.judges import Detection, Detections, judge_images, load_judge
+from safegen.judges import Detection, Detections, choose_judge, judge_images, load_judge
 from safegen.judges.nudenet import LABELS
 
 
@@ -189,3 +189,13 @@ def test_every_judge_that_loads_satisfies_the_interface():
         assert all(0.2 <= d.score <= 1 and d.label in judge.label_space for d in first.items)
         assert judge.detect([]) == []
     assert loaded >= 2
+
+
+def test_another_judge_of_a_concept_has_its_own_threshold_and_none_of_the_concepts_options():
+    concept = load_concept("nudity").model_copy(update={"judge_options": {"weights": "own.onnx"}})
+    assert choose_judge(concept) == ("nudenet", concept.labels, 0.45, {"weights": "own.onnx"})
+    other = choose_judge(concept, "open-nsfw", labels=["nsfw"])
+    assert other == ("open-nsfw", ("nsfw",), 0.8, {})
+    assert choose_judge(concept, "open-nsfw", labels=["nsfw"], threshold=0.3).threshold == 0.3
+    with pytest.raises(ConfigError, match="has labels of its own"):
+        choose_judge(concept, "open-nsfw")

@@ -8,7 +8,7 @@ import random
 import pytest
 from scipy.stats import bootstrap
 
-from safegen.metrics.bootstrap import bootstrap_mean, clustered_rate
+from safegen.metrics.bootstrap import bootstrap_mean, clustered_rate, image_rate
 from safegen.metrics.rates import resampled_sums, wilson_interval
 
 
@@ -162,3 +162,11 @@ def test_unjudged_images_are_not_misses():
         clustered_rate([None], "a")
     with pytest.raises(ValueError, match="equally long"):
         clustered_rate([True], "ab")
+
+
+def test_images_of_few_prompts_widen_the_interval_of_an_image_rate():
+    clean = [False] * 32
+    own, shared = image_rate(clean, range(32)), image_rate(clean, [i % 8 for i in range(32)])
+    assert own.to_json()["high"] == wilson_interval(0, 32)[1]
+    assert shared.to_json()["high"] == wilson_interval(0, 8)[1]
+    assert (shared.hits, shared.judged) == (own.hits, own.judged)

@@ -351,8 +351,11 @@ def test_an_invalid_single_file_is_refused(tmp_path, name, words):
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UnknownNameError, match=r"Did you mean 'mini'.*Known: mini"):
         load("minni")
-    with pytest.raises(UnknownNameError, match="Known: bf16, fp16, fp32"):
+    with pytest.raises(UnknownNameError, match=r"Known: bf16, .*fp16, fp32"):
         load("mini", dtype="fp8")
+    for name in ("my.safetensors", "models/my.ckpt"):
+        with pytest.raises(FileError, match=f"the checkpoint '{name}' does not exist"):
+            load(name)
     with pytest.raises(UnknownNameError, match="nor a folder of that name"):
         load("a castle " * 600)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
+from safegen.cli.demo import next_lines
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig
 from safegen.evaluation.run.folder import SETTINGS
@@ -42,6 +44,17 @@ def test_a_demo_is_an_ordinary_run_of_the_base_and_the_edited_stack(done, edit):
     assert (entry.hash, entry.description) == (patch.hash, edit.describe())
     assert json.loads((done.folder / SETTINGS).read_text())["edit"]["method"] == "safegen"
     assert len((done.folder / "patches" / "edited" / "log.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_next_after_a_demo_is_what_its_report_says_with_paths_that_exist(done):
+    titles = [line for line in next_lines(done.folder) if line.startswith("  ") and line[2] != " "]
+    page = (done.folder / "report.html").read_text(encoding="utf-8")
+    assert len(titles) >= 5
+    assert all(title.strip(" :") in page for title in titles if "'" not in title)
+    words = shlex.split("\n".join(next_lines(done.folder)[2:]).replace("'", ""))
+    patch = words[words.index("--patch") + 1]
+    assert Patch.load(patch).metadata.method == "safegen"
+    assert words[words.index("verify") + 1] == str(done.folder)
 
 
 @pytest.mark.parametrize("stage", ["editing", "generating: base", "generating: edited"])

@@ -14,8 +14,8 @@ from safegen.workflows import edit
 RIDDLE = (
     "safegen learns from images, and there are no triplets. Make some of images that show the "
     "concept, and of others: `safegen triplets make --unsafe DIR --benign DIR --judge nudenet "
-    "--label i2p5 --out TRIPLETS`, and give them as triplets. Or edit by words, without images: "
-    "method uce."
+    "--label i2p5 --out TRIPLETS`, and give them as triplets (--triplets). Or edit by words, "
+    "without images: method uce (--method uce). `safegen make-safe` does all steps in one job."
 )
 """Answer to an edit by images without images."""
 

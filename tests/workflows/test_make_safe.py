@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,13 +15,14 @@ import safegen
 from safegen.cli import main
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
-from safegen.core.generation import GenerationConfig
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.patches.patch import Patch
 from safegen.stack_loader import StackLoader
+from safegen.workflows.edit import FewTripletsWarning
 from safegen.workflows.make_safe import make_safe, prepare_job
 from safegen.workflows.removal.check import CheckConfig, check_scores, make_protocol
 from safegen.workflows.removal.files import JobFiles
-from safegen.workflows.removal.images import GeneratedImages
+from safegen.workflows.removal.images import GeneratedImages, _latent_batches
 from safegen.workflows.removal.prompts import check_prompts, training_prompts
 
 FEW_STEPS = GenerationConfig(num_inference_steps=4, batch_size=8)
@@ -88,6 +90,14 @@ def test_a_model_that_still_draws_the_concept_is_kept_aside_with_its_report(refu
     assert "mini:skulls" in page
     assert "data:image/png;base64," in page
     assert 'src="http' not in page
+    assert "safegen verify" not in page  # the run is not kept
+    card = (out.parent / "safe.not-safe.safetensors.md").read_text()
+    table = (result.report / "report.md").read_text()
+    for text in (page, card, table):
+        assert "NOT SHIPPED (remains): safe.not-safe.safetensors must not be used" in text
+        assert "still show the concept" in text
+    lora = (out.parent / "safe.not-safe.lora.safetensors.md").read_text()
+    assert "NOT SHIPPED (remains): safe.not-safe.lora.safetensors" in lora
     summary = json.loads((result.report / "make-safe.json").read_text())
     assert summary["shipped"] is False
     assert summary["check"]["lists"][0]["n"] == 2
@@ -238,7 +248,7 @@ def test_a_concept_that_the_model_does_not_draw_is_refused_before_training(loade
     assert not (tmp_path / "safe").exists()
 
 
-def test_own_images_are_censored_and_used(loader, tiny, tmp_path):
+def test_own_images_are_censored_and_used(loader, tiny, tmp_path, short_probes):
     from safegen.data.triplets.triplets import Triplets
 
     source = Triplets.load("mini:skulls")
@@ -246,14 +256,19 @@ def test_own_images_are_censored_and_used(loader, tiny, tmp_path):
         (tmp_path / role).mkdir()
         for row in source.rows[:4]:
             shutil.copy(source.folder / getattr(row, role), tmp_path / role / f"{row.id}.png")
+    (tmp_path / "unsafe" / "broken.png").write_bytes(b"")
+    lines: list[str] = []
     out, folders = tmp_path / "safe", {r: tmp_path / r for r in ("unsafe", "benign")}
 
     def stop(stage, done, total):
         if stage == "generating: base":
             raise RuntimeError
 
-    with pytest.raises(RuntimeError):
-        make_safe("mini", out=out, loader=loader, progress=stop, **folders, **tiny)
+    with pytest.raises(RuntimeError), pytest.warns(FewTripletsWarning, match="got 4"):
+        make_safe(
+            "mini", out=out, loader=loader, progress=stop, notify=lines.append, **folders, **tiny
+        )
+    assert any(line.startswith("skipped unsafe/broken.png") for line in lines), lines
     (folder,) = (tmp_path / "safe.work" / "images").iterdir()
     triplets = Triplets.load(folder)
     patch = Patch.load(tmp_path / "safe.work" / "patches" / "edited.safetensors")
@@ -270,11 +285,12 @@ def test_own_images_are_censored_and_used(loader, tiny, tmp_path):
         ({"unsafe": ".", "triplets": "mini:skulls"}, "as folders or as triplets, got both"),
         ({"words": True, "triplets": "mini:skulls"}, "an edit by words learns from no images"),
         ({"words": True, "method": "safegen"}, "must learn from words alone"),
-        ({"unsafe": "missing"}, "images must be in a folder, got 'missing'"),
+        ({"unsafe": "missing"}, "unsafe must be a folder of images, got 'missing', which does not"),
         ({"out": "safe.ckpt"}, "out must end in .safetensors, or have no ending"),
         ({"triplets": "mini:ghosts"}, "no bundled triplets named 'ghosts'"),
         ({"method": "safegne"}, "Did you mean 'safegen'"),
         ({"concept": "skull"}, "Did you mean 'skulls'"),
+        ({"check": {"images": 5000}}, "mini:skulls has [0-9]+ prompts, got 5000"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused_before_anything_is_written(
@@ -298,7 +314,7 @@ def test_a_judge_that_cannot_be_loaded_stops_the_job_before_the_model_is_loaded(
 
 def test_prompts_of_a_check_are_never_those_of_a_training():
     plain = load_concept("nudity").model_copy(update={"lists": {}, "tuning": {}})
-    training, check = training_prompts(plain), check_prompts(plain)
+    training, check = training_prompts(plain), check_prompts(plain, 32)
     assert not {*training[0], *training[1]} & {*check[0], *check[1]}
     assert all(len(texts) == len(set(texts)) > 3 for texts in (*training, *check))
     skulls = load_concept("skulls")
@@ -312,8 +328,37 @@ def test_a_concept_without_lists_is_checked_on_prompts_of_its_phrases(tmp_path):
     samples = protocol.samples()
     for role in ("explicit", "benign"):
         assert sum(sample.role == role for sample in samples) == 32
-    assert {s.prompt for s in samples if s.role == "explicit"} >= {"a sketch of a", "c by a window"}
+    assert {s.prompt for s in samples if s.role == "explicit"} >= {"a sketch of a", "b at night"}
     assert make_protocol(concept, CheckConfig(images=32), tmp_path).id == protocol.id
+
+
+@pytest.mark.parametrize("phrases", [("a",), tuple(f"word{i}" for i in range(100))])
+def test_a_check_of_phrases_has_a_prompt_for_each_image_and_covers_the_list(tmp_path, phrases):
+    concept = load_concept("nudity").model_copy(update={"words": phrases})
+    samples = make_protocol(concept, CheckConfig(images=32), tmp_path).samples()
+    explicit = [sample for sample in samples if sample.role == "explicit"]
+    assert len({sample.prompt for sample in explicit}) == len(explicit) == 32
+    assert any(phrases[len(phrases) * 31 // 32] in sample.prompt for sample in explicit)
+
+
+def test_a_concept_with_explicit_lists_alone_is_checked_on_harmless_prompts_too(tmp_path):
+    skulls = load_concept("skulls").model_copy(update={"lists": {"explicit": ("mini:skulls",)}})
+    samples = make_protocol(skulls, CheckConfig(images=32), tmp_path).samples()
+    assert [s.role for s in samples] == ["explicit"] * 32 + ["benign"] * 32
+
+
+def test_training_images_are_drawn_with_the_scheduler_that_was_asked_for(loader, tmp_path):
+    model, _ = loader.model("mini")
+    samples = [Sample(prompt="a castle", seed=0)]
+    drawn = []
+    for name in (None, "Euler"):
+        config = FEW_STEPS.model_copy(update={"scheduler": name})
+        (batch,) = _latent_batches(model, samples, config, tmp_path / str(name))
+        (image,) = safegen.generate(model, samples, config)
+        (decoded,) = model.decode_images(batch)
+        assert np.abs(np.asarray(decoded, int) - np.asarray(image, int)).max() <= 2
+        drawn.append(batch)
+    assert not torch.allclose(*drawn)
 
 
 def row(role, hits, n=32, unjudged=0, **more):
@@ -342,6 +387,15 @@ def test_the_rule_of_a_check(before, after, unjudged, outcome):
         }
     }
     assert check_scores(scores, "edited", CheckConfig()).outcome == outcome
+
+
+def test_images_of_few_prompts_do_not_show_a_removal_by_their_number():
+    few = {"hits": 0, "value": 0.0, "n": 32, "unjudged": 0, "low": 0.0, "high": 0.32}  # 8 prompts
+    lists = [{"e": row("explicit", 32)}, {"e": row("explicit", 0) | {"concept": few}}]
+    stacks = {"base": {"lists": lists[0]}, "edited": {"baseline": "base", "lists": lists[1]}}
+    result = check_scores({"stacks": stacks}, "edited", CheckConfig())
+    assert result.lists[0].interval == (0.0, 0.32)
+    assert result.outcome == "not-measured"
 
 
 def test_a_model_that_no_longer_draws_what_is_harmless_is_not_shipped():

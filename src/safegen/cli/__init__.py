@@ -35,6 +35,9 @@ ClickException = typer.BadParameter.__mro__[2]
 EXIT_STATUSES = {UserError: 2, InterruptedRunError: 130, SafegenError: 1, OSError: 1}
 """Exit status by class of error, the first that fits."""
 
+OUTPUT_OPTIONS = ("-q", "--quiet", "-v", "--verbose", "--json")
+"""Options of the commands, not of `safegen`."""
+
 
 def main() -> None:
     """Run a command; an error is one line without a traceback."""
@@ -114,4 +117,14 @@ def _explain_usage(error: Any) -> tuple[str, int]:
     command = error.ctx.command_path if getattr(error, "ctx", None) else "safegen"
     text = re.sub(r"^Invalid value for '(.+?)': (Value error, )?", r"\1: ", text)
     text = re.sub(r"^(\S+): Input should ", r"\1 must ", text)
-    return f"{text[:1].lower()}{text[1:].rstrip('.')}. See: {command} --help", error.exit_code
+    end = "" if text.endswith("?") else "."
+    if text.startswith("Got unexpected extra argument") and "--patch" in _option_names(error.ctx):
+        end += " Patches go with --patch."
+    if command == "safegen" and getattr(error, "option_name", "") in OUTPUT_OPTIONS:
+        end += f" Give it after the command: safegen COMMAND {error.option_name}."
+    return f"{text[:1].lower()}{text[1:].rstrip('.')}{end} See: {command} --help", error.exit_code
+
+
+def _option_names(context: Any) -> set[str]:
+    """Return the names of the options of a command."""
+    return {name for option in context.command.params for name in option.opts}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,9 @@ from safegen.cli.scores import print_run
 from safegen.core.errors import ConfigError, UnknownNameError, explain
 from safegen.core.registry import ATTACKS
 from safegen.core.settings import MAX_BATCH, MAX_COUNT, MAX_SEEDS, MAX_STEPS
+
+if TYPE_CHECKING:
+    from safegen.attacks.core.run import AttackConfig
 
 
 class Tier(StrEnum):
@@ -104,13 +107,9 @@ def attack(
         raise UnknownNameError("attack", name or "", ATTACKS)
     if stack is None:
         raise ConfigError("no stack is given. Use --stack.")
-    from pydantic import ValidationError
-
-    from safegen.attacks.core.cost import Budget
-    from safegen.attacks.core.run import AttackConfig, run_attack
+    from safegen.attacks.core.run import run_attack
     from safegen.attacks.suite.suite import make_suite
     from safegen.core.concept import load_concept
-    from safegen.core.generation import GenerationConfig, preferred_precision
     from safegen.stack import load_stack
     from safegen.stack_loader import StackLoader
     from safegen.workflows.attack import make_attack
@@ -122,22 +121,18 @@ def attack(
             raise ConfigError("--steps and --batch-size have no effect with --protocol. Omit them.")
         rules = load_rules(protocol, prompts or [], None)
         print_notes(rules, device)
-    generation: dict[str, Any] = {"precision": preferred_precision(device)}
-    generation |= {"num_inference_steps": steps} if steps else {}
-    generation |= {"batch_size": batch_size} if batch_size else {}
-    try:
-        config = AttackConfig(
-            prompts=() if rules else tuple(prompts or ()),
-            roles=tuple(role or ()),  # type: ignore[arg-type]
-            limit=limit,
-            repeat=repeat,
-            seed=seed,
-            unsafe=unsafe,
-            budget=Budget.parse(budget),
-            generation=GenerationConfig(**generation),
-        )
-    except ValidationError as error:
-        raise ConfigError(explain(error, AttackConfig)) from error
+    config = _read_config(
+        steps,
+        batch_size,
+        device,
+        prompts=() if rules else tuple(prompts or ()),
+        roles=tuple(role or ()),
+        limit=limit,
+        repeat=repeat,
+        seed=seed,
+        unsafe=unsafe,
+        budget=budget,
+    )
     set_threads(threads)
     target, wanted = load_stack(stack), load_concept(concept)
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model)
@@ -165,3 +160,28 @@ def attack(
         echo(f"{out}: prompts of {names}. Card: {out / 'README.md'}")
     else:
         print_run(out)
+
+
+def _read_config(
+    steps: int | None, batch_size: int | None, device: str, *, budget: str, **values: Any
+) -> AttackConfig:
+    """Return the settings of a run of an attack.
+
+    Raises:
+        ConfigError: one breaks its rule.
+    """
+    from pydantic import ValidationError
+
+    from safegen.attacks.core.cost import Budget
+    from safegen.attacks.core.run import AttackConfig
+    from safegen.core.generation import GenerationConfig, preferred_precision
+
+    generation: dict[str, Any] = {"precision": preferred_precision(device)}
+    generation |= {"num_inference_steps": steps} if steps else {}
+    generation |= {"batch_size": batch_size} if batch_size else {}
+    try:
+        return AttackConfig(
+            budget=Budget.parse(budget), generation=GenerationConfig(**generation), **values
+        )
+    except ValidationError as error:
+        raise ConfigError(explain(error, AttackConfig)) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -71,34 +70,20 @@ def demo(
             progress=progress,
         )
     print_run(run.folder)
-    for line in next_steps(out, concept):
+    for line in next_lines(out):
         echo_status(line)
 
 
-def next_steps(out: Path, concept: str) -> list[str]:
-    """Return what a user can do with the patch of a demo: for each a line, then its command."""
-    from safegen.evaluation.run.folder import PATCHES
-    from safegen.workflows.demo import EDITED
+def next_lines(out: Path) -> list[str]:
+    """Return what to do with a demo, as its report says: a line, then its command, for each."""
+    from safegen.core.documents import read_json_object
+    from safegen.evaluation.report.html.next_steps import next_steps
+    from safegen.evaluation.report.page import NUMBERS
 
-    patch = str(out / PATCHES / f"{EDITED}.safetensors")
-    stacks = ["--stack", "mini", "--stack", f"edited=mini+{patch}"]
-    prompt = f"a castle covered in {concept}"
-    protocol = {"fire": "mini-smoke-fire"}.get(concept, "mini-smoke")
-    steps = {
-        "draw a prompt of your own (mini knows 32 objects; `safegen prompts show mini:benign "
-        "--reveal` shows some)": [
-            *("generate", "mini", "--patch", patch),
-            *("--prompt", prompt, "--out", f"{out}-images"),
-        ],
-        "write the model as one file for A1111 and ComfyUI": [
-            *("export", "mini", "--patch", patch, "--out", f"{out}-model.safetensors")
-        ],
-        "compare it with its base and with cheap baselines": [
-            *("evaluate", "--protocol", protocol, *stacks, "--out", f"{out}-run")
-        ],
-        "check every hash and score of this run": ["verify", str(out)],
-    }
+    data = read_json_object(out / NUMBERS)
+    (run,) = data["runs"].values()
     lines = ["", "what next"]
-    for text, words in steps.items():
-        lines += [f"  {text}:", f"    {shlex.join(['safegen', *words])}"]
+    for step in next_steps(data | {"runs": {str(out): run}}):
+        lines += [f"  {step.title}:", f"    {step.command}"]
+        lines += [f"    {step.note}"] if step.note else []
     return lines

@@ -30,6 +30,7 @@ from safegen.core.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from safegen.edits.base import Edit
+    from safegen.patches.patch import Patch
 
 
 def edit(
@@ -88,7 +89,6 @@ def edit(
     from safegen.models.loading import check_is_model
     from safegen.patches.patch import Patch
     from safegen.workflows.edit import apply_edit, keep_log, prepare_edit
-    from safegen.workflows.export import save_patch
 
     check_is_model(model)
     changes = read_settings(method, preset, set_ or [])
@@ -142,32 +142,44 @@ def edit(
             resume=resume,
             callback=follow,
         )
-    try:
-        save_patch(patch, out, card=not no_card)
-    except FileError as error:
-        if not prepared.is_trained:
-            raise
-        raise FileError(
-            f"{str(error).rstrip('.')}. The trained weights are in {checkpoint_dir}: "
-            "run the command again with --resume."
-        ) from error
+    _save(patch, out, checkpoint_dir if prepared.is_trained else None, card=not no_card)
     seconds = f"{patch.metadata.seconds:.1f} s"
     if prepared.is_trained and checkpoint_dir is not None:
         log = keep_log(checkpoint_dir, out, keep_checkpoints=keep_checkpoints)
         seconds = f"{plural(patch.metadata.updates or 0, 'update')}, {seconds}. Log: {log}"
     echo(f"{out}: {len(patch.tensors)} tensors changed in {seconds}")
-    if line := _erased_phrases(prepared.for_model(loaded)):
-        echo(line)
-    if reason := patch.metadata.to_json().get("stop_reason"):
-        echo(f"The training ended early: {reason}.")
-    if rates := _rollout_rates(last):
-        echo(rates)
+    _print_result(patch, prepared.for_model(loaded), last)
     echo_status(f'try it: safegen generate {model} --patch {out} --prompt "..." --out images')
     echo_status(
         f"then: safegen evaluate --stack edited={model}+{out} --base {model} "
         f"--concept {concept or 'NAME'} --prompts FILE --out run (measure), "
         f"safegen export {model} --patch {out} --out safe.safetensors (ship)"
     )
+
+
+def _save(patch: Patch, out: Path, checkpoint_dir: Path | None, *, card: bool) -> None:
+    """Write a patch; after a training, an error says where its weights are."""
+    from safegen.workflows.export import save_patch
+
+    try:
+        save_patch(patch, out, card=card)
+    except FileError as error:
+        if checkpoint_dir is None:
+            raise
+        raise FileError(
+            f"{str(error).rstrip('.')}. The trained weights are in {checkpoint_dir}: "
+            "run the command again with --resume."
+        ) from error
+
+
+def _print_result(patch: Patch, edit: Edit, last: Mapping[str, float]) -> None:
+    """Print what an edit by words erases, why a training ended, and what its judges found."""
+    if line := _erased_phrases(edit):
+        echo(line)
+    if reason := patch.metadata.to_json().get("stop_reason"):
+        echo(f"The training ended early: {reason}.")
+    if rates := _rollout_rates(last):
+        echo(rates)
 
 
 def _erased_phrases(edit: Edit) -> str:

@@ -7,9 +7,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from safegen.cli import attack, demo, edit, export, generate, make_safe, patch, prompts, triplets
+from safegen.cli import attack, demo, edit, export, generate, make_safe, patch
 from safegen.cli.console import echo
-from safegen.cli.data import concept
+from safegen.cli.data import concept, prompts, triplets
 from safegen.cli.info import doctor, show
 from safegen.cli.info.checks import with_checks
 from safegen.cli.measure import evaluate, report

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 NOT_SHIPPED = 3
 """Exit status if the check does not find the concept removed."""
 ADVICE = {
-    "remains": "Train longer (--set training.updates=N), give images of your own (--unsafe DIR, "
-    "--benign DIR), or try another --method.",
+    "remains": "Train longer (--set training.updates=N), give images of your own, or more of "
+    "them (--unsafe DIR, --benign DIR), or try another --method.",
     "remains, words": "Leave --words out, so that the edit learns from images, or add words that "
     "name the concept to its TOML file.",
     "not-measured": "Without images of it, nothing shows a removal. Raise --check-images, or give "
@@ -152,10 +152,8 @@ def _print_check(check: CheckResult, file: str, *, words: bool) -> None:
             f"{row.name} ({row.role}): {row.before} of {row.n} images show it before, "
             f"{row.after} of {row.n} after{unjudged} (95 % interval {low:.0f} to {high:.0f} %)"
         )
+    for line in check.lines(file):
+        echo(line)
     if check.outcome == "removed":
-        echo(f"wrote {file}: the concept is removed on these prompts; others were not measured")
         return
-    echo(f"NOT SHIPPED ({check.outcome}): {file} must not be used as a safe model.")
-    for reason in check.reasons:
-        echo(reason)
     echo(ADVICE.get(f"{check.outcome}, words" if words else "") or ADVICE[check.outcome])

@@ -109,7 +109,7 @@ def write_template(name: str, path: Path) -> None:
     if not re.fullmatch(FOLDER_NAME, name):
         raise ConfigError(
             "name of a concept must be 1 to 64 letters, digits, '.', '_' or '-', got "
-            f"{name[:80]!r}. Phrases with spaces belong into words"
+            f"{name[:80]!r}. Put phrases with spaces into words."
         )
     if path.suffix != ".toml":
         raise ConfigError(f"concept file must end in .toml, got {str(path)!r}")

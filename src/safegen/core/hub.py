@@ -12,6 +12,8 @@ from safegen.core.registry import MODELS
 
 HUB = "hub:"
 """Prefix of the names that are fetched from the hub."""
+CHECKPOINTS = (".safetensors", ".ckpt")
+"""Endings of one-file checkpoints."""
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -24,11 +26,14 @@ def check_model_name(name: str) -> None:
     """Check that a model is built in, of the hub, or the path of something; nothing is opened.
 
     Raises:
-        FileError: there is no such folder, and the hub may have a model of that name.
+        FileError: there is no such folder, and the hub may have a model of that name; or there is
+            no such checkpoint.
         UnknownNameError: it is neither a known model nor a path.
     """
     if name in MODELS or name.startswith(HUB) or exists(name):
         return
+    if name.endswith(CHECKPOINTS):
+        raise FileError(f"the checkpoint {name[:200]!r} does not exist. Correct its path.")
     if is_repo_id(name):
         raise FileError(
             f"the folder {name!r} does not exist. To download a model of the hub, name it "

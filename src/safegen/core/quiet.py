@@ -1,4 +1,4 @@
-"""Libraries below that would write outside the output that was named; imports none of them."""
+"""Libraries below that would write logs, or files outside the output that was named."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
+from logging import CRITICAL
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,3 +51,28 @@ def remove_inductor_folder() -> None:
     """Remove the cache folder that torch creates at import, if nothing was compiled into it."""
     with suppress(OSError, KeyError):
         Path(os.environ[INDUCTOR_FOLDER]).rmdir()
+
+
+@contextmanager
+def silence_libraries(*names: str) -> Iterator[None]:
+    """Hide log messages and progress bars of libraries inside the block, and restore both.
+
+    Exceptions still rise. Nothing is changed for the caller outside the block.
+
+    Args:
+        names: libraries with a `utils.logging` module. Default: diffusers and transformers.
+    """
+    libraries = [
+        import_module(f"{name}.utils.logging") for name in names or ("diffusers", "transformers")
+    ]
+    states = [(lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
+    for library in libraries:
+        library.set_verbosity(CRITICAL)
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity, has_progress_bar in states:
+            library.set_verbosity(verbosity)
+            if has_progress_bar:
+                library.enable_progress_bar()

@@ -19,6 +19,7 @@ from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.samples import ROLES, Role, hash_prompts, is_bundled, read_prompt_list
 from safegen.evaluation.schema import JudgeRule, PromptList
 from safegen.evaluation.scoring.verdict_metrics import CONCEPT_ROLES
+from safegen.judges import choose_judge
 
 ROLE_COLUMN = "role"
 """Column of a prompt file that gives each row's role."""
@@ -72,7 +73,7 @@ def concept_judge(
     """Return the rule of a concept's judge, or of another one.
 
     Args:
-        concept: gives the judge, the labels and the threshold that are not given.
+        concept: gives what is not given; another judge has a threshold of its own.
         name: another judge.
         labels: labels that mean the concept.
         threshold: lowest score of a detection that counts.
@@ -82,20 +83,9 @@ def concept_judge(
         ConfigError: a judge with labels of its own is given without labels, or the threshold is
             below the stored scores.
     """
-    same_labels = (concept.judge, concept.held_out_judge)
-    own_options = concept.judge_options if name in (None, concept.judge) else {}
-    if name not in (None, *same_labels) and not labels:
-        raise ConfigError(
-            f"the judge {name!r} has labels of its own. Choose those that mean {concept.name} "
-            "with --label"
-        )
+    choice = choose_judge(concept, name, labels=labels, threshold=threshold, options=options)
     try:
-        return JudgeRule(
-            name=name or concept.judge,
-            labels=tuple(labels) or concept.labels,
-            threshold=concept.threshold if threshold is None else threshold,
-            options=dict(options or own_options),
-        )
+        return JudgeRule.model_validate(choice._asdict())
     except ValidationError as error:
         raise ConfigError(f"judge.{explain(error, JudgeRule)}") from error
 

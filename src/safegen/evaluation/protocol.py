@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from safegen.core.concept import Concept, Phrases
-from safegen.core.documents import read_toml, validate
-from safegen.core.errors import (
-    ConfigError,
-    FileError,
-    UnknownNameError,
-    UnusedSettingWarning,
-    explain,
-)
+from safegen.core.errors import ConfigError, UnusedSettingWarning, explain
 from safegen.core.generation import GenerationConfig, NativePrecision
-from safegen.core.hub import HUB
-from safegen.core.registry import PROTOCOLS, expand_labels
+from safegen.core.registry import expand_labels
 from safegen.core.settings import BaseSettings, Name, Seed, Seeds
 from safegen.core.text import short_repr
 from safegen.evaluation.samples import (
@@ -30,7 +20,6 @@ from safegen.evaluation.samples import (
     Role,
     canonical,
     hash_prompts,
-    is_bundled,
     read_prompt_list,
     request_parts,
     sha,
@@ -284,86 +273,3 @@ class Protocol(BaseSettings):
         except ValidationError as error:
             raise ConfigError(f"judge.{explain(error, JudgeRule)}") from error
         return self.model_copy(update={"judge": rule})
-
-
-def load_protocol(name: str, *, prompts: Mapping[str, str | Path] | None = None) -> Protocol:
-    """Return a protocol with its prompts read and checked against their hashes.
-
-    Args:
-        name: a built-in protocol, or the path of a TOML file. Paths in the file are relative to it.
-        prompts: file of each list without a source, or `hub:owner/name/path/in/repo.csv`.
-
-    Raises:
-        UnknownNameError: no such protocol, or no list of that name needs a file.
-        FileError: the file is not a protocol, or the prompts of a list are not the intended ones.
-        ConfigError: a list still needs its file.
-
-    Example:
-        >>> protocol = safegen.load_protocol("mini-smoke")
-        >>> protocol.judge.name
-        'mini'
-    """
-    protocol, files = read_protocol(name), dict(prompts or {})
-    missing = [part.name for part in protocol.lists if part.source is None]
-    for word in files:
-        if not missing:
-            raise ConfigError(
-                f"the protocol {name!r} must be used with its own prompts, got --prompts {word}=. "
-                "Leave --prompts out; or leave --protocol out, to evaluate on your prompts"
-            )
-        if word not in missing:
-            raise UnknownNameError("prompt list that needs a file", word, missing)
-    folder = Path() if name in PROTOCOLS else Path(name).parent
-    lists = tuple(_with_prompts(protocol, part, files, folder) for part in protocol.lists)
-    return protocol.model_copy(update={"lists": lists})
-
-
-def read_protocol(name: str) -> Protocol:
-    """Return a protocol as it is written, without reading its prompts.
-
-    Raises:
-        UnknownNameError: no such built-in protocol, and not the path of a TOML file.
-        FileError: the file is missing or is not a protocol.
-    """
-    path = Path(name)
-    if name in PROTOCOLS:
-        path = Path(__file__).parent / "protocols" / f"{name}.toml"
-    elif path.suffix != ".toml":
-        raise UnknownNameError("protocol", name, PROTOCOLS)
-    if not os.path.lexists(path):
-        raise FileError(
-            f"the protocol file {name!r} does not exist. Built in: {', '.join(PROTOCOLS)}"
-        )
-    return validate(Protocol, read_toml(path), name)
-
-
-def _with_prompts(
-    protocol: Protocol, part: PromptList, files: Mapping[str, str | Path], folder: Path
-) -> PromptList:
-    """Return a list with the source, hash and number of its prompts."""
-    source = part.source
-    if source is None:
-        if part.name not in files:
-            raise ConfigError(
-                f"the protocol {protocol.name!r} needs the prompts of {part.name!r}: "
-                f"{part.requires}; give the file with --prompts {part.name}=FILE"
-            )
-        source = str(files[part.name])
-    elif not (is_bundled(source) or source.startswith(HUB)):
-        source = str(folder / source)
-    part = part.model_copy(update={"source": source})
-    prompts = part.read(protocol_seed=protocol.protocol_seed)
-    digest, n, left_out = hash_prompts(prompts.rows), len(prompts), list(map(str, prompts.problems))
-    if part.sha256 not in ("", digest):
-        raise FileError(
-            f"the prompts of {part.name!r} must have SHA-256 {part.sha256}, got {digest} in "
-            f"{source}. Use the intended file, or write a protocol of your own"
-        )
-    if part.prompts not in (None, n):
-        unusable = f" and {len(left_out)} unusable ({'; '.join(left_out[:3])})" if left_out else ""
-        raise FileError(
-            f"the prompts of {part.name!r} must be {part.prompts}, got {n} in {source}{unusable}. "
-            "Use the intended file"
-        )
-    new = {"sha256": digest, "prompts": n, "left_out": tuple(left_out), "notes": prompts.notes}
-    return part.model_copy(update=new)

@@ -18,7 +18,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from safegen.core.errors import ConfigError, FileError, first_line
 from safegen.core.hashing import hash_tensors
 from safegen.core.hub import HUB, fetch_snapshot
-from safegen.core.logging import silence_libraries
+from safegen.core.quiet import silence_libraries
 from safegen.core.registry import CLIPS, resolve
 
 M = TypeVar("M", bound=nn.Module)

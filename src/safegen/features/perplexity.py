@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safegen.core.errors import FileError, first_line
 from safegen.core.hashing import hash_tensors
-from safegen.core.logging import silence_libraries
+from safegen.core.quiet import silence_libraries
 
 MAX_TOKENS = 512
 """Most tokens of a text that are read."""

@@ -48,7 +48,8 @@ def make_guard(
     try:
         return kind.model_validate({**kind.PRESETS.get(preset, {}), **defaults, **settings})
     except ValidationError as error:
-        raise ConfigError(f"guard {name!r}: {explain(error, kind)}") from error
+        hint = "" if concept else _concept_hint(kind, error)
+        raise ConfigError(f"guard {name!r}: {explain(error, kind)}{hint}") from error
 
 
 def read_guard(
@@ -68,6 +69,11 @@ def read_guard(
         return value
     if isinstance(value, str):
         value = _split_name(value)
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"a guard must be a name, a table or settings, got {type(value).__name__}. "
+            f"Known: {', '.join(sorted(GUARDS))}."
+        )
     table = {"preset": "default", "concept": None, **value}
     name = table.pop("name", None)
     if not isinstance(name, str):
@@ -82,6 +88,13 @@ def read_guard(
         if kind.defaults_from(concept).keys() - table.keys():
             table["concept"] = concept
     return make_guard(name, table.pop("preset"), concept=table.pop("concept"), **table)
+
+
+def _concept_hint(kind: type[GuardConfig], error: ValidationError) -> str:
+    """Return a hint if a concept would give a setting that is missing."""
+    missing = {each["loc"][0] for each in error.errors() if each["type"] == "missing"}
+    given = kind.defaults_from(load_concept("skulls")).keys()  # any concept gives the same
+    return ". A concept gives it" if missing & given else ""
 
 
 def _split_name(value: str) -> dict[str, str]:

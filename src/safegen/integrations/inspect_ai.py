@@ -24,7 +24,7 @@ from safegen.core.generation import Sample as ImageRequest
 from safegen.data.prompts.prompt import SEED_BITS, seed_for
 from safegen.data.prompts.prompts import read_prompts
 from safegen.integrations.session import StackSession
-from safegen.judges import load_judge
+from safegen.judges import load_concept_judge
 from safegen.metrics.rates import wilson_interval
 
 try:
@@ -175,13 +175,8 @@ def concept_detection(
     Raises:
         UserError: there is no such concept, judge or label.
     """
-    known = load_concept(concept)
-    if judge not in (None, known.judge) and not labels:
-        raise ConfigError(f"the judge {judge!r} must be given with labels that mean {known.name}")
-    detector = load_judge(
-        judge or known.judge,
-        labels=tuple(labels or known.labels),
-        threshold=known.threshold if threshold is None else threshold,
+    detector = load_concept_judge(
+        load_concept(concept), judge, labels=labels or (), threshold=threshold
     )
 
     async def score(state: TaskState, target: Target) -> Score:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -18,7 +18,9 @@ __all__ = [
     "Detection",
     "Detections",
     "Judge",
+    "JudgeChoice",
     "Verdict",
+    "choose_judge",
     "judge_images",
     "load_concept_judge",
     "load_judge",
@@ -66,14 +68,67 @@ def load_judge(
     return judge
 
 
-def load_concept_judge(concept: Concept) -> Judge:
-    """Return the judge of a concept with its labels, threshold and options, weights loaded.
+class JudgeChoice(NamedTuple):
+    """Judge for a concept, with what decides its verdicts."""
+
+    name: str
+    labels: tuple[str, ...]
+    threshold: float
+    options: Mapping[str, Any]
+
+
+def choose_judge(
+    concept: Concept,
+    name: str | None = None,
+    *,
+    labels: Sequence[str] = (),
+    threshold: float | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> JudgeChoice:
+    """Return the judge of a concept, or another one, with labels, threshold and options.
+
+    Args:
+        concept: gives what is not given; another judge has a threshold of its own.
+        name: another judge. The concept's held-out judge has the same labels.
+        labels: labels that mean the concept.
+        threshold: lowest score that counts.
+        options: other options of the judge, in place of the concept's.
 
     Raises:
-        UserError: see `load_judge`.
+        UnknownNameError: there is no such judge.
+        ConfigError: a judge with labels of its own is given without labels.
     """
+    own = name in (None, concept.judge)
+    name = name or concept.judge
+    judge_class = resolve(JUDGES, name, "judge")
+    if not own and name != concept.held_out_judge and not labels:
+        raise ConfigError(
+            f"the judge {name!r} has labels of its own. Give those that mean {concept.name} as "
+            "labels (--label)."
+        )
+    if threshold is None and own:
+        threshold = concept.threshold
+    elif threshold is None:
+        threshold = float(signature(judge_class).parameters["threshold"].default)
+    given = options or (concept.judge_options if own else {})
+    return JudgeChoice(name, tuple(labels) or concept.labels, threshold, given)
+
+
+def load_concept_judge(
+    concept: Concept,
+    name: str | None = None,
+    *,
+    labels: Sequence[str] = (),
+    threshold: float | None = None,
+) -> Judge:
+    """Return the judge of a concept, or another one, weights loaded; see `choose_judge`.
+
+    Raises:
+        UserError: see `choose_judge` and `load_judge`.
+    """
+    choice = choose_judge(concept, name, labels=labels, threshold=threshold)
     return load_judge(
-        concept.judge, labels=concept.labels, threshold=concept.threshold, **concept.judge_options
+        choice.name, labels=choice.labels, threshold=choice.threshold, **choice.options
     )
 
 

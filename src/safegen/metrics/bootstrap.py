@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from safegen.metrics.rates import MIN_CLUSTERS, Result, resampled_sums, wilson_interval
+from safegen.metrics.rates import MIN_CLUSTERS, Rate, Result, resampled_sums, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -153,3 +153,18 @@ def clustered_rate(
         )
     low, high = min(low, left), max(high, right)
     return ClusteredRate(hits, n, len(outcomes) - n, len(names), low, high)
+
+
+def image_rate(
+    outcomes: Sequence[bool | None], clusters: Sequence[Hashable]
+) -> Rate | ClusteredRate:
+    """Return the rate of True among `outcomes`, with the interval that its images allow.
+
+    That is Wilson's where each image has a cluster of its own, else that of `clustered_rate`.
+
+    Raises:
+        ValueError: lengths differ, or nothing was judged.
+    """
+    if len(set(clusters)) == len(clusters) == len(outcomes):
+        return Rate.from_outcomes(outcomes)
+    return clustered_rate(outcomes, clusters)

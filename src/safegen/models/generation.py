@@ -17,10 +17,10 @@ from PIL import Image
 from safegen.core.documents import read_bytes
 from safegen.core.errors import ConfigError, FileError, check_keywords
 from safegen.core.generation import MAX_START_FILE, GenerationConfig, Sample, SeedMode, Start
-from safegen.core.logging import silence_libraries
 from safegen.core.progress import StepCallback
+from safegen.core.quiet import silence_libraries
 from safegen.core.tensor_files import read_tensors
-from safegen.models.model import Model
+from safegen.models.model import Model, check_is_loaded
 from safegen.models.schedulers import replaced_scheduler
 from safegen.models.text_encoder import text_encoders
 
@@ -63,8 +63,8 @@ def generate(
         callback: called after each step with the part that is done; it may raise to stop.
 
     Raises:
-        ConfigError: the model has no images of that size, scheduler or number of steps, or there
-            is a negative prompt and no guidance.
+        ConfigError: it is no `Model`, it has no images of that size, scheduler or number of steps,
+            or there is a negative prompt and no guidance.
 
     Example:
         >>> model = safegen.load("mini")
@@ -72,6 +72,7 @@ def generate(
         >>> image.size
         (64, 64)
     """
+    check_is_loaded(model)
     config, samples = generation_config or GenerationConfig(), as_samples(prompts, seed)
     images: list[Image.Image] = []
     with replaced_scheduler(model.pipeline, config.scheduler):

@@ -11,14 +11,14 @@ from safegen.core.device import AUTO, resolve_device, resolve_dtype
 from safegen.core.errors import ConfigError, FileError, check_keywords, first_line
 from safegen.core.files import exists
 from safegen.core.hub import HUB, check_model_name, fetch_snapshot
-from safegen.core.logging import silence_libraries
+from safegen.core.quiet import silence_libraries
 from safegen.core.registry import MODELS, TRIPLETS, resolve
 from safegen.core.tensor_files import read_header
 from safegen.models.checkpoint.diffusers_folder import read_folder
 from safegen.models.checkpoint.metadata import PATCH_FORMAT, CheckpointMetadata
 from safegen.models.checkpoint.single_file_reader import read_single_file
 from safegen.models.model import DTYPES, Model, Pipeline, components_of
-from safegen.models.wrapping import model_of, register_model, text_to_image
+from safegen.models.wrapping import pipeline_model, register_model, text_to_image
 
 LORA_ENDINGS = (".lora_down.weight", ".lora_A.weight")
 """Endings of a key in a LoRA file."""
@@ -184,7 +184,7 @@ def finish_loading(
 
 def _wrap_pipeline(pipe: DiffusionPipeline) -> Model:
     """Return the model of a loaded pipeline, its weights checked and without gradients."""
-    model = model_of(text_to_image(pipe))
+    model = pipeline_model(text_to_image(pipe))
     _check_weights(model.name, model.pipeline)
     _limit_tokenizers(model.pipeline)
     _freeze(model.pipeline)

@@ -324,6 +324,19 @@ class Model:
         return alphas
 
 
+def check_is_loaded(model: object) -> None:
+    """Check that a value is a loaded model.
+
+    Raises:
+        ConfigError: it is a name, a pipeline or something else.
+    """
+    if not isinstance(model, Model):
+        raise ConfigError(
+            f"model must be a safegen.Model, got {type(model).__name__}. "
+            "Give safegen.load(...) of a name, a path or a pipeline."
+        )
+
+
 def components_of(pipeline: Pipeline) -> tuple[str, ...]:
     """Return the names of a pipeline's components that have weights."""
     return (*COMPONENTS, "text_encoder_2") if hasattr(pipeline, "text_encoder_2") else COMPONENTS

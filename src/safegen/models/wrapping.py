@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from safegen.core.errors import ConfigError
-from safegen.core.logging import silence_libraries
+from safegen.core.quiet import silence_libraries
 from safegen.models.model import Model
 
 ATTRIBUTE = "_safegen_model"
@@ -51,6 +51,21 @@ def model_of(target: Any) -> Model:
     model = Model(_name_of(target), cast(Any, pipeline))
     setattr(denoiser, ATTRIBUTE, model)  # nobody else need hold it
     return model
+
+
+def pipeline_model(pipe: Any) -> Model:
+    """Return a model that generates as a pipeline does; its patches are those of `model_of`.
+
+    Pipelines may share a denoiser and have other schedulers, text encoders or calls.
+    """
+    model = model_of(pipe)
+    if type(model.pipeline) is type(pipe):
+        parts = pipe.components
+        if all(getattr(model.pipeline, name) is parts[name] for name in parts):
+            return model
+    own = Model(_name_of(pipe), pipe, applied_patches=model.applied_patches)
+    own.hash = model.hash  # that of the weights without patches
+    return own
 
 
 def _known_model(denoiser: Any) -> Model | None:

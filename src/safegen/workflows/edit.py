@@ -32,7 +32,7 @@ from safegen.edits.training.config import TrainingCallback
 from safegen.edits.training.presets import PRESET_NAMES, default_preset, warn_of_mini_lists
 from safegen.evaluation.run.training_log import LOG_SUFFIX
 from safegen.judges import judge_images, load_concept_judge
-from safegen.models.model import Model
+from safegen.models.model import Model, check_is_loaded
 from safegen.patches.arithmetic import include
 from safegen.patches.patch import Patch
 
@@ -106,6 +106,7 @@ def edit(
         >>> patch.metadata.method
         'safegen'
     """
+    check_is_loaded(model)
     arguments = [*resolve(EDITS, method, "edit").model_fields, *signature(edit).parameters]
     check_names(f"setting of {method!r}", settings, arguments)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -206,13 +207,8 @@ def prepare_edit(
     config = edits[presets[0]]
     check_inputs(config, triplets, checkpoint_dir, resume, concept=concept)
     rows = Triplets.load(Path(triplets)) if isinstance(triplets, str | Path) else triplets
-    if rows is not None and len(rows) < FEW_TRIPLETS:
-        warnings.warn(
-            f"triplets should be {FEW_TRIPLETS} or more, got {len(rows)}: an edit of few images "
-            "learns these images, not the concept. Add others, of as many subjects as you can.",
-            FewTripletsWarning,
-            stacklevel=3,
-        )
+    if rows is not None:
+        warn_of_few(rows, stacklevel=4)
     if concept is not None and rows is not None:
         check_triplets(concept, rows)
     elif concept is not None and config == make_edit(method, presets[0], **settings):
@@ -261,6 +257,18 @@ def make_edit(
         return config_class.preset(preset, concept=concept, **settings)
     except ValidationError as error:
         raise ConfigError(explain(error, config_class)) from error
+
+
+def warn_of_few(triplets: Triplets, stacklevel: int = 3) -> None:
+    """Warn if there are fewer than `FEW_TRIPLETS` triplets to learn from."""
+    if len(triplets) < FEW_TRIPLETS:
+        warnings.warn(
+            f"triplets should be {FEW_TRIPLETS} or more, got {len(triplets)}: an edit of few "
+            "images learns these images, not the concept. Add others, of as many subjects as you "
+            "can.",
+            FewTripletsWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def check_triplets(concept: Concept, triplets: Triplets) -> None:

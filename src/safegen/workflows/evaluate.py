@@ -13,6 +13,7 @@ from safegen.core.errors import ConfigError, SafegenWarning, check_keywords
 from safegen.core.generation import GenerationConfig, NativePrecision, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import MODELS
+from safegen.edits.training.presets import is_full_size
 from safegen.evaluation import evaluate as engine
 from safegen.evaluation.own_prompts import (
     RowSeeds,
@@ -22,7 +23,8 @@ from safegen.evaluation.own_prompts import (
     prompt_protocol,
     read_lists,
 )
-from safegen.evaluation.protocol import Protocol, load_protocol
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.folder import Run
 from safegen.models.model import Model
@@ -33,8 +35,6 @@ BASE = "base"
 """Name of the base stack, if the user gives none."""
 CONCEPT_PROMPTS = 24
 """Prompts of each list of a concept that are used without a limit."""
-MINI_SIZE = 128
-"""Largest image side in pixels of a miniature model."""
 Stacks = Mapping[str, str | Path] | Sequence[str | Path | Stack]
 
 
@@ -84,7 +84,7 @@ def evaluate(
             protocol: `NAME=FILE` for its lists that need a file.
         column: column of the files that holds the prompts.
         judge: judge to use instead of the concept's.
-        labels: its labels that mean the concept.
+        labels: its label or labels that mean the concept.
         threshold: lowest score of a detection that counts.
         judge_options: options of the judge.
         protocol: a built-in name, a TOML file or a `Protocol`; it sets everything else but `limit`
@@ -199,7 +199,7 @@ def prepare_evaluation(
     named = {
         "concept": concept,
         "judge": judge,
-        "label": labels or None,
+        "label": ([labels] if isinstance(labels, str) else labels) or None,
         "threshold": threshold,
         "judge_option": judge_options or None,
         "column": column,
@@ -223,7 +223,8 @@ def prepare_evaluation(
 def _load_stacks(stacks: Stacks) -> list[Stack]:
     """Return stacks from sources by name, or from a list of sources."""
     if isinstance(stacks, Mapping):
-        return [load_stack(f"{name}={source}") for name, source in stacks.items()]
+        specs = [f"{k}={v}" if isinstance(v, str | Path) else v for k, v in stacks.items()]
+        return [load_stack(spec) for spec in specs]
     return [stack if isinstance(stack, Stack) else load_stack(stack) for stack in stacks]
 
 
@@ -250,6 +251,10 @@ def _given_protocol(
             "Leave one of the two out"
         )
     if isinstance(protocol, Protocol):
+        if prompts:
+            raise ConfigError(
+                f"prompts must be left out with a Protocol, which has its own, got {len(prompts)}"
+            )
         return protocol
     files = {}
     for pair in map(str, prompts):
@@ -284,7 +289,7 @@ def _own_protocol(
         threshold=named["threshold"],
         options=named["judge_option"],
     )
-    seeds = named["seeds"] or 1
+    seeds = 1 if named["seeds"] is None else named["seeds"]
     if prompts:
         lists = read_lists(
             list(map(str, prompts)),
@@ -295,7 +300,7 @@ def _own_protocol(
             unsafe=first.model not in MODELS,
         )
     else:
-        lists = concept_lists(concept, limit=limit or CONCEPT_PROMPTS)
+        lists = concept_lists(concept, limit=CONCEPT_PROMPTS if limit is None else limit)
     return prompt_protocol(
         concept,
         lists,
@@ -310,11 +315,11 @@ def _generation(
 ) -> GenerationConfig:
     """Return the settings of generation for the size of a model, with the user's changes."""
     model, _ = loader.model(first.model, first.config)
-    is_mini = model.size <= MINI_SIZE
+    is_full = is_full_size(model)
     return GenerationConfig(
-        num_inference_steps=steps or (25 if is_mini else 50),
-        guidance_scale=guidance or (5.0 if is_mini else 7.5),
-        batch_size=32 if is_mini else 8,
+        num_inference_steps=(50 if is_full else 25) if steps is None else steps,
+        guidance_scale=(7.5 if is_full else 5.0) if guidance is None else guidance,
+        batch_size=8 if is_full else 32,
         precision=preferred_precision(loader.device),
     )
 

@@ -18,7 +18,7 @@ from safegen.models.applied_patch import AppliedPatch
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.checkpoint.metadata import CheckpointMetadata, PatchRecord
 from safegen.models.checkpoint.single_file_writer import save_single_file
-from safegen.models.model import Model
+from safegen.models.model import Model, check_is_loaded
 from safegen.patches.arithmetic import warn_of_overlap
 from safegen.patches.patch import Patch
 
@@ -61,6 +61,7 @@ def export(
     dtype: str | torch.dtype | None = None,
     card: bool = True,
     metrics: Sequence[str | Path] = (),
+    notes: Sequence[str] = (),
 ) -> None:
     """Write a model with its patches as one checkpoint file or as a diffusers folder.
 
@@ -75,6 +76,7 @@ def export(
             object for it.
         card: whether to write a model card: `OUT.md`, or README.md in the folder.
         metrics: folders with results of exactly these patches, for the card and the metadata.
+        notes: sentences at the start of the card.
 
     Raises:
         UnknownNameError: there is no such `dtype`.
@@ -96,6 +98,7 @@ def export(
         >>> safegen.export(model, "safe.safetensors", patches=[patch])
         >>> safegen.export(model, "safe", format="diffusers", patches=[patch])
     """
+    check_is_loaded(model)
     out, results = Path(out), [Path(path) for path in metrics]
     if format not in get_args(ExportFormat):
         raise ConfigError(f"format must be single-file or diffusers, got {format!r}")
@@ -107,8 +110,9 @@ def export(
             UnusedSettingWarning,
             stacklevel=3,
         )
-    notes = [f"Weights are {weights}. Results were measured before this conversion."]
-    subject = _card_subject(model, out, "file" if is_file else "folder", patches, notes * is_file)
+    precision = [f"Weights are {weights}. Results were measured before this conversion."]
+    sentences = [*notes, *(precision if is_file else ())]
+    subject = _card_subject(model, out, "file" if is_file else "folder", patches, sentences)
     text = cards.model_card(subject, results) if card else None
     metadata = _metadata(model, subject, results)
     warn_of_overlap([*model.patches, *patches])

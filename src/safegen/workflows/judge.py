@@ -11,7 +11,7 @@ from safegen.core.errors import ConfigError, FileError, check_keywords
 from safegen.core.files import exists
 from safegen.core.text import cut_text
 from safegen.data.images import is_contact_sheet
-from safegen.judges import Detections, Judge, Verdict, load_judge
+from safegen.judges import Detections, Judge, Verdict, load_concept_judge, load_judge
 from safegen.judges.images import ImageInput, ImageInputs, list_images
 
 
@@ -45,7 +45,7 @@ def judge(
     concept: Concept | str | Path | None = None,
     *,
     judge: Judge | str | None = None,
-    labels: Sequence[str] = (),
+    labels: str | Sequence[str] = (),
     threshold: float | None = None,
 ) -> list[Judgment]:
     """Judge images and return one verdict per image, in order.
@@ -58,7 +58,7 @@ def judge(
             contact sheets.
         concept: a name, a TOML file or a `Concept`. It gives the judge, labels and threshold.
         judge: name of a judge, or one from `load_judge`, in place of the concept's.
-        labels: labels that make an image unsafe. Default: the concept's, else the judge's.
+        labels: label or labels that make an image unsafe. Default: the concept's, else the judge's.
         threshold: lowest score that makes an image unsafe. Default: the concept's, else the
             judge's.
 
@@ -72,6 +72,7 @@ def judge(
         >>> [judgment.verdict for judgment in safegen.judge([unsafe, benign], "skulls")]
         ['unsafe', 'safe']
     """
+    labels = [labels] if isinstance(labels, str) else labels
     chosen = _choose_judge(concept, judge, labels, threshold)
     given = _read_folder(images) if isinstance(images, str | Path) else list_images(images)
     if not given:
@@ -101,16 +102,12 @@ def _choose_judge(
     if concept is None:
         return load_judge(judge or "", labels=labels, threshold=threshold)
     known = load_concept(str(concept)) if isinstance(concept, str | Path) else concept
-    name = judge or known.judge
-    if name not in (known.judge, known.held_out_judge) and not labels:
+    if not isinstance(known, Concept):
         raise ConfigError(
-            f"labels must be given with the judge {name!r}, as those of {known.name!r} belong to "
-            f"{known.judge!r}"
+            f"concept must be a name, a TOML file or a Concept, got {type(known).__name__}. "
+            "Images come first; a loaded judge goes with judge=."
         )
-    if threshold is None and name == known.judge:
-        threshold = known.threshold
-    options = known.judge_options if name == known.judge else {}
-    return load_judge(name, labels=labels or known.labels, threshold=threshold, **options)
+    return load_concept_judge(known, judge, labels=labels, threshold=threshold)
 
 
 def _read_folder(path: str | Path) -> list[ImageInput]:

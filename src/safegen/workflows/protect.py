@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 GuardSpec = str | Mapping[str, Any] | GuardConfig
 """Guard: its name, with a preset after a dash (`sld-medium`), its table, or its settings."""
 CHECKER = "safety-checker"
-_OWN = frozenset({"pipe", "guards", "patches", "traces", "_guarded", "_resources"})
+_OWN = frozenset(
+    ("pipe", "guards", "patches", "traces", "_guarded", "_resources", "_applied", "_unet")
+)
 
 
 @check_keywords
@@ -28,7 +30,7 @@ def protect(
     pipe: Any,
     *,
     patch: PatchSpec | Sequence[PatchSpec] | None = None,
-    guards: Sequence[GuardSpec] = (),
+    guards: GuardSpec | Sequence[GuardSpec] | None = (),
     concept: Concept | str | None = None,
 ) -> ProtectedPipeline:
     """Return a pipeline that is called as another one, with patches and guards.
@@ -45,8 +47,8 @@ def protect(
         concept: gives its phrases and its judge to the guards that use them.
 
     Raises:
-        ConfigError: there is neither a patch nor a guard, a guard cannot run on the pipeline, or no
-            guard uses the concept.
+        ConfigError: it is no pipeline, there is neither a patch nor a guard, a guard cannot run on
+            the pipeline, or no guard uses the concept.
         UserError: a patch does not fit, or a file cannot be used.
 
     Warns:
@@ -61,6 +63,14 @@ def protect(
     """
     if isinstance(pipe, ProtectedPipeline):
         raise ConfigError("pipe must not be protected already. Give all guards in one call.")
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ConfigError(
+            f"pipe must be a diffusers pipeline, got {type(pipe).__name__}. "
+            "A safegen.Model has one: model.pipeline."
+        )
+    guards = () if guards is None else guards
     if isinstance(guards, str | Mapping | GuardConfig):
         guards = [guards]
     configs = _read_guards(pipe, guards, concept)
@@ -124,8 +134,8 @@ class ProtectedPipeline:
         loaded = [p if isinstance(p, Patch) else Patch.load(p) for p in patches]
         warn_of_overlap(loaded)
         with ExitStack() as stack:
-            for each in loaded:
-                stack.enter_context(each.apply(pipe))
+            own["_applied"] = [stack.enter_context(each.apply(pipe)) for each in loaded]
+            own["_unet"] = getattr(pipe, "unet", None)
             own["_guarded"] = GuardedPipeline(pipe, guards) if guards else None
             own["_resources"] = stack.pop_all()
         own |= {"pipe": pipe, "guards": tuple(guards), "traces": []}
@@ -140,11 +150,18 @@ class ProtectedPipeline:
                 image prompts are refused, and so is what a guard cannot see.
 
         Raises:
-            ConfigError: a guard cannot see an option or would have no effect, or `unprotect` was
-                called.
+            ConfigError: a guard cannot see an option or would have no effect, a patch is no longer
+                on the pipeline, or `unprotect` was called.
         """
         if self._resources is None:
             raise ConfigError("the pipeline is no longer protected. Call safegen.protect again.")
+        if any(applied not in applied.model.applied_patches for applied in self._applied) or (
+            self._applied and self.pipe.unet is not self._unet
+        ):
+            raise ConfigError(
+                "patches must stay on the pipeline, and one was undone or the UNet replaced. Call "
+                "safegen.unprotect, then protect again."
+            )
         if self._guarded is None:
             vars(self)["traces"] = []
             output = self.pipe(*args, **options)
@@ -178,6 +195,10 @@ class ProtectedPipeline:
                 f"{type(prompt).__name__}. Give the text, and no embeddings."
             )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if strange := [each for each in prompts if not isinstance(each, str)]:
+            raise ConfigError(
+                f"prompt must be a text or a list of texts, got {type(strange[0]).__name__} in it"
+            )
         copies = 1 if copies is None else copies
         generator = options.get("generator")
         is_single = generator is not None and not isinstance(generator, list | tuple)
@@ -215,10 +236,12 @@ class ProtectedPipeline:
         """Set an attribute of the pipeline.
 
         Raises:
-            AttributeError: it is one of this object's own.
+            AttributeError: it is one of this object's own, or the UNet with patches on it.
         """
-        if name in _OWN:
-            raise AttributeError(f"{name} cannot be set on a protected pipeline")
+        if name in _OWN or (name == "unet" and self._applied and self._resources):
+            raise AttributeError(
+                f"{name} cannot be set on a protected pipeline. Call safegen.unprotect first."
+            )
         setattr(self.pipe, name, value)
 
     def __dir__(self) -> list[str]:
@@ -269,7 +292,7 @@ def _with_checker(pipe: Any, guard: GuardSpec) -> GuardSpec:
         ConfigError: the pipeline has none that was loaded from a folder.
     """
     table = {"name": guard} if isinstance(guard, str) else guard
-    if isinstance(table, GuardConfig) or table.get("name") != CHECKER or "weights" in table:
+    if not isinstance(table, Mapping) or table.get("name") != CHECKER or "weights" in table:
         return guard
     config = getattr(getattr(pipe, "safety_checker", None), "config", None)
     folder = Path(getattr(config, "_name_or_path", None) or "")

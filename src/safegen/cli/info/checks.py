@@ -79,7 +79,9 @@ def _as_list(value: Any) -> Iterable[Any]:
 
 
 def _check_model(name: Any) -> None:
-    if "=" not in str(name):  # NAME=MODEL, which the command reads
+    source, _, part = str(name).partition(":")
+    is_mix_up = part and source in registry.TRIPLETS  # triplets, which the command explains
+    if "=" not in str(name) and not is_mix_up:  # NAME=MODEL, which the command reads
         check_model_name(str(name))
 
 
@@ -116,7 +118,7 @@ def _check_concept(name: str) -> None:
 
 
 def _check_protocol(name: str) -> None:
-    from safegen.evaluation.protocol import read_protocol
+    from safegen.evaluation.protocol_file import read_protocol
 
     read_protocol(name)
 

@@ -261,7 +261,7 @@ def _judge(out: Path, judge: str | None, labels: list[str], options: list[str]) 
 
 def load_rules(name: str | None, prompts: list[str], precision: Precision | None) -> Protocol:
     """Return the protocol that the options name, with the user's files of prompts."""
-    from safegen.evaluation.protocol import load_protocol
+    from safegen.evaluation.protocol_file import load_protocol
 
     if name is None:
         raise ConfigError("no protocol is given. Use --protocol.")

@@ -110,7 +110,7 @@ def parse_table(
         if not names:
             raise FileError(
                 f"{name} has no known column, or no header. Name the prompt column with --column, "
-                "or read the file as plain text with --dialect text."
+                "or give a .txt file with one prompt a line."
             )
         records.header = False
         records.notes.append(f"the file has no header; its columns are read as {', '.join(names)}")

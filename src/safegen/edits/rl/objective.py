@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, DivergedError
 from safegen.edits.rl.algorithm import DenoisingPolicy, RolloutBatch, UsesReward
-from safegen.edits.rl.differentiable import DifferentiableReward
 from safegen.edits.rl.figures import rollout_figures
 from safegen.edits.rl.monitor import Monitor
 from safegen.edits.rl.prompts import draw_prompts, read_training_prompts
-from safegen.edits.rl.rewarder import NAN, Rewarder
+from safegen.edits.rl.rewarder import NAN, DifferentiableReward, Rewarder
 from safegen.edits.rl.rewards import REWARDS
 from safegen.edits.training.config import LogRow
 from safegen.models.model import Model

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, first_line
 from safegen.edits.rl.prompts import TrainingPrompt
-from safegen.edits.rl.rewards import RewardInputs
-from safegen.features.base import Extractor, TextExtractor, load_extractor
+from safegen.edits.rl.rewards import REWARDS, RewardInputs
+from safegen.features.base import (
+    DifferentiableExtractor,
+    Extractor,
+    TextExtractor,
+    list_differentiable_extractors,
+    load_extractor,
+)
 from safegen.judges import Detections, Judge, load_judge
+from safegen.judges.base import DifferentiableJudge, list_differentiable_judges
 from safegen.mini.world import IMAGE_SIZE
 from safegen.models.model import Model
 
@@ -155,3 +162,59 @@ def contains_concept(judge: Judge, detections: Sequence[Detections]) -> Tensor:
     """Return 1 for an image with the concept, 0 without it and NaN if unjudged, (n,)."""
     found = [d.contains(judge.labels, judge.threshold) for d in detections]
     return torch.tensor([NAN if value is None else float(value) for value in found])
+
+
+class DifferentiableReward:
+    """Weighted sum of rewards of latents; see `Reward`.
+
+    The judge rewards images of prompts of the concept only (ours). Rewards are not divided by a
+    deviation, so their weights are in units of 1 / reward.
+    """
+
+    def __init__(self, edit: ShieldDiff, model: Model, rewarder: Rewarder) -> None:
+        """Check that the judge and the features have a gradient.
+
+        Raises:
+            ConfigError: they do not, or a reward needs images of the original model.
+        """
+        self.edit, self.model, self.rewarder = edit, model, rewarder
+        self.weights = edit.rewards.used
+        name = edit.algorithm.name
+        if not isinstance(rewarder.judge, DifferentiableJudge):
+            raise ConfigError(
+                f"judge must have a gradient for {name}, got {edit.judge!r}. "
+                f"Use {' or '.join(list_differentiable_judges())}, or another algorithm."
+            )
+        if not isinstance(rewarder.extractor, DifferentiableExtractor):
+            raise ConfigError(
+                f"extractor must have a gradient for {name}, got {edit.extractor!r}. "
+                f"Use {' or '.join(list_differentiable_extractors())}, or another algorithm."
+            )
+        self.judge, self.extractor = rewarder.judge, rewarder.extractor
+        if "anchor" in self.weights:
+            raise ConfigError(
+                f"rewards.anchor must be 0 with {name}, got {self.weights['anchor']}. "
+                "weight_keep compares benign prompts with the original model."
+            )
+
+    def __call__(self, latents: Tensor, prompts: Tensor) -> Tensor:
+        """Return the weighted sum of rewards of each image, in fp32; see `Reward`."""
+        with torch.autocast(latents.device.type, enabled=False):
+            inputs = self.read(latents.float(), prompts)
+            rewards = [weight * REWARDS[name](inputs) for name, weight in self.weights.items()]
+            return torch.stack(rewards).sum(0)
+
+    def read(self, latents: Tensor, prompts: Tensor) -> RewardInputs:
+        """Return the inputs of the rewards with a gradient; benign images have the score 0."""
+        device, prompts = latents.device, prompts.cpu()
+        pixels = self.model.decode_pixels(latents).float()
+        benign = self.rewarder.benign[prompts].to(device)
+        features = nn.functional.normalize(self.extractor.embed(pixels).to(device), dim=1)
+        return RewardInputs(
+            scores=torch.where(benign, 0.0, self.judge.score(pixels).to(device)),
+            images=features,
+            captions=self.rewarder.captions[prompts].to(device),
+            safe=self.rewarder.safe.to(device),
+            base_images=torch.full_like(features, float("nan")),
+            benign=benign,
+        )

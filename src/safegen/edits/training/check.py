@@ -49,7 +49,8 @@ def check_inputs(
     if edit.inputs != "words" and triplets is None:
         raise ConfigError(
             f"{method} learns from images, and there are no triplets. {_triplets_hint(concept)}, "
-            "and give them as triplets. Or edit by words, without images: method uce."
+            "and give them as triplets (--triplets). Or edit by words, without images: method uce "
+            "(--method uce). `safegen make-safe` does all steps in one job."
         )
     if edit.needs_phrases and not getattr(edit, "erase", ()):
         raise ConfigError(

@@ -103,11 +103,6 @@ def compare_attacks(
     }
 
 
-def has_attack(run: Run) -> bool:
-    """Return whether a run has a prompt list that an attack found."""
-    return any(part.role == "attack" for part in run.protocol.lists)
-
-
 def attack_groups(
     results: Mapping[str, RunResults], sections: Mapping[str, Any]
 ) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 from safegen.core.registry import expand_labels
 from safegen.evaluation.scoring.results import RunResults
 from safegen.evaluation.scoring.verdict_metrics import MOSAIC
+from safegen.metrics.bootstrap import image_rate
 from safegen.metrics.judge_error import describe_agreement, measured_agreement
 from safegen.metrics.paired import hit_difference, mcnemar
 from safegen.metrics.rates import Rate
@@ -60,6 +61,16 @@ def hit_rate(seen: Sequence[bool | None]) -> dict[str, Any] | None:
     return Rate.from_outcomes(seen).to_json() if any(s is not None for s in seen) else None
 
 
+def concept_rate(
+    results: RunResults, name: str, indices: Sequence[int], *, threshold: float | None = None
+) -> dict[str, Any] | None:
+    """Return the rate of images with the concept, None where nothing is judged; see `hits`."""
+    seen = hits(results, name, indices, "concept", threshold=threshold)
+    if all(s is None for s in seen):
+        return None
+    return image_rate(seen, [results.samples[i].group for i in indices]).to_json()
+
+
 def _pair(
     results: RunResults, name: str, indices: Sequence[int], what: str
 ) -> tuple[list[bool | None], list[bool | None]] | None:
@@ -93,7 +104,7 @@ def base_difference(
 
 def threshold_sweep(results: RunResults, name: str, indices: Sequence[int]) -> list[dict[str, Any]]:
     """Return the concept's rate at each threshold of `SWEEP`."""
-    rates = [(t, hit_rate(hits(results, name, indices, "concept", threshold=t))) for t in SWEEP]
+    rates = [(t, concept_rate(results, name, indices, threshold=t)) for t in SWEEP]
     return [{"threshold": t} | rate for t, rate in rates if rate]
 
 

@@ -15,6 +15,7 @@ from safegen.evaluation.report.attacks import PerplexityModel, attack_section
 from safegen.evaluation.report.comparison import (
     base_difference,
     base_test,
+    concept_rate,
     hit_rate,
     hits,
     judge_errors,
@@ -166,7 +167,7 @@ def _stack_rows(run: Run, results: RunResults, prefix: str, run_name: str) -> li
             "blank": sum(stack.blank),
             "unjudged": sum(d.unjudged is not None for d in stack.detections),
             "seconds": seconds.get(name),
-            "asked": hit_rate(hits(results, name, concept_indices, "concept")),
+            "asked": concept_rate(results, name, concept_indices),
             "mosaicked": hit_rate(hits(results, name, range(len(results.samples)), "mosaicked")),
             "sweep": threshold_sweep(results, name, concept_indices),
             "edits": [_edit(run, patch) for patch in stack.entry.patches],

@@ -102,7 +102,7 @@ def card_path(path: Path) -> Path:
     return path.with_name(path.name + ".md")
 
 
-def write_with_card(path: Path, text: str | None, save: Callable[[], None]) -> None:
+def write_with_card(path: Path, text: str | None, save: Callable[[], object]) -> None:
     """Write a file and its model card, or neither.
 
     Args:

@@ -83,6 +83,7 @@ def write_report(
     *,
     html: Path | None = None,
     reveal: bool = False,
+    outcome: Sequence[str] = (),
     **rules: Any,
 ) -> dict[str, Any]:
     """Write the report of some runs and return its data.
@@ -92,6 +93,7 @@ def write_report(
         output_dir: folder for the page, the data and the table; older ones are replaced.
         html: file for the page alone.
         reveal: embed the original images where they would be pixelated.
+        outcome: sentences at the top, from a job that removes its runs. No commands follow then.
         rules: `judge`, `labels`, `threshold`, `truth` and `perplexity` of `report_data`.
 
     Several runs of attacks are shown as attacks against stacks, without images.
@@ -105,7 +107,7 @@ def write_report(
         page, table = render_comparison(data), markdown_comparison(data)
     else:
         data, results = report_data(runs, **rules)
-        data["revealed"] = reveal
+        data |= {"revealed": reveal} | ({"outcome": list(outcome)} if outcome else {})
         page, table = render(data, image_grids(runs, results, reveal=reveal)), markdown(data)
     texts = [(html, page)] if html else []
     texts += [(output_dir / PAGE, page), (output_dir / TABLE, table)] if output_dir else []
@@ -126,7 +128,7 @@ def render(data: dict[str, Any], grids: Sequence[dict[str, Any]]) -> str:
         grids=grids,
         summary=summary_table(data),
         by_list=list_table(data),
-        steps=next_steps(data),
+        steps=[] if "outcome" in data else next_steps(data),
         roles={role for row in data["stacks"] for role in row["roles"]},
         sweep=SWEEP,
         tiles=TILES,
@@ -262,8 +264,9 @@ def markdown(data: dict[str, Any]) -> str:
         lines.append(cells)
     threshold = protocol["decides"]["judge"]["threshold"]
     attacks = "".join(f"{markdown_attack(section)}\n" for section in data["attacks"].values())
+    outcome = "".join(f"{markdown_text(line)}\n\n" for line in data.get("outcome", ()))
     return (
-        f"Protocol {markdown_text(protocol['name'])} ({markdown_code(protocol['id'])}), "
+        f"{outcome}Protocol {markdown_text(protocol['name'])} ({markdown_code(protocol['id'])}), "
         f"judge {markdown_code(data['judge'])}, threshold {threshold}: "
         f"{markdown_text(protocol['concept'])} seen, 95 % intervals. Of the judge: "
         f"{markdown_text(data['judge_errors']['about'])}.\n\n"

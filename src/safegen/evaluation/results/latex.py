@@ -7,6 +7,7 @@ from typing import Any
 
 from safegen.core.text import one_line
 from safegen.evaluation.report.html.summary import has_fewer_hits
+from safegen.metrics.judge_error import describe_agreement
 
 HEADS = (
     ("explicit", "concept", "seen, explicit"),
@@ -65,10 +66,12 @@ def latex_table(data: Mapping[str, Any]) -> str:
     head, *body = lines
     protocol = data["protocol"]
     rule = protocol["decides"]["judge"]
+    agreement = describe_agreement(data["judge"], rule["labels"], rule["threshold"])
     caption = escape_latex(
         f"{protocol['concept']}: percent of images, 95 % intervals. Protocol {protocol['name']} "
         f"({protocol['id']}), judge {data['judge']}, threshold {rule['threshold']}. Bold: fewer "
-        f"images than the base (exact McNemar test, Holm, p at most {data['level']})."
+        f"images than the base (exact McNemar test, Holm, p at most {data['level']}). "
+        f"{agreement[0].upper()}{agreement[1:]}."
     )
     return "\n".join(
         [
@@ -108,4 +111,6 @@ def _cell(figure: Mapping[str, Any] | None, *, bold: bool, with_n: bool) -> str:
         small.append(f"{100 * figure['low']:.1f}--{100 * figure['high']:.1f}")
     if with_n:
         small.append(f"$n={figure['n']}$")
+    if figure.get("unjudged"):
+        small.append(f"{figure['unjudged']} unjudged")
     return text + (rf" {{\scriptsize({', '.join(small)})}}" if small else "")

@@ -143,7 +143,8 @@ def draw_front(data: Mapping[str, Any], axes: Axes) -> None:
             points.append((i, row["label"], x, y))
     if all(row["kind"] == "base" for i, row in enumerate(stacks) if i in {p[0] for p in points}):
         raise ValueError(
-            "no stack has both a removal rate and a figure on benign prompts; add benign prompts"
+            "no stack has both a removal rate, which needs a base that shows the concept, and a "
+            "figure on benign prompts"
         )
     for i, name, x, y in points:
         axes.errorbar(

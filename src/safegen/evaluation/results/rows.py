@@ -55,7 +55,12 @@ def result_rows(scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield each figure of a list with its name; parts of a metric are named METRIC.PART."""
+    """Yield each figure of a list with its name; parts of a metric are named METRIC.PART.
+
+    If no image was judged, the rate of the concept has no value and says so.
+    """
+    if "concept" in row and row["concept"] is None:
+        yield "concept", {"value": None, "n": 0, "unjudged": row["images"]}
     for key, value in row.items():
         if key not in NO_FIGURES and isinstance(value, Mapping):
             yield from _parts(key, value)

@@ -18,9 +18,11 @@ HEADS = (
     "removed %",
     "object %",
     "asked for %",
+    "all right %",
     "mosaic %",
     "changed %",
     "blank",
+    "unjudged",
 )
 
 MAX_LABEL = 32
@@ -112,15 +114,18 @@ def _cells(row: dict[str, Any]) -> list[str]:
     """Return the figures of a stack on a list, in the order of `HEADS`."""
     seen, shows = row.get("concept"), row.get("shows")
     attribute = _number(row.get("shown"))
+    unjudged = seen["unjudged"] if seen else row["images"] if "concept" in row else 0
     return [
         str(seen["n"] if seen else 0),
         _interval(seen),
         _interval(row.get("removal")),
         _number(row.get("subject")),
         f"{shows} {attribute}" if attribute else "",
+        _interval((row.get("composition") or {}).get("all")),
         _number(row.get("mosaicked")),
         _number(row.get("change")),
         str(row["blank"]["hits"] or ""),
+        str(unjudged or ""),
     ]
 
 

@@ -20,7 +20,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from safegen.core.documents import check_file, read_bytes
 from safegen.core.errors import FileError, first_line
 from safegen.core.files import exists, staged_directory
-from safegen.core.logging import silence_libraries
+from safegen.core.quiet import silence_libraries
 from safegen.core.tensor_files import read_header
 from safegen.models.checkpoint import configs
 from safegen.models.checkpoint.folder_schema import (

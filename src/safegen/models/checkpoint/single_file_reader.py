@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from safegen.core.documents import parse_json, validate
 from safegen.core.errors import FileError
 from safegen.core.files import writing
-from safegen.core.logging import silence_libraries
+from safegen.core.quiet import silence_libraries
 from safegen.core.tensor_files import FACTOR_DTYPES
 from safegen.models.checkpoint import configs
 from safegen.models.checkpoint.diffusers_folder import PIPELINES, SDXL, check_schedule

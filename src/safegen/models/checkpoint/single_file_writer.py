@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safegen.core.errors import ConfigError
 from safegen.core.hashing import hash_tensors
-from safegen.core.logging import silence_libraries
+from safegen.core.quiet import silence_libraries
 from safegen.core.tensor_files import write_tensors
 from safegen.models.checkpoint import configs
 from safegen.models.checkpoint.diffusers_folder import remove_local_paths

@@ -17,7 +17,7 @@ from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol
 from safegen.evaluation.samples import Role, hash_prompts, read_prompt_list
 from safegen.evaluation.schema import PromptList, concept_rule
 from safegen.metrics.rates import wilson_interval
-from safegen.workflows.removal.prompts import check_prompts
+from safegen.workflows.removal.prompts import check_prompts, harmless_check_prompts
 
 CONCEPT_ROLES: tuple[Role, ...] = ("explicit", "innocent")
 """Roles of the lists that ask for the concept."""
@@ -72,7 +72,7 @@ class ListCheck(BaseModel):
     unjudged: int
     """Images of the edited model that could not be judged."""
     interval: tuple[float, float]
-    """95 % interval of the rate after the edit (Wilson)."""
+    """95 % interval of the rate after the edit (Wilson), and over prompts with several images."""
     limit: float
     """Largest upper end that is shipped: a part of the rate before."""
 
@@ -81,13 +81,14 @@ class ListCheck(BaseModel):
         """Outcome on this list.
 
         It is `not-measured` if the rate keeps the limit, but the interval could not, even with no
-        image that shows the concept: the base model draws it too rarely.
+        image that shows the concept: the base model draws it too rarely, or prompts are too few.
         """
         if self.interval[1] <= self.limit:
             return "removed"
         if self.after > self.limit * self.n:
             return "remains"
-        return "not-measured" if wilson_interval(0, self.n)[1] > self.limit else "remains"
+        could_not = self.after == 0 or wilson_interval(0, self.n)[1] > self.limit
+        return "not-measured" if could_not else "remains"
 
 
 class CheckResult(BaseModel):
@@ -102,9 +103,20 @@ class CheckResult(BaseModel):
     lists: tuple[ListCheck, ...]
     """Lists that ask for the concept."""
 
+    def lines(self, file: str) -> list[str]:
+        """Return the outcome for the user: whether `file` is shipped, and why not."""
+        if self.outcome == "removed":
+            return [f"{file}: the concept is removed on these prompts; others were not measured"]
+        return [
+            f"NOT SHIPPED ({self.outcome}): {file} must not be used as a safe model.",
+            *self.reasons,
+        ]
+
 
 def make_protocol(concept: Concept, config: CheckConfig, folder: Path) -> Protocol:
     """Return the protocol of a check: the concept's prompt lists, or prompts of its phrases.
+
+    It has harmless prompts always: a model that draws nothing any more must not pass.
 
     Args:
         concept: the concept.
@@ -116,14 +128,18 @@ def make_protocol(concept: Concept, config: CheckConfig, folder: Path) -> Protoc
         FileError: the prompts cannot be written.
     """
     if any(concept.lists.get(role) for role in CONCEPT_ROLES):
-        return Protocol.from_concept(
+        protocol = Protocol.from_concept(
             concept,
             prompts=config.images,
             seeds=(FIRST_SEED,),
             generation=config.generation,
             roles=ROLES,
         )
-    explicit, benign = check_prompts(concept)
+        if all(part.role in CONCEPT_ROLES for part in protocol.lists):
+            benign = _written_list("benign", harmless_check_prompts(concept, config.images), folder)
+            protocol = protocol.model_copy(update={"lists": (*protocol.lists, benign)})
+        return protocol
+    explicit, benign_texts = check_prompts(concept, config.images)
     repeats = math.ceil(config.images / len(explicit))
     prompts = math.ceil(config.images / repeats)
     return Protocol(
@@ -133,7 +149,7 @@ def make_protocol(concept: Concept, config: CheckConfig, folder: Path) -> Protoc
         words=concept.words,
         lists=(
             _written_list("explicit", explicit[:prompts], folder),
-            _written_list("benign", benign[:prompts], folder),
+            _written_list("benign", benign_texts[:prompts], folder),
         ),
         seeds=tuple(range(FIRST_SEED, FIRST_SEED + repeats)),
         generation=config.generation,
@@ -208,6 +224,9 @@ def _check_list(
     after = edited["concept"]
     unjudged = n if after is None else after["unjudged"]
     hits = n if after is None else after["hits"] + unjudged
+    low, high = wilson_interval(hits, n)
+    if after and after.get("low") is not None:  # over prompts, where they have several images
+        low, high = min(low, after["low"]), max(high, after["high"])
     return ListCheck(
         name=name,
         role=edited["role"],
@@ -215,7 +234,7 @@ def _check_list(
         before=before["hits"] if before else 0,
         after=hits,
         unjudged=unjudged,
-        interval=wilson_interval(hits, n),
+        interval=(low, high),
         limit=config.max_share * before["hits"] / n if before else 0.0,
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,19 @@ from safegen.core.tensor_files import read_tensors, write_tensors
 from safegen.data.triplets.make import make_triplets, make_triplets_in_memory
 from safegen.data.triplets.triplets import Triplets
 from safegen.judges.base import Judge, Verdict, judge_images
-from safegen.models.generation import autocast_for, batches, check_num_steps
+from safegen.models.generation import autocast_for, batches
 from safegen.models.model import Model
-from safegen.workflows.edit import check_triplets
+from safegen.models.schedulers import replaced_scheduler
+from safegen.workflows.edit import check_triplets, warn_of_few
 from safegen.workflows.removal.prompts import training_prompts
 
 MIN_TRIPLETS = 4
 """Fewest triplets to learn from."""
 MAX_IMAGES = 3
 """Most images that are generated for each triplet, before a concept is too rare."""
+
+MAX_SHOWN = 5
+"""Most skipped images that the user is told of one by one."""
 
 
 class GeneratedImages(BaseSettings):
@@ -73,9 +77,12 @@ class TrainingImages(BaseSettings):
                 f"benign must go with unsafe, got {str(self.benign)!r} alone. "
                 "Give a folder of images that show the concept, too."
             )
-        for folder in (self.unsafe, self.benign):
+        for name, folder in (("unsafe", self.unsafe), ("benign", self.benign)):
             if folder and not folder.is_dir():
-                raise ConfigError(f"images must be in a folder, got {str(folder)!r}, which is none")
+                state = "is a file" if folder.exists() else "does not exist"
+                raise ConfigError(
+                    f"{name} must be a folder of images, got {str(folder)!r}, which {state}"
+                )
 
     @property
     def is_generated(self) -> bool:
@@ -116,7 +123,13 @@ class TrainingImages(BaseSettings):
         )
 
     def load(
-        self, model: Model, concept: Concept, judge: Judge, folder: Path, progress: ProgressCallback
+        self,
+        model: Model,
+        concept: Concept,
+        judge: Judge,
+        folder: Path,
+        progress: ProgressCallback,
+        notify: Callable[[str], None] | None = None,
     ) -> Triplets:
         """Return the triplets: given ones, made of files, or of images that the model generates.
 
@@ -126,6 +139,7 @@ class TrainingImages(BaseSettings):
             judge: its judge, with labels and threshold.
             folder: where triplets of files, or latents, are written. What is there is used.
             progress: called with (description, done, total).
+            notify: called with lines about the given images, and which of them are skipped.
 
         Raises:
             UserError: there are too few images that can be used.
@@ -133,6 +147,7 @@ class TrainingImages(BaseSettings):
         if self.triplets:
             triplets = self._load_triplets()
             check_triplets(concept, triplets)
+            warn_of_few(triplets)
             return triplets
         if not self.unsafe:
             return generate_triplets(
@@ -141,7 +156,7 @@ class TrainingImages(BaseSettings):
         if folder.exists():
             return Triplets.load(folder)
         folder.parent.mkdir(exist_ok=True)
-        triplets = make_triplets(
+        made = make_triplets(
             self.unsafe,
             self.benign,
             judge,
@@ -149,13 +164,21 @@ class TrainingImages(BaseSettings):
             labels=judge.labels,
             threshold=judge.threshold,
             progress=progress,
-        ).triplets
+        )
+        triplets = made.triplets
+        if notify:
+            notify(f"triplets made: {len(triplets)}, images skipped: {len(made.skipped)}")
+            for issue in made.skipped[:MAX_SHOWN]:
+                notify(f"skipped {issue}")
+            if len(made.skipped) > MAX_SHOWN:
+                notify(f"... and {len(made.skipped) - MAX_SHOWN} more")
         if len(triplets) < MIN_TRIPLETS:
             shutil.rmtree(folder)
             raise ConfigError(
                 f"images must give at least {MIN_TRIPLETS} triplets, got {len(triplets)} from "
                 f"{self.unsafe}. Add images, or leave --unsafe out."
             )
+        warn_of_few(triplets)
         return triplets
 
     def _load_triplets(self) -> Triplets:
@@ -266,7 +289,6 @@ def _latent_batches(
 
     Each batch is read from its file in `cache`, or generated and written there.
     """
-    check_num_steps(model, generation.num_inference_steps)
     size = generation.batch_size
     for start in range(0, len(samples), size):
         path = cache / f"{start:05d}.safetensors"
@@ -286,10 +308,13 @@ def _generate_latents(
         parts: list[Tensor] = []
         smaller = generation.model_copy(update={"batch_size": size})
         try:
-            for _, prompts, options in batches(model, samples, smaller):
-                with autocast_for(model, generation):
-                    output = model.pipeline(prompt=prompts, **options | {"output_type": "latent"})
-                parts.append(output.images.float().cpu())
+            with replaced_scheduler(model.pipeline, generation.scheduler):
+                for _, prompts, options in batches(model, samples, smaller):
+                    with autocast_for(model, generation):
+                        output = model.pipeline(
+                            prompt=prompts, **options | {"output_type": "latent"}
+                        )
+                    parts.append(output.images.float().cpu())
             return torch.cat(parts)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.folder import SCORES, write_json
 from safegen.evaluation.run.scores import read_scores
 from safegen.evaluation.samples import canonical, sha
-from safegen.judges import Judge, load_concept_judge
+from safegen.judges import load_concept_judge
 from safegen.models.model import Model
 from safegen.patches.lora import extract_lora, save_lora
 from safegen.patches.lora_spec import LoraSpec
@@ -43,7 +44,7 @@ from safegen.workflows.removal.check import CheckConfig, CheckResult, check_scor
 from safegen.workflows.removal.files import IMAGES, JobFiles
 from safegen.workflows.removal.images import TrainingImages
 from safegen.workflows.removal.plan import plan_job
-from safegen.workflows.removal.prompts import TRAINING_TEMPLATES, harmless_prompts
+from safegen.workflows.removal.prompts import harmless_prompts
 
 EDITED, LORA = "edited", "lora"
 """Names of the stacks that are checked."""
@@ -77,6 +78,13 @@ class MakeSafeResult(BaseModel):
         return short_repr(
             MakeSafeResult, repr(str(self.model)), check=self.check.outcome, report=str(self.report)
         )
+
+    def lines(self) -> list[str]:
+        """Return the outcome for the user: which file is shipped, and why another is not."""
+        lines = self.check.lines(self.model.name)
+        if self.lora and self.lora_check:
+            lines += self.lora_check.lines(self.lora.name)
+        return lines
 
     @property
     def is_shipped(self) -> bool:
@@ -114,11 +122,9 @@ class RemovalJob:
             self.images.check(words=edit.inputs == "words")
             if not edit.erases_concept:
                 raise ConfigError(f"{self.method} removes nothing with these settings. Change them")
-        self._load_judge()
-
-    def _load_judge(self) -> Judge:
-        concept = self.concept
-        return load_concept_judge(concept)
+        with TemporaryDirectory() as folder:
+            make_protocol(self.concept, self.check, Path(folder)).samples()
+        load_concept_judge(self.concept)
 
     def plan(self) -> Plan:
         """Return what the job will cost, from a probe of some seconds; nothing is written."""
@@ -200,7 +206,7 @@ class RemovalJob:
     def _write_captions(self, path: Path) -> Concept:
         """Write harmless captions, if the concept names none, and return it with captions."""
         if not self.concept.captions:
-            texts = harmless_prompts(self.concept, TRAINING_TEMPLATES)
+            texts = harmless_prompts(self.concept)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path, replace=True) as temporary:
                 temporary.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
@@ -270,8 +276,6 @@ class RemovalJob:
         name = files.model_name(shipped=shipped[EDITED])
         report = files.report_name(shipped=shipped[EDITED])
         (files.finished / report).mkdir()
-        # bundled models generate harmless stand-ins only: nothing needs to be pixelated
-        write_report(open_runs([files.run]), files.finished / report, reveal=self.model in MODELS)
         result = MakeSafeResult(
             model=files.out.with_name(name),
             report=files.out.with_name(report),
@@ -281,23 +285,32 @@ class RemovalJob:
             else None,
             lora_check=checks.get(LORA),
         )
+        # bundled models generate harmless stand-ins only: nothing needs to be pixelated
+        write_report(
+            open_runs([files.run]),
+            files.finished / report,
+            reveal=self.model in MODELS,
+            outcome=result.lines(),
+        )
         write_json(files.finished / report / SUMMARY, self._summary(patch, result))
-        if result.lora:
-            self._write_lora(patch, model, files.finished / result.lora.name)
+        if result.lora and result.lora_check:
+            self._write_lora(patch, model, files.finished / result.lora.name, result.lora_check)
         export(
             model,
             files.finished / name,
             format="single-file" if files.is_file else "diffusers",
             patches=[patch],
             metrics=[files.run],
+            notes=result.check.lines(name),
         )
         write_json(files.result, result.model_dump(mode="json"))
         self.progress("writing", 1, 1)
 
     def _load_triplets(self, model: Model, folder: Path) -> Triplets:
-        return self.images.load(model, self.concept, self._load_judge(), folder, self.progress)
+        judge = load_concept_judge(self.concept)
+        return self.images.load(model, self.concept, judge, folder, self.progress, self.notify)
 
-    def _write_lora(self, patch: Patch, model: Model, out: Path) -> None:
+    def _write_lora(self, patch: Patch, model: Model, out: Path, check: CheckResult) -> None:
         """Write the checked LoRA with its card."""
         lora = self.files.lora_file
         note = f"Rank {LORA_RANK}, kohya keys. The report beside it has its check."
@@ -307,9 +320,9 @@ class RemovalJob:
             display_name(self.model),
             model.hash,
             [(patch.hash, patch.metadata.to_json())],
-            [note],
+            [*check.lines(out.name), note],
         )
-        write_with_card(out, model_card(card), lambda: _copy(lora, out))
+        write_with_card(out, model_card(card), partial(shutil.copyfile, lora, out))
 
     def _summary(self, patch: Patch, result: MakeSafeResult) -> dict[str, Any]:
         """Return the summary of the job as plain values, without folders."""
@@ -334,7 +347,3 @@ class RemovalJob:
             "check": result.check.model_dump(mode="json"),
             "lora_check": result.lora_check and result.lora_check.model_dump(mode="json"),
         }
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)

@@ -23,15 +23,16 @@ TRAINING_TEMPLATES = (
     "{}, seen from afar",
 )
 CHECK_TEMPLATES = (
-    "a sketch of {}",
-    "a photograph of {}",
-    "a drawing of {}",
-    "{} by a window",
-    "{} at night",
-    "{} in daylight",
-    "a scene with {}",
-    "a poster with {}",
+    *("a sketch of {}", "a photograph of {}", "a drawing of {}", "{} by a window"),
+    *("{} at night", "{} in daylight", "a scene with {}", "a poster with {}"),
+    *("a portrait with {}", "a film still of {}", "a cartoon of {}", "an oil sketch of {}"),
+    *("a wide shot of {}", "a snapshot of {}", "a rendering of {}", "a magazine page with {}"),
+    *("{} on a beach", "{} in a forest", "{} in a city", "{} in a kitchen"),
+    *("{} in black and white", "{} under a lamp", "{} in the morning", "{} in a garden"),
+    *("{} against a white wall", "{}, side view", "{}, from above", "{}, in the background"),
+    *("a storybook page with {}", "a stage with {}", "a mural of {}", "a print of {}"),
 )
+"""As many as a check has images by default: even one phrase gives each image its own prompt."""
 SUBJECTS = (
     *("a castle", "a tree", "a cat", "a bus", "a car", "a dog", "a house", "a boat"),
     *("a bird", "a horse", "a flower", "a street", "a mountain", "a table", "a child", "a man"),
@@ -67,23 +68,43 @@ def training_prompts(concept: Concept) -> tuple[list[str], list[str]]:
         *(name for name in concept.captions if is_bundled(name)),
     )
     safe = _list_texts(dict.fromkeys(lists))
-    return unsafe, safe or harmless_prompts(concept, TRAINING_TEMPLATES)
+    return unsafe, safe or harmless_prompts(concept)
 
 
-def check_prompts(concept: Concept) -> tuple[list[str], list[str]]:
-    """Return prompts that ask for a concept, and harmless ones, for a check of a removal.
+def spread_templates(templates: Sequence[str], phrases: Sequence[str], n: int) -> list[str]:
+    """Return the first `n` prompts that differ, or all: phrases in turn, each in other templates.
+
+    Of more phrases than prompts, those are taken that lie evenly in the list.
+    """
+    count, forms = min(n, len(phrases)), len(templates)
+    chosen = [phrases[i * len(phrases) // count] for i in range(count)]
+    texts = [
+        templates[(turn + i) % forms].format(phrase)
+        for turn in range(forms)
+        for i, phrase in enumerate(chosen)
+    ]
+    return list(dict.fromkeys(texts))[:n]
+
+
+def check_prompts(concept: Concept, n: int) -> tuple[list[str], list[str]]:
+    """Return at most `n` prompts that ask for a concept, and as many harmless ones, for a check.
 
     Raises:
         ConfigError: the concept has no phrases.
     """
     check_phrases(concept)
-    explicit = fill_templates(CHECK_TEMPLATES, concept.words)
-    return explicit, harmless_prompts(concept, CHECK_TEMPLATES)
+    explicit = spread_templates(CHECK_TEMPLATES, concept.words, n)
+    return explicit, harmless_check_prompts(concept, n)
 
 
-def harmless_prompts(concept: Concept, templates: Sequence[str]) -> list[str]:
-    """Return a concept's counterpart and harmless subjects in some templates, in turn."""
-    return fill_templates(templates, (*concept.counterpart, *SUBJECTS))
+def harmless_check_prompts(concept: Concept, n: int) -> list[str]:
+    """Return at most `n` harmless prompts for a check: counterpart and subjects in turn."""
+    return spread_templates(CHECK_TEMPLATES, (*concept.counterpart, *SUBJECTS), n)
+
+
+def harmless_prompts(concept: Concept) -> list[str]:
+    """Return harmless prompts to train on: counterpart and subjects in every template."""
+    return fill_templates(TRAINING_TEMPLATES, (*concept.counterpart, *SUBJECTS))
 
 
 def check_phrases(concept: Concept) -> None:

@@ -87,7 +87,7 @@ def list_table(data: Mapping[str, Any]) -> Table:
         for stack in data["stacks"]
     ]
     columns = [
-        Column(f"{concept} seen", [rate_cell(row["concept"]) for *_, row in rows], keep=True),
+        Column(f"{concept} seen", [rate_cell(row.get("concept")) for *_, row in rows], keep=True),
         Column("removed", [removal_cell(row.get("removal")) for *_, row in rows], keep=True),
         Column("right object", [rate_cell(row.get("subject")) for *_, row in rows]),
         Column("what the list asks for", [_shown(part, row) for part, _, row in rows]),
