@@ -280,7 +280,7 @@ class RemovalJob:
             model=files.out.with_name(name),
             report=files.out.with_name(report),
             check=checks[EDITED],
-            lora=files.out.with_name(files.lora_name(shipped=shipped[LORA]))
+            lora=files.out.with_name(files.lora_name(shipped=all(shipped.values())))
             if files.lora
             else None,
             lora_check=checks.get(LORA),
