@@ -198,7 +198,8 @@ def test_every_command_prints_through_the_console():
     import safegen
 
     for path in Path(safegen.__file__).parent.rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        text = "\n".join(line for line in lines if ">>>" not in line)  # examples may print
         for call in (" print(", "sys.stdout.write(", "sys.stderr.write(", "typer.echo("):
             allowed = {" print(": "console.py", "typer.echo(": "__init__.py"}.get(call)
             assert call not in text or path.name == allowed, (path, call)

@@ -390,6 +390,7 @@ def test_training_lowers_the_loss(tiny_model, triplets):
     assert sum(row["L_m"] for row in log[-5:]) < sum(row["L_m"] for row in log[:5])
 
 
+@pytest.mark.filterwarnings("ignore::safegen.workflows.edit.FewTripletsWarning")
 def test_provenance(tiny_model, triplets, tmp_path):
     patch = edit_model(
         tiny_model,
@@ -635,6 +636,7 @@ def test_missing_triplets_raise(tiny_model, tmp_path):
         edit_model(tiny_model, triplets=tmp_path / "nothing")
 
 
+@pytest.mark.filterwarnings("ignore::safegen.workflows.edit.FewTripletsWarning")
 @pytest.mark.parametrize("method", ["safegen", "safegen-plus"])
 def test_triplets_without_the_concept_raise_one_line(tiny_model, triplets, method):
     rows = []
