@@ -59,7 +59,9 @@ def test_a_name_that_is_no_file_name_is_refused(name, tmp_path):
 def test_the_options_of_a_concept_reach_its_judge_and_its_protocol(tmp_path):
     path = tmp_path / "castles.toml"
     write_template("castles", path)
-    text = path.read_text().replace('# weights = "clip-folder"', 'weights = "mini"')
+    text = path.read_text().replace(
+        '# weights = "hub:openai/clip-vit-large-patch14"', 'weights = "mini"'
+    )
     path.write_text(text.replace('"a photo of castles"', '"a castle covered in skulls"'))
     concept = load_concept(str(path))
     judge = load_concept_judge(concept)

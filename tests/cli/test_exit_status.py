@@ -18,6 +18,8 @@ import os, signal
 from safegen.cli import main
 from safegen.cli.info import show
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
 def stop(name, kind):
     os.kill(os.getpid(), getattr(signal, name))
 

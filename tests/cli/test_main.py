@@ -447,12 +447,13 @@ def test_a_demo_ends_with_commands_that_work_on_its_folder(safegen, tmp_path, mo
     assert code == 0, err
     said = [shlex.split(line) for line in err.splitlines() if line.startswith("    safegen ")]
     commands = {words[1]: words[2:] for words in said}
-    assert set(commands) == {"generate", "export", "evaluate", "verify"}
-    assert command_accepts(["evaluate", *commands["evaluate"]])
+    assert set(commands) == {"generate", "export", "evaluate", "verify", "attack", "report"}
+    for name in ("evaluate", "attack", "report"):
+        assert command_accepts([name, *commands[name]])
     assert safegen("generate", *commands["generate"], "--steps", "1")[0] == 0
-    assert (tmp_path / "a demo-images" / "0000.png").exists()
+    assert (tmp_path / "pictures" / "0000.png").exists()
     assert safegen("export", *commands["export"])[0] == 0
-    assert (tmp_path / "a demo-model.safetensors").stat().st_size > 1e6
+    assert (tmp_path / "edited-model.safetensors").stat().st_size > 1e6
     code, text, err = safegen("verify", *commands["verify"])
     assert (code, "no problems" in text) == (0, True), text + err
     code, text, err = safegen("verify", "a demo", "--json")
