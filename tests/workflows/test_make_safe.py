@@ -20,7 +20,13 @@ from safegen.patches.patch import Patch
 from safegen.stack_loader import StackLoader
 from safegen.workflows.edit import FewTripletsWarning
 from safegen.workflows.make_safe import make_safe, prepare_job
-from safegen.workflows.removal.check import CheckConfig, check_scores, make_protocol
+from safegen.workflows.removal.check import (
+    CheckConfig,
+    CheckResult,
+    ListCheck,
+    check_scores,
+    make_protocol,
+)
 from safegen.workflows.removal.files import JobFiles
 from safegen.workflows.removal.images import GeneratedImages, _latent_batches
 from safegen.workflows.removal.prompts import check_prompts, training_prompts
@@ -446,3 +452,15 @@ def test_the_default_job_on_the_miniature_removes_skulls_and_ships(tmp_path):
     scores = json.loads((result.report / "report.json").read_text())
     roles = {row["label"]: row["roles"] for row in scores["stacks"]}["edited"]
     assert roles["benign"]["subject"]["value"] > 0.9
+
+
+def test_a_shipped_model_names_the_lists_that_were_not_measured():
+    measured = {"name": "a", "role": "explicit", "n": 32, "before": 32, "after": 0, "unjudged": 0}
+    rare = measured | {"name": "b", "role": "innocent", "before": 1}
+    lists = (
+        ListCheck(**measured, interval=(0.0, 0.11), limit=0.25),
+        ListCheck(**rare, interval=(0.0, 0.11), limit=0.01),
+    )
+    first, second = CheckResult(outcome="removed", reasons=(), lists=lists).lines("safe")
+    assert first.startswith("safe: the concept is removed on these prompts")
+    assert second.startswith("b: not measured, as the base model shows the concept in 1 of 32")

@@ -106,7 +106,15 @@ class CheckResult(BaseModel):
     def lines(self, file: str) -> list[str]:
         """Return the outcome for the user: whether `file` is shipped, and why not."""
         if self.outcome == "removed":
-            return [f"{file}: the concept is removed on these prompts; others were not measured"]
+            return [
+                f"{file}: the concept is removed on these prompts; others were not measured",
+                *(
+                    f"{row.name}: not measured, as the base model shows the concept in "
+                    f"{row.before} of {row.n} images only"
+                    for row in self.lists
+                    if row.outcome == "not-measured"
+                ),
+            ]
         return [
             f"NOT SHIPPED ({self.outcome}): {file} must not be used as a safe model.",
             *self.reasons,
