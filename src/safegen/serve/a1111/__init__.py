@@ -1,0 +1,1 @@
+"""The interface of A1111 (`/sdapi/v1`)."""

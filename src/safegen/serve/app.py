@@ -1,0 +1,50 @@
+"""The FastAPI app: routes of every interface over one service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from safegen._version import __version__
+from safegen.serve.a1111.routes import router as a1111
+from safegen.serve.config import ServerConfig
+from safegen.serve.engine.base import Engine
+from safegen.serve.errors import add_handlers
+from safegen.serve.openai.routes import router as openai
+from safegen.serve.operations.audit import AuditLog
+from safegen.serve.operations.middleware import add_middleware
+from safegen.serve.operations.routes import router as operations
+from safegen.serve.page.routes import router as page
+from safegen.serve.service import ImageService
+
+
+def build_app(config: ServerConfig, engine: Engine) -> FastAPI:
+    """Return the app of a server. Its lifespan starts the engine and stops it.
+
+    Args:
+        config: settings of the server.
+        engine: what makes the images, not started.
+
+    Raises:
+        UserError: the audit log or the token file cannot be used.
+    """
+    service = ImageService(engine, config, AuditLog(config.audit_log, log_prompts=config.log_prompts))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            await engine.start()
+            yield
+        finally:
+            await engine.stop()
+            service.audit.close()
+
+    app = FastAPI(title="safegen", version=__version__, lifespan=lifespan)
+    app.state.service = service
+    for router in (operations, openai, a1111, page):
+        app.include_router(router)
+    add_handlers(app)
+    add_middleware(app, config)
+    return app

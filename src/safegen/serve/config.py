@@ -1,0 +1,180 @@
+"""Settings of the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from safegen.core.documents import read_toml, validate
+from safegen.core.errors import FileError
+from safegen.core.files import exists
+from safegen.core.generation import GuidanceScale
+from safegen.core.settings import (
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_THREADS,
+    BaseSettings,
+    Name,
+    raises_config_error,
+)
+
+Timeout = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+"""Time in seconds after which something is given up."""
+UpstreamKind = Literal["openai", "a1111"]
+"""Interface of the other server."""
+
+
+class UpstreamConfig(BaseSettings):
+    """Settings of the image server behind a proxy."""
+
+    url: str = Field(pattern=r"^https?://[^/?#@\s]+")
+    """Address of the other server, without the path of its interface."""
+    kind: UpstreamKind = "openai"
+    """Interface of the other server."""
+    model: str | None = None
+    """Model to ask the other server for. Default: its own."""
+    token_file: Path | None = None
+    """File with the bearer token for the other server."""
+    timeout: Timeout = 120.0
+    """Seconds that the other server may take for a request."""
+    allowed_hosts: tuple[Name, ...] = ()
+    """Hosts besides that of `url` and loopback from which images may be fetched."""
+    max_connections: int = Field(default=16, ge=1, le=1024)
+    """Most requests to the other server at a time."""
+
+
+class Limits(BaseSettings):
+    """Limits of one request. A request beyond one of them is refused."""
+
+    images: int = Field(default=10, ge=1, le=100)
+    """Most images."""
+    steps: int = Field(default=100, ge=1, le=MAX_STEPS)
+    """Most denoising steps."""
+    side: int = Field(default=1024, ge=8, le=MAX_SIDE)
+    """Most pixels of a side."""
+    prompt_chars: int = Field(default=4000, ge=1, le=1_000_000)
+    """Most characters of a prompt and of a negative prompt."""
+    body_bytes: int = Field(default=16 * 2**20, ge=1024, le=2**30)
+    """Most bytes of a request's body."""
+    header_bytes: int = Field(default=16 * 2**10, ge=1024, le=2**20)
+    """Most bytes of a request's headers."""
+    read_seconds: Timeout = 30.0
+    """Most seconds for the headers of a request, and for its body."""
+    write_seconds: Timeout = 30.0
+    """Most seconds that a client may let a part of a response wait."""
+    connections: int = Field(default=256, ge=1, le=100_000)
+    """Most open connections."""
+
+
+@raises_config_error
+class ServerConfig(BaseSettings):
+    """Settings of the server, as in its TOML file."""
+
+    stacks: tuple[str, ...] = ()
+    """Stacks to serve: recipes, models, or MODEL+PATCH. The first one is the default."""
+    upstream: UpstreamConfig | None = None
+    """Image server to guard, in place of stacks."""
+    guards: tuple[str, ...] = ()
+    """Guards to add to every stack, or to the other server: NAME or NAME-PRESET."""
+    concept: str | None = None
+    """Concept that supplies the guards' phrases and judge, and names the category of blocks."""
+    allow_base: bool = False
+    """Also serve models without patches, LoRAs and guards."""
+    self_test: bool = True
+    """Before serving, check that the guards catch prompts of the concept."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=8188, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    token_file: Path | None = None
+    """TOML file with bearer tokens, one table per client. Required on other hosts than loopback."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of other sites whose scripts may call the server (CORS)."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names besides `host` and loopback under which clients may call the server."""
+
+    workers: int = Field(default=1, ge=1, le=256)
+    """Worker processes per stack, each with a copy of the model."""
+    device: str = "auto"
+    """Torch device of the workers."""
+    dtype: str = "fp32"
+    """Type of the weights: fp32, bf16 or fp16."""
+    threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
+    """CPU threads per worker. Default: chosen by torch."""
+    allow_pickle: bool = False
+    """Also load pickled weights, which can run code."""
+    max_batch_size: int = Field(default=8, ge=1, le=256)
+    """Most images per batch."""
+    batch_window: float = Field(default=0.01, ge=0, le=10, allow_inf_nan=False)
+    """Seconds that an idle worker waits for more requests of the same settings."""
+    max_queue: int = Field(default=64, ge=1, le=100_000)
+    """Most requests that wait; further ones get 429."""
+    request_timeout: Timeout = 300.0
+    """Seconds from the arrival of a request to its answer."""
+    worker_timeout: Timeout = 120.0
+    """Seconds without a sign of life after which a worker is killed and replaced."""
+    start_timeout: Timeout = 900.0
+    """Seconds that a worker may take to load its stack."""
+    drain_timeout: Timeout = 30.0
+    """Seconds for the accepted requests when the server is stopped."""
+    num_inference_steps: int = Field(default=25, ge=1, le=MAX_STEPS)
+    """Denoising steps of requests that name none."""
+    guidance_scale: GuidanceScale = 7.5
+    """Guidance scale of requests that name none."""
+    limits: Limits = Limits()
+    """Limits of one request."""
+
+    audit_log: Path | None = None
+    """File to which one JSON line per request is appended before its answer is sent."""
+    log_prompts: bool = False
+    """Write prompts to the logs in place of their hashes."""
+    c2pa_certificate: Path | None = None
+    """PEM file with the certificate chain that signs C2PA manifests. Needs the extra c2pa."""
+    c2pa_key: Path | None = None
+    """PEM file with the private key of the certificate."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.stacks) == (self.upstream is not None):
+            raise ValueError("stacks or an upstream must be given, and not both")
+        if self.upstream is not None and not self.guards:
+            raise ValueError("guards must be given with an upstream. Without them it is unguarded")
+        if (self.c2pa_certificate is None) != (self.c2pa_key is None):
+            raise ValueError("c2pa_certificate and c2pa_key must be given together")
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only programs on this machine can connect."""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine, as a name or an address."""
+    from ipaddress import ip_address
+
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_config(path: Path) -> ServerConfig:
+    """Return the settings in a TOML file, with paths relative to it.
+
+    Raises:
+        FileError: the file is missing or invalid.
+    """
+    if not exists(path, file=True):
+        raise FileError(f"the server file {str(path)!r} does not exist")
+    config, folder = validate(ServerConfig, read_toml(path), str(path)), path.parent
+    names = ("token_file", "audit_log", "c2pa_certificate", "c2pa_key")
+    paths = {n: folder / value for n in names if (value := getattr(config, n)) is not None}
+    stacks = tuple(str(folder / s) if s.endswith(".toml") else s for s in config.stacks)
+    upstream = config.upstream
+    if upstream is not None and upstream.token_file is not None:
+        upstream = upstream.model_copy(update={"token_file": folder / upstream.token_file})
+    return config.model_copy(update={**paths, "stacks": stacks, "upstream": upstream})

@@ -1,0 +1,1 @@
+"""Engines of the service: worker processes with loaded stacks, a queue and dynamic batches."""

@@ -1,0 +1,1 @@
+"""Tokens, limits, logs, metrics and health of the service."""

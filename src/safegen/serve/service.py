@@ -1,0 +1,190 @@
+"""The service: every request of every interface goes through it, from limits to the audit log."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from safegen.core.errors import ConfigError, UnknownNameError, UserError
+from safegen.guards.core.result import GeneratedImage, GuardTrace
+from safegen.serve.operations.audit import AuditLog
+from safegen.serve.config import ServerConfig
+from safegen.serve.engine.base import (
+    DrainingError,
+    Engine,
+    EngineFaultError,
+    QueueFullError,
+    UpstreamError,
+)
+from safegen.serve.gate import Outcome, block, check_release, fault
+from safegen.serve.messages import ImageRequest, StackInfo
+from safegen.serve.operations.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+EMPTY_TRACE = GuardTrace("withhold", "", ())
+"""Trace of an image that was never made."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Outcomes of one request, one per seed, in order."""
+
+    request: ImageRequest
+    outcomes: tuple[Outcome, ...]
+    stack: StackInfo
+    seconds: float = 0.0
+
+    @property
+    def released(self) -> list[Outcome]:
+        """Outcomes with an image."""
+        return [outcome for outcome in self.outcomes if outcome.status == "released"]
+
+
+@dataclass
+class ImageService:
+    """Limits, engine, release check, audit log and metrics of one server."""
+
+    engine: Engine
+    config: ServerConfig
+    audit: AuditLog
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def stack(self, name: str | None = None) -> StackInfo:
+        """Return a stack by its name; the first one if None.
+
+        Raises:
+            UnknownNameError: there is no such stack.
+        """
+        stacks = self.engine.stacks
+        if name is None and stacks:
+            return next(iter(stacks.values()))
+        if name not in stacks:
+            raise UnknownNameError("stack", str(name), stacks)
+        return stacks[name]
+
+    async def generate(self, request: ImageRequest, *, client: str = "") -> Answer:
+        """Return what becomes of each image of a request. The audit log has it before the caller.
+
+        Args:
+            request: the request.
+            client: name of the client's token.
+
+        Raises:
+            UserError: the request breaks a limit, or the stack cannot make it.
+            QueueFullError: too many requests wait.
+            DrainingError: the server is being stopped.
+            EngineFaultError: something failed, and there are no traces to tell.
+        """
+        started, stack = time.monotonic(), self.stack(request.stack)
+        self.check_limits(request)
+        try:
+            async with asyncio.timeout(self.config.request_timeout):
+                outcomes = await self._outcomes(request, stack)
+        except TimeoutError as error:
+            self._record_fault(request, client, "timeout", started)
+            raise EngineFaultError(
+                f"no answer within {self.config.request_timeout:g} seconds"
+            ) from error
+        except asyncio.CancelledError:
+            self._record_fault(request, client, "cancelled", started)
+            raise
+        except (UserError, QueueFullError, DrainingError, EngineFaultError) as error:
+            self._record_fault(request, client, _reason(error), started)
+            raise
+        answer = Answer(request, tuple(outcomes), stack, time.monotonic() - started)
+        self.audit.write_answer(answer, client)
+        self.metrics.count_answer(answer)
+        return answer
+
+    async def _outcomes(self, request: ImageRequest, stack: StackInfo) -> list[Outcome]:
+        """Return the outcomes of a request."""
+        concept = self.config.concept
+        if request.start is not None and stack.reads_images:
+            image = await asyncio.to_thread(_open_png, request.start.image)
+            checked = await self.engine.check_images(stack.name, [image], [request.prompt])
+            if (found := input_outcome(checked[0], request, stack, concept)) is not None:
+                return [found] * len(request.seeds)
+        generated = await self.engine.generate(request)
+        if len(generated) != len(request.seeds):
+            reason = f"images: {len(generated)} for {len(request.seeds)} seeds"
+            return [fault(EMPTY_TRACE, seed, reason) for seed in request.seeds]
+        return [
+            check_release(image, request, seed, stack, concept)
+            for image, seed in zip(generated, request.seeds, strict=True)
+        ]
+
+    def _record_fault(
+        self, request: ImageRequest, client: str, reason: str, started: float
+    ) -> None:
+        """Write a request without outcomes to the audit log."""
+        outcomes = tuple(fault(EMPTY_TRACE, seed, reason) for seed in request.seeds)
+        stack = self.stack(request.stack)
+        answer = Answer(request, outcomes, stack, time.monotonic() - started)
+        self.audit.write_answer(answer, client)
+        self.metrics.count_answer(answer)
+
+    def check_limits(self, request: ImageRequest) -> None:
+        """Refuse a request beyond the limits of the server.
+
+        Raises:
+            ConfigError: it is.
+        """
+        limits, config = self.config.limits, request.generation_config
+        stack = self.stack(request.stack)
+        _check("n", len(request.seeds), limits.images)
+        _check("steps", config.num_inference_steps, limits.steps)
+        _check("width", config.width or stack.size[0], limits.side)
+        _check("height", config.height or stack.size[1], limits.side)
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(request, name) or ""
+            _check(f"the number of characters of {name}", len(text), limits.prompt_chars)
+
+    async def check_prompts(self, stack: str, prompts: Sequence[str]) -> list[GuardTrace]:
+        """Return what a stack's guards of prompts decide; errors as `generate`."""
+        async with asyncio.timeout(self.config.request_timeout):
+            return await self.engine.check_prompts(self.stack(stack).name, prompts)
+
+    async def check_images(self, stack: str, images: Sequence[Image.Image]) -> list[GeneratedImage]:
+        """Return what a stack's guards of images leave of images; errors as `generate`."""
+        async with asyncio.timeout(self.config.request_timeout):
+            name = self.stack(stack).name
+            return await self.engine.check_images(name, images, [""] * len(images))
+
+
+def input_outcome(
+    checked: GeneratedImage, request: ImageRequest, stack: StackInfo, concept: str | None
+) -> Outcome | None:
+    """Return the outcome of a request by its own image; None if the guards let it pass."""
+    trace, seed = checked.trace, request.seeds[0]
+    if trace.action == "withhold":
+        return fault(trace, seed, trace.reason)
+    if trace.action not in ("none", "edit"):
+        return block(trace, seed, stack, "input", concept)
+    return None
+
+
+def _check(name: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise ConfigError(f"{name} must be <= {limit} on this server, got {value}")
+
+
+def _open_png(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    """Return a countable reason that quotes no prompt."""
+    kinds: dict[type[Exception], str] = {
+        UserError: "refused",
+        QueueFullError: "queue-full",
+        DrainingError: "draining",
+        UpstreamError: "upstream",
+    }
+    return next((text for kind, text in kinds.items() if isinstance(error, kind)), "engine")

@@ -1,0 +1,1 @@
+"""Clients of the image servers that the proxy guards."""
