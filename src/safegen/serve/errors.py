@@ -11,12 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from safegen.core.errors import UnknownNameError, UserError
-from safegen.serve.engine.base import (
-    DrainingError,
-    EngineFaultError,
-    QueueFullError,
-    UpstreamError,
-)
+from safegen.serve.engine.base import DrainingError, EngineFaultError, QueueFullError, UpstreamError
 from safegen.serve.gate import Outcome
 from safegen.serve.service import Answer
 

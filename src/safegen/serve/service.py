@@ -13,7 +13,6 @@ from PIL import Image
 
 from safegen.core.errors import ConfigError, UnknownNameError, UserError
 from safegen.guards.core.result import GeneratedImage, GuardTrace
-from safegen.serve.operations.audit import AuditLog
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import (
     DrainingError,
@@ -24,6 +23,7 @@ from safegen.serve.engine.base import (
 )
 from safegen.serve.gate import Outcome, block, check_release, fault
 from safegen.serve.messages import ImageRequest, StackInfo
+from safegen.serve.operations.audit import AuditLog
 from safegen.serve.operations.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class ImageService:
         stacks = self.engine.stacks
         if name is None and stacks:
             return next(iter(stacks.values()))
-        if name not in stacks:
+        if name is None or name not in stacks:
             raise UnknownNameError("stack", str(name), stacks)
         return stacks[name]
 
