@@ -60,12 +60,14 @@ class ImageService:
 
         Raises:
             UnknownNameError: there is no such stack.
+            EngineFaultError: the stacks are not loaded yet.
         """
         stacks = self.engine.stacks
-        if name is None and stacks:
-            return next(iter(stacks.values()))
-        if name is None or name not in stacks:
-            raise UnknownNameError("stack", str(name), stacks)
+        if not stacks:
+            raise EngineFaultError(self.engine.state().reason)
+        name = next(iter(stacks)) if name is None else name
+        if name not in stacks:
+            raise UnknownNameError("stack", name, stacks)
         return stacks[name]
 
     async def generate(self, request: ImageRequest, *, client: str = "") -> Answer:
