@@ -288,6 +288,8 @@ class StackPool:
             values = await batch.worker.call("generate", requests, on_progress=on_progress)
         except (UserError, EngineFaultError) as error:
             return [error] * len(entries)
+        if [len(images) for images in values] != [e.num_images for e in entries]:
+            raise ValueError("the worker's answers are not those of its requests")
         self.seconds = loop.time() - started
         if self.on_batch is not None:
             self.on_batch(sum(e.num_images for e in entries), self.seconds)

@@ -88,6 +88,7 @@ class Worker:
         self._connection: Connection | None = None
         self._process: Any = None
         self._kill: Callable[[], None] | None = None
+        self._joining: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -160,14 +161,14 @@ class Worker:
         """End the process at once, and remove its files."""
         self._end()
         if self._kill is not None:
-            self._kill()
-            await asyncio.to_thread(self._join)
-            atexit.unregister(self._kill)
+            self._joining = self._joining or asyncio.create_task(asyncio.to_thread(self._join))
+            await asyncio.shield(self._joining)
 
     def _join(self) -> None:
-        """Wait for the end of the process and of the threads, and close the pipe."""
-        if self._process.pid is not None:
-            self._process.join(JOIN_SECONDS)
+        """Kill the process, wait for the end of its threads, and close the pipe."""
+        assert self._kill is not None
+        self._kill()
+        atexit.unregister(self._kill)
         for thread in self._threads:
             thread.join(JOIN_SECONDS)
         if self._connection is not None:
@@ -221,9 +222,10 @@ class Worker:
 
 
 def _kill(process: Any, folder: Path) -> None:
-    """Kill a process and remove its folder; at the server's exit, too."""
-    with suppress(AttributeError, OSError):  # it was not started, or has ended
+    """Kill a process, wait for its end, and remove its folder; at the server's exit, too."""
+    if process.pid is not None:
         process.kill()
+        process.join(JOIN_SECONDS)
     shutil.rmtree(folder, ignore_errors=True)
 
 
