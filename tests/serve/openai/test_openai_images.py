@@ -15,10 +15,9 @@ from PIL import Image
 
 openai = pytest.importorskip("openai")
 
-from tests.serve.conftest import STACK, FakeEngine, picture, serving  # noqa: E402
-
-from safegen.serve.config import Limits, ServerConfig  # noqa: E402
+from safegen.serve.config import RequestLimits, ServerConfig  # noqa: E402
 from safegen.serve.messages import StackInfo  # noqa: E402
+from tests.serve.conftest import STACK, FakeEngine, picture, serving  # noqa: E402
 
 OTHER = StackInfo("other", "mini", "c" * 64, guards=STACK.guards, size=(64, 64))
 
@@ -32,7 +31,7 @@ def engine():
 def address(engine):
     config = ServerConfig(
         stacks=("fake",),
-        limits=Limits(images=4, steps=50, side=128, stored_image_bytes=60_000),
+        limits=RequestLimits(images=4, steps=50, side=128, stored_image_bytes=40_000),
     )
     with serving(config, engine) as found:
         yield found
@@ -75,7 +74,11 @@ def test_images_come_in_the_order_of_their_seeds(images):
     assert [image["seed"] for image in response.safegen["images"]] == [5, 6, 7]
     for entry, seed in zip(response.data, (5, 6, 7), strict=True):
         assert (pixels(decode(entry)) == pixels(picture(seed))).all()
-    assert (response.output_format, response.size, response.background) == ("png", "64x64", "opaque")
+    assert (response.output_format, response.size, response.background) == (
+        "png",
+        "64x64",
+        "opaque",
+    )
     assert response.created > 1.7e9
 
 
@@ -139,7 +142,9 @@ def test_the_format_is_the_requested_one(images, output_format):
 
 def test_compression_makes_a_jpeg_smaller(images):
     sizes = [
-        len(images.generate(prompt="x", output_format="jpeg", output_compression=c).data[0].b64_json)
+        len(
+            images.generate(prompt="x", output_format="jpeg", output_compression=c).data[0].b64_json
+        )
         for c in (10, 100)
     ]
     assert sizes[0] < sizes[1]
@@ -151,7 +156,9 @@ def test_moderation_low_lowers_nothing(images):
 
 
 def test_a_prompt_that_is_blocked_raises_with_its_stage_and_categories(images):
-    with refusal(code="moderation_blocked", type="image_generation_user_error", param="prompt") as e:
+    with refusal(
+        code="moderation_blocked", type="image_generation_user_error", param="prompt"
+    ) as e:
         images.generate(prompt="skulls", n=2)
     details = e.value.body["moderation_details"]
     assert details == {"moderation_stage": "input", "categories": ["prompt-filter"]}
@@ -238,7 +245,7 @@ def test_a_field_beyond_its_rule_is_refused_in_one_line(images, engine, settings
 def test_half_a_surrogate_pair_is_no_fault_of_the_server(address, name):
     body = json.dumps({"prompt": "a castle"} | {name: "a \ud800"}).encode()
     answer = httpx2.post(f"{address}/v1/images/generations", content=body)
-    assert answer.status_code == {"prompt": 400, "size": 400, "model": 404}.get(name, 200)
+    assert answer.status_code == 400, answer.text
 
 
 def test_fields_of_other_servers_that_turn_nothing_off_are_ignored(images):
@@ -272,9 +279,7 @@ def test_an_image_can_be_fetched_from_its_address(images, address):
 
 
 def test_the_oldest_images_make_place_for_new_ones(images):
-    urls = [
-        images.generate(prompt="a castle", response_format="url").data[0].url for _ in range(6)
-    ]
+    urls = [images.generate(prompt="a castle", response_format="url").data[0].url for _ in range(6)]
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(urls[0], timeout=10)
     with urllib.request.urlopen(urls[-1], timeout=10) as answer:
