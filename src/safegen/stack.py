@@ -118,6 +118,15 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def hash_guards(guards: Sequence[GuardConfig]) -> str:
+    """Return the SHA-256 over the settings of guards, without a model.
+
+    Raises:
+        UserError: a guard's file cannot be read.
+    """
+    return _digest({"guards": [guard.fingerprint() for guard in guards]})
+
+
 def load_stack(spec: str | Path) -> Stack:
     """Return the stack that an argument of the command line names.
 

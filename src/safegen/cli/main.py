@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from safegen.cli import attack, demo, edit, export, generate, make_safe, patch
+from safegen.cli import attack, demo, edit, export, generate, make_safe, patch, serve
 from safegen.cli.console import echo
 from safegen.cli.data import concept, prompts, triplets
 from safegen.cli.info import doctor, show
@@ -77,6 +77,15 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             (
                 "export mini --patch p.safetensors --out safe.safetensors",
                 "export mini --patch p.safetensors --format diffusers --out safe",
+            ),
+        ),
+        Command(
+            serve.serve,
+            "how-to/serve.md",
+            (
+                "serve --stack mini+p.safetensors --guard judge-filter --concept skulls",
+                "serve --upstream http://127.0.0.1:7860 --upstream-kind a1111 "
+                "--guard prompt-filter --guard judge-filter --concept skulls",
             ),
         ),
         Command(

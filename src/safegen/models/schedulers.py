@@ -78,6 +78,16 @@ def build_scheduler(scheduler: Any, name: str) -> Any:
         ) from error
 
 
+def list_schedulers(scheduler: Any) -> list[str]:
+    """Return the names in A1111 of the schedulers that fit a pipeline's.
+
+    Args:
+        scheduler: scheduler of the pipeline.
+    """
+    known = {kind.__name__ for kind in scheduler.compatibles} | {type(scheduler).__name__}
+    return sorted(name for name, (kind, _) in SAMPLERS.items() if kind in known)
+
+
 def sampler_name(scheduler: Any) -> str:
     """Return the name of a scheduler in A1111; that of its class if A1111 has none."""
 

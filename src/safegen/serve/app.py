@@ -30,7 +30,9 @@ def build_app(config: ServerConfig, engine: Engine) -> FastAPI:
     Raises:
         UserError: the audit log or the token file cannot be used.
     """
-    service = ImageService(engine, config, AuditLog(config.audit_log, log_prompts=config.log_prompts))
+    service = ImageService(
+        engine, config, AuditLog(config.audit_log, log_prompts=config.log_prompts)
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

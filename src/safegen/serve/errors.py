@@ -11,12 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from safegen.core.errors import UnknownNameError, UserError
-from safegen.serve.engine.base import (
-    DrainingError,
-    EngineFaultError,
-    QueueFullError,
-    UpstreamError,
-)
+from safegen.serve.engine.base import DrainingError, EngineFaultError, QueueFullError, UpstreamError
 from safegen.serve.gate import Outcome
 from safegen.serve.service import Answer
 
@@ -116,25 +111,26 @@ def to_request_error(error: Exception) -> RequestError:
     """Return an exception of the service as an error of a request."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, UnknownNameError):
-        return RequestError(404, str(error), code="not_found")
+    text, headers = str(error), dict[str, str]()
+    status, code, kind = 500, "internal_error", FAILED
     if isinstance(error, UserError):
-        return RequestError(400, str(error), code="invalid_value")
-    if isinstance(error, QueueFullError):
+        unknown = isinstance(error, UnknownNameError)
+        status, code = (404, "not_found") if unknown else (400, "invalid_value")
+        kind = INVALID
+    elif isinstance(error, QueueFullError):
+        status, code, kind = 429, "queue_full", "rate_limit_error"
         headers = {"Retry-After": str(error.retry_after)}
-        return RequestError(
-            429, str(error), code="queue_full", type="rate_limit_error", headers=headers
-        )
-    if isinstance(error, DrainingError):
+    elif isinstance(error, DrainingError):
+        status, code = 503, "draining"
         headers = {"Retry-After": "5", "Connection": "close"}
-        return RequestError(503, str(error), code="draining", type=FAILED, headers=headers)
-    if isinstance(error, UpstreamError):
-        status = 504 if error.is_timeout else 502
-        return RequestError(status, str(error), code="upstream_error", type=FAILED)
-    if isinstance(error, EngineFaultError):
-        return RequestError(503, str(error), code="engine_failed", type=FAILED)
-    logger.error("a request failed", exc_info=error)
-    return RequestError(500, "internal error", code="internal_error", type=FAILED)
+    elif isinstance(error, UpstreamError):
+        status, code = 504 if error.is_timeout else 502, "upstream_error"
+    elif isinstance(error, EngineFaultError):
+        status, code = 503, "engine_failed"
+    else:
+        logger.error("a request failed", exc_info=error)
+        text = "internal error"
+    return RequestError(status, text, code=code, type=kind, headers=headers)
 
 
 def to_response(error: RequestError) -> JSONResponse:
@@ -176,14 +172,7 @@ def add_handlers(app: FastAPI) -> None:
             RequestError(error.status_code, str(error.detail), code=code, headers=headers)
         )
 
-    kinds = (
-        RequestError,
-        UserError,
-        QueueFullError,
-        DrainingError,
-        EngineFaultError,
-        Exception,
-    )
+    kinds = (RequestError, UserError, QueueFullError, DrainingError, EngineFaultError, Exception)
     for kind in kinds:
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(RequestValidationError, handle_validation)

@@ -8,7 +8,7 @@ from typing import Literal
 from PIL import Image
 
 from safegen.guards.core.result import REPLACING_ACTIONS, GeneratedImage, GuardRecord, GuardTrace
-from safegen.serve.messages import ImageRequest, Stage, StackInfo
+from safegen.serve.messages import ImageRequest, StackInfo, Stage
 
 Status = Literal["released", "blocked", "fault"]
 """`released`: the client gets it; `blocked`: a guard decided; `fault`: something failed."""

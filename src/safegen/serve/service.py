@@ -13,7 +13,6 @@ from PIL import Image
 
 from safegen.core.errors import ConfigError, UnknownNameError, UserError
 from safegen.guards.core.result import GeneratedImage, GuardTrace
-from safegen.serve.operations.audit import AuditLog
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import (
     DrainingError,
@@ -24,6 +23,7 @@ from safegen.serve.engine.base import (
 )
 from safegen.serve.gate import Outcome, block, check_release, fault
 from safegen.serve.messages import ImageRequest, StackInfo
+from safegen.serve.operations.audit import AuditLog
 from safegen.serve.operations.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -60,12 +60,14 @@ class ImageService:
 
         Raises:
             UnknownNameError: there is no such stack.
+            EngineFaultError: the stacks are not loaded yet.
         """
         stacks = self.engine.stacks
-        if name is None and stacks:
-            return next(iter(stacks.values()))
+        if not stacks:
+            raise EngineFaultError(self.engine.state().reason)
+        name = next(iter(stacks)) if name is None else name
         if name not in stacks:
-            raise UnknownNameError("stack", str(name), stacks)
+            raise UnknownNameError("stack", name, stacks)
         return stacks[name]
 
     async def generate(self, request: ImageRequest, *, client: str = "") -> Answer:

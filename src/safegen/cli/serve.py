@@ -1,0 +1,87 @@
+"""The `serve` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from safegen.cli.options import Device, Dtype, Pickle, Threads
+from safegen.core.errors import ConfigError, MissingExtraError
+
+
+def serve(
+    stack: Annotated[
+        list[str] | None,
+        typer.Option(help="Recipe, model or MODEL+PATCH to serve. Repeatable; first = default."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with all settings of the server.")
+    ] = None,
+    upstream: Annotated[
+        str | None, typer.Option(help="URL of an image server to guard, instead of --stack.")
+    ] = None,
+    upstream_kind: Annotated[
+        Literal["openai", "a1111"], typer.Option(help="Interface of that server.")
+    ] = "openai",
+    guard: Annotated[
+        list[str] | None, typer.Option(help="Guard to add: NAME or NAME-PRESET. Repeatable.")
+    ] = None,
+    concept: Annotated[
+        str | None, typer.Option(help="Concept that supplies the guards' phrases and judge.")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on [default: 127.0.0.1]")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one [default: 8188]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Worker processes per stack [default: 1]")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="TOML file with bearer tokens, one table per client.")
+    ] = None,
+    audit_log: Annotated[
+        Path | None, typer.Option(help="File to append one JSON line per request to.")
+    ] = None,
+    allow_base: Annotated[
+        bool, typer.Option("--allow-base", help="Also serve models without patches and guards.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    threads: Threads = None,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Serve stacks over HTTP, or guard another image server: OpenAI and A1111 interfaces, a page.
+
+    What a guard blocks is answered with 400. Where a guard or a judge fails, no image leaves.
+    """
+    try:
+        from safegen.serve.config import ServerConfig, read_config
+        from safegen.serve.server import run_server
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("safegen serve", str(error.name), "serve") from error
+    values: dict[str, Any] = {
+        "stacks": stack,
+        "guards": guard,
+        "concept": concept,
+        "host": host,
+        "port": port,
+        "workers": workers,
+        "token_file": token_file,
+        "audit_log": audit_log,
+        "allow_base": allow_base or None,
+        "threads": threads,
+        "device": None if device == "auto" else device,
+        "dtype": None if dtype == "fp32" else dtype,
+        "allow_pickle": allow_pickle or None,
+        "upstream": {"url": upstream, "kind": upstream_kind} if upstream else None,
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    if config is None and not (stack or upstream):
+        raise ConfigError("--stack, --upstream or --config must be given")
+    settings = read_config(config) if config else None
+    merged = ({**dict(settings)} if settings else {}) | given
+    raise typer.Exit(run_server(ServerConfig(**merged)))

@@ -1,0 +1,144 @@
+"""Main function of a worker process: it loads one session and answers jobs over a pipe."""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+from safegen.core.errors import UserError, is_out_of_memory
+from safegen.serve.config import ServerConfig
+
+Method = Literal["generate", "check_prompts", "check_images"]
+"""Method of a session that a job calls."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Call of a method of the session."""
+
+    number: int
+    method: Method
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Wish that a job ends after its next step."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Part of a job that is done; also the sign that the worker lives."""
+
+    number: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """Value of a job; the number -1 is the loading of the stack."""
+
+    number: int
+    value: Any
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job has no value."""
+
+    number: int
+    kind: Literal["user", "memory", "fault", "cancelled"]
+    error: str
+    """Name of the exception's class."""
+    message: str
+    """One line. That of a fault quotes no prompt."""
+
+
+class _CancelledJob(Exception):  # noqa: N818
+    """The job was cancelled, or the server is gone."""
+
+
+def run_worker(connection: Connection, config: ServerConfig, spec: str | None) -> None:
+    """Load a session, say so, and answer jobs until the other end closes the pipe.
+
+    Args:
+        connection: pipe to the server.
+        config: settings of the server.
+        spec: stack; None for the guards of another server.
+    """
+    for name in ("SIGINT", "SIGTERM"):  # the server ends its workers itself
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    from safegen.core.quiet import silence_libraries
+
+    worker = _Worker(connection)
+    try:
+        with silence_libraries():
+            from safegen.serve.engine.session import open_session
+        with silence_libraries(), open_session(config, spec) as session:
+            connection.send(Result(-1, session.info))
+            worker.serve(session)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except Exception as error:
+        connection.send(_failure(-1, error))
+
+
+class _Worker:
+    """The loop over jobs, and those that arrive while one runs."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.waiting: deque[Job] = deque()
+        self.cancelled: set[int] = set()
+
+    def serve(self, session: Any) -> None:
+        while True:
+            while not self.waiting:
+                self._receive()
+            job = self.waiting.popleft()
+            self.connection.send(self._run(session, job))
+            self.cancelled.discard(job.number)
+
+    def _run(self, session: Any, job: Job) -> Result | Failure:
+        def report(share: float) -> None:
+            while self.connection.poll():
+                self._receive()
+            if job.number in self.cancelled:
+                raise _CancelledJob
+            self.connection.send(Progress(job.number, share))
+
+        try:
+            report(0.0)
+            more = (report,) if job.method == "generate" else ()
+            return Result(job.number, getattr(session, job.method)(*job.arguments, *more))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except Exception as error:
+            return _failure(job.number, error)
+
+    def _receive(self) -> None:
+        message = self.connection.recv()
+        if isinstance(message, Cancel):
+            self.cancelled.add(message.number)
+        else:
+            self.waiting.append(message)
+
+
+def _failure(number: int, error: Exception) -> Failure:
+    """Return an exception as a message."""
+    name = type(error).__name__
+    if isinstance(error, _CancelledJob):
+        return Failure(number, "cancelled", name, "cancelled")
+    if isinstance(error, UserError):
+        return Failure(number, "user", name, str(error))
+    if is_out_of_memory(error):
+        return Failure(number, "memory", name, "out of memory")
+    from safegen.serve.engine.base import EngineFaultError
+
+    text = str(error) if isinstance(error, EngineFaultError) else name
+    return Failure(number, "fault", name, text)
