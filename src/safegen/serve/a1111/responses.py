@@ -147,7 +147,7 @@ def _encode(answer: Answer, outcome: Outcome, infotext: str) -> str:
         data = encode_outcome(outcome, answer, parameters=infotext)
     else:
         black = Image.new("RGB", image_size(answer.request, answer.stack))
-        data = encode_image(black, {"safegen": outcome.status}, infotext)
+        data = encode_image(black, {"status": outcome.status}, infotext)
     return base64.b64encode(data).decode()
 
 
