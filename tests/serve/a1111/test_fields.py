@@ -21,10 +21,10 @@ from safegen.guards.core.result import GeneratedImage, GuardTrace
 from safegen.serve.a1111.bodies import NEUTRAL, NEUTRAL_SETTINGS
 from safegen.serve.a1111.running import RunningJobs
 from safegen.serve.app import build_app
-from safegen.serve.config import Limits, ServerConfig
+from safegen.serve.config import RequestLimits, ServerConfig
 from safegen.serve.errors import RequestError
 
-CONFIG = ServerConfig(stacks=("fake",), limits=Limits(images=4, side=128, steps=30))
+CONFIG = ServerConfig(stacks=("fake",), limits=RequestLimits(images=4, side=128, steps=30))
 OTHER = {"alwayson_scripts": {"ADetailer": {"args": [True]}}, "styles": ["noir"]}
 SMALL = {"width": 8, "height": 8}
 ACTIONS = ("none", "edit", "block", "black", "blur", "mosaic", "refuse", "withhold")
@@ -226,11 +226,10 @@ def image_with_action(request, seed, action, records):
     return GeneratedImage(image, GuardTrace(action, f"judge-filter: {action}", records))
 
 
+TEXT = st.text(st.characters(categories=["L", "P", "Cc", "Cs"]), max_size=9)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda children: (
-        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3)
-    ),
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(TEXT, children, max_size=3),
     max_leaves=5,
 )
 FIELDS = (
@@ -258,19 +257,23 @@ FIELDS = (
 )
 
 
-@settings(
+PROPERTY = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@PROPERTY
 @given(
-    actions=st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=4),
+    actions=st.lists(st.sampled_from(ACTIONS) | st.just("none"), min_size=1, max_size=4),
     flagged=st.booleans(),
-    body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=2),
+    seed=st.integers(0, 60_000),
+    width=st.sampled_from([8, 16, None]),
     route=st.sampled_from(["txt2img", "img2img"]),
-    switch=st.sampled_from(["guardrails", "safety_checker", "filter_nsfw", "moderation"]),
-    off=st.sampled_from([False, True, "off", "low", 0, None]),
+    switch=st.sampled_from(["moderation", "guardrails", "unknown_field"]),
+    value=st.sampled_from([True, "low", None]),
 )
 def test_no_body_has_pixels_of_a_withheld_image(
-    client, engine, actions, flagged, body, route, switch, off
+    client, engine, actions, flagged, seed, width, route, switch, value
 ):
     from conftest import records
 
@@ -279,33 +282,46 @@ def test_no_body_has_pixels_of_a_withheld_image(
     async def generate(request):
         found = []
         for index, seed in enumerate(request.seeds):
-            action = actions[index % len(actions)]
+            action, is_flagged = actions[index], flagged and index == 0
+            made[seed] = action in ("none", "edit") and not is_flagged
             image = image_with_action(request, seed, action, records(action))
-            found.append(GeneratedImage(image.image, image.trace, (flagged and index == 0) or None))
-            made[seed] = action in ("none", "edit") and not (flagged and index == 0)
+            found.append(GeneratedImage(image.image, image.trace, is_flagged or None))
         return found
 
     engine.generate = generate
-    start = {"init_images": [to_base64(Image.new("RGB", (8, 8), "blue"))]}
-    fields = {"prompt": "a castle", **SMALL, "seed": 5, "batch_size": len(actions), switch: off}
-    data = json.dumps((fields if route == "txt2img" else fields | start) | body)
-    headers = {"content-type": "application/json"}
-    response = client.post(f"/sdapi/v1/{route}", content=data, headers=headers)
-    assert response.status_code in {200, 400, 404, 503}, response.text
+    body = {"width": width, "height": 8, "seed": seed, "batch_size": len(actions), switch: value}
+    if route == "img2img":
+        body["init_images"] = [to_base64(Image.new("RGB", (8, 8), "blue"))]
+    response = post(client, route, **body)
     answer = response.json()
-    if response.status_code != 200:
+    if not any(made.values()):
+        is_fault = "withhold" in actions
+        assert response.status_code == (503 if is_fault else 400)
         assert answer["detail"]
         assert not answer.keys() & {"images", "info", "parameters"}
-        assert response.status_code != 503 or made
         return
+    assert response.status_code == 200, response.text
     info = json.loads(answer["info"])
     statuses = [image["status"] for image in info["safegen"]["images"]]
     assert [status == "released" for status in statuses] == [made[s] for s in info["all_seeds"]]
-    assert "released" in statuses
-    if not answer["images"]:
-        return
     for seed, status, text in zip(info["all_seeds"], statuses, answer["images"], strict=True):
         image = Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
-        assert image.size == (info["width"], info["height"])
+        assert image.size == (info["width"], info["height"]) == (width or 64, 8)
         expected = solid(seed, image.size) if status == "released" else Image.new("RGB", image.size)
         assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+@PROPERTY
+@given(
+    body=st.dictionaries(st.sampled_from(FIELDS) | TEXT, JSON, max_size=3),
+    route=st.sampled_from(["txt2img", "img2img", "options"]),
+)
+def test_fields_of_any_value_are_used_or_refused_in_one_line(client, body, route):
+    image = {"init_images": [to_base64(Image.new("RGB", (8, 8), "blue"))]}
+    fields = {} if route == "options" else {"prompt": "a castle", **SMALL, **image}
+    headers, data = {"content-type": "application/json"}, json.dumps(fields | body)
+    response = client.post(f"/sdapi/v1/{route}", content=data, headers=headers)
+    if response.status_code == 404:
+        assert "no stack named" in response.json()["detail"]
+    elif response.status_code != 200:
+        error_of(response)

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from safegen.core.settings import MAX_NAME
 from safegen.serve.errors import RequestError
 from safegen.serve.switches import check_switches
 
@@ -97,7 +98,7 @@ class Txt2ImgBody(BaseModel):
     def checkpoint(self) -> str | None:
         """Name of the stack; None for the default."""
         name = (self.override_settings or {}).get("sd_model_checkpoint")
-        return None if name in (None, "") else str(name)
+        return None if name in (None, "") else str(name)[:MAX_NAME]
 
     def refuse_unsupported(self) -> Self:
         """Return the body, or refuse what would give another image than was requested.

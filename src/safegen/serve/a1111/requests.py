@@ -10,6 +10,7 @@ from dataclasses import replace
 from PIL import Image, ImageOps
 
 from safegen.core.errors import ConfigError, UnknownNameError
+from safegen.core.settings import MAX_NAME
 from safegen.serve.a1111.bodies import Img2ImgBody, Txt2ImgBody
 from safegen.serve.a1111.infotext import image_size
 from safegen.serve.errors import RequestError
@@ -65,12 +66,13 @@ def find_sampler(body: Txt2ImgBody, stack: StackInfo) -> str | None:
     Raises:
         RequestError: the stack has no such sampler or schedule.
     """
-    schedule = body.scheduler or "automatic"
+    schedule = (body.scheduler or "automatic")[:MAX_NAME]
     if schedule.lower() not in SCHEDULES:
         error = UnknownNameError("schedule", schedule, SCHEDULES)
         raise RequestError(400, str(error), code="invalid_value", param="scheduler")
     end = SCHEDULES[schedule.lower()]
-    name = body.sampler_name or body.sampler_index or (stack.sampler if end else "")
+    default = stack.sampler if end else ""
+    name = (body.sampler_name or body.sampler_index or default)[:MAX_NAME]
     if end and not name.endswith(end):
         name += end
     known = {sampler.lower() for sampler in stack.samplers}

@@ -89,16 +89,21 @@ async def set_options(options: dict[str, Any], service: Service) -> dict[str, An
     """Accept settings that are as they were, and refuse all others: they are the operator's."""
     current = options_response(service.stack())
     for name, value in options.items():
-        if name not in current or value != current[name]:
-            expected = f"must be {current[name]!r}" if name in current else "must be left out"
-            raise RequestError(
-                400,
-                f"{name[:80]} {expected}, got {repr(value)[:80]}. Settings are the operator's; "
-                "choose a stack per request by override_settings.sd_model_checkpoint.",
-                code="unsupported_value",
-                param=name[:80],
-            )
+        if name not in current:
+            raise _refuse_option(f"{name[:80]!r} must be left out, got {repr(value)[:80]}", None)
+        if value != current[name]:
+            rule = f"{name} must be {current[name]!r}, got {repr(value)[:80]}"
+            raise _refuse_option(rule, name)
     return {}
+
+
+def _refuse_option(rule: str, name: str | None) -> RequestError:
+    """Return the error of an option that a client may not change."""
+    message = (
+        f"{rule}. Settings are the operator's; choose a stack per request by "
+        "override_settings.sd_model_checkpoint."
+    )
+    return RequestError(400, message, code="unsupported_value", param=name)
 
 
 @router.get("/sd-models")
