@@ -9,9 +9,7 @@ import io
 from PIL import Image
 
 from safegen.serve.engine.base import UpstreamError
-
-FORMATS = ("PNG", "JPEG", "WEBP")
-"""Formats that are decoded."""
+from safegen.serve.images import UPLOAD_FORMATS, flatten
 
 
 def decode_base64(text: object) -> bytes:
@@ -42,10 +40,10 @@ def decode_image(data: bytes, max_side: int) -> Image.Image:
         UpstreamError: it is no such file, is cut off, or is larger.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:
             size = image.size
             if max(size) <= max_side:
-                pixels = image.convert("RGB")  # decodes the first frame
+                pixels = flatten(image)  # decodes the first frame
                 return Image.frombytes("RGB", pixels.size, pixels.tobytes())  # no metadata
     except Exception as error:  # Pillow raises many kinds, and warnings may be errors
         raise UpstreamError(

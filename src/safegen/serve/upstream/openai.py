@@ -6,7 +6,7 @@ import asyncio
 import io
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from safegen.core.errors import ConfigError
 from safegen.serve.engine.base import UpstreamError
@@ -15,6 +15,8 @@ from safegen.serve.upstream.images import decode_base64
 from safegen.serve.upstream.transport import UpstreamBlockError, UpstreamClient
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+HALF = 128
+"""Level from which on a mask is redrawn."""
 
 
 class OpenAIUpstream:
@@ -114,7 +116,7 @@ def build_files(start: StartImage) -> dict[str, tuple[str, bytes, str]]:
     files = {"image": ("image.png", start.image, "image/png")}
     if start.mask is not None:
         with Image.open(io.BytesIO(start.mask), formats=["PNG"]) as image:
-            opaque = ImageOps.invert(image.convert("L"))
+            opaque = image.convert("L").point(lambda value: 0 if value >= HALF else 255)
         mask, buffer = Image.new("RGBA", opaque.size, "white"), io.BytesIO()
         mask.putalpha(opaque)
         mask.save(buffer, format="PNG")

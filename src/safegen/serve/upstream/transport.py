@@ -171,7 +171,8 @@ class UpstreamClient:
 
     def _request(self, method: str, url: httpx2.URL, **options: Any) -> httpx2.Request:
         """Return a request; only the other server itself gets the token."""
-        if self._token and url.origin == self.url.origin:
+        own = (self.url.scheme, self.url.host, self.url.port)
+        if self._token and (url.scheme, url.host, url.port) == own:
             options["headers"] = {"authorization": f"Bearer {self._token}"}
         return self._http.build_request(method, url, **options)
 
