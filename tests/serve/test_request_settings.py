@@ -8,7 +8,7 @@ import pytest
 
 from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.core.settings import MAX_SEED
-from safegen.serve.config import Limits, ServerConfig
+from safegen.serve.config import RequestLimits, ServerConfig
 from safegen.serve.messages import StackInfo, StartImage
 from safegen.serve.operations.audit import AuditLog
 from safegen.serve.requests import build_request
@@ -27,7 +27,7 @@ def service():
         stacks=("mini",),
         num_inference_steps=7,
         guidance_scale=3.0,
-        limits=Limits(images=4, steps=20, side=128, prompt_chars=100),
+        limits=RequestLimits(images=4, steps=20, side=128, prompt_chars=100),
     )
     return ImageService(SimpleNamespace(stacks=STACKS), config, AuditLog())
 
