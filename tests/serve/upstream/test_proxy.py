@@ -219,15 +219,15 @@ def test_an_unreachable_server_is_named_and_does_not_make_the_proxy_unready(
 ):
     async def run():
         engine = ProxyEngine(make_config(url="http://127.0.0.1:9"), checker)
-        assert not engine.state().ready
+        assert not engine.state().is_ready
         await engine.start()
         await wait_until(lambda: engine.state().reason)
-        assert engine.state().ready
+        assert engine.state().is_ready
         assert engine.state().reason == "the other server cannot be reached"
         result = await tools.send(engine, tools.make_request())
         assert (result.status, result.error.code) == (502, "upstream_error")
         checker.num_workers = 0
-        assert not engine.state().ready
+        assert not engine.state().is_ready
         await engine.stop()
 
     asyncio.run(run())

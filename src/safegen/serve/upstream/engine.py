@@ -201,7 +201,7 @@ class ProxyEngine:
         if self._is_draining:
             reason = "the server is being stopped"
         return EngineState(
-            ready=not reason,
+            is_ready=not reason,
             reason=reason or self._upstream_reason,
             running=len(self._jobs),
             workers=workers,
