@@ -203,3 +203,9 @@ def mini_server() -> Iterator[str]:
     )
     with serving(config, LocalEngine(config)) as address:
         yield address
+
+
+@pytest.fixture(scope="session", name="serving")
+def _serving() -> Callable:
+    """Return the function that runs a server in a thread."""
+    return serving

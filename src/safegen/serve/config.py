@@ -24,12 +24,16 @@ Timeout = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 """Time in seconds after which something is given up."""
 UpstreamKind = Literal["openai", "a1111"]
 """Interface of the other server."""
+UpstreamField = Literal[
+    "guidance_scale", "negative_prompt", "num_inference_steps", "response_format", "seed"
+]
+"""Field of a request in the OpenAI interface that some servers do not know."""
 
 
 class UpstreamConfig(BaseSettings):
     """Settings of the image server behind a proxy."""
 
-    url: str = Field(pattern=r"^https?://[^/?#@\s]+")
+    url: str = Field(pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?$", max_length=2000)
     """Address of the other server, without the path of its interface."""
     kind: UpstreamKind = "openai"
     """Interface of the other server."""
@@ -40,9 +44,16 @@ class UpstreamConfig(BaseSettings):
     timeout: Timeout = 120.0
     """Seconds that the other server may take for a request."""
     allowed_hosts: tuple[Name, ...] = ()
-    """Hosts besides that of `url` and loopback from which images may be fetched."""
+    """Hosts besides that of `url` from which images may be fetched, if answers have addresses.
+    Loopback is one of them if `url` is on loopback."""
+    omit: tuple[UpstreamField, ...] = ()
+    """Fields that the other server does not know. They are not sent."""
     max_connections: int = Field(default=16, ge=1, le=1024)
     """Most requests to the other server at a time."""
+    max_response_bytes: int = Field(default=64 * 2**20, ge=1024, le=2**30)
+    """Most bytes of an answer, and of an image that is fetched."""
+    max_side: int = Field(default=2048, ge=8, le=MAX_SIDE)
+    """Most pixels of a side of an image of the other server."""
 
 
 class RequestLimits(BaseSettings):
