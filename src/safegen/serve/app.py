@@ -13,6 +13,7 @@ from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import Engine
 from safegen.serve.errors import add_handlers
 from safegen.serve.openai.routes import router as openai
+from safegen.serve.openai.store import ImageStore
 from safegen.serve.operations.audit import AuditLog
 from safegen.serve.operations.metrics import Metrics
 from safegen.serve.operations.middleware import add_middleware
@@ -53,6 +54,8 @@ def build_app(config: ServerConfig, engine: Engine, *, metrics: Metrics | None =
         redoc_url=None,
     )
     app.state.service = service
+    limits = config.limits
+    app.state.image_store = ImageStore(limits.stored_image_bytes, limits.stored_image_seconds)
     for router in (operations, openai, a1111, page):
         app.include_router(router)
     add_handlers(app)

@@ -81,6 +81,12 @@ class RequestLimits(BaseSettings):
     """Most seconds for the headers of a request, and for its body."""
     write_seconds: Timeout = 30.0
     """Most seconds that a client may take for a part of a response, 256 KiB."""
+    moderation_inputs: int = Field(default=32, ge=1, le=10_000)
+    """Most texts and images of a moderation."""
+    stored_image_bytes: int = Field(default=256 * 2**20, ge=1, le=2**40)
+    """Most bytes of the images in memory for clients that fetch them by address."""
+    stored_image_seconds: Timeout = 600.0
+    """Seconds for which such an image can be fetched."""
     connections: int = Field(default=256, ge=1, le=100_000)
     """Most requests at a time; further ones get 503. There are twice as many open connections
     at most."""

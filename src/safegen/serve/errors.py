@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -102,10 +103,15 @@ def outcome_json(outcome: Outcome, index: int | None = None) -> dict[str, Any]:
         "guard": outcome.guard or None,
         "reason": outcome.reason or None,
         "judge": outcome.judge,
-        "score": outcome.score,
-        "threshold": outcome.threshold,
+        "score": _finite(outcome.score),
+        "threshold": _finite(outcome.threshold),
         "categories": list(outcome.categories),
     }
+
+
+def _finite(number: float | None) -> float | None:
+    """Return a number that JSON has; None otherwise."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def to_request_error(error: Exception) -> RequestError:

@@ -6,10 +6,10 @@ import asyncio
 import io
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
@@ -30,6 +30,7 @@ from safegen.serve.operations.context import add_log_fields, select_stacks, take
 from safegen.serve.operations.metrics import Metrics
 from safegen.serve.operations.tokens import Clients
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 EMPTY_TRACE = GuardTrace("withhold", "", ())
 """Trace of an image that was never made."""
@@ -218,14 +219,22 @@ class ImageService:
 
     async def check_prompts(self, stack: str, prompts: Sequence[str]) -> list[GuardTrace]:
         """Return what a stack's guards of prompts decide; errors as `generate`."""
-        async with asyncio.timeout(self.config.request_timeout):
-            return await self.engine.check_prompts(self.stack(stack).name, prompts)
+        return await self._in_time(self.engine.check_prompts(self.stack(stack).name, prompts))
 
     async def check_images(self, stack: str, images: Sequence[Image.Image]) -> list[GeneratedImage]:
         """Return what a stack's guards of images leave of images; errors as `generate`."""
-        async with asyncio.timeout(self.config.request_timeout):
-            name = self.stack(stack).name
-            return await self.engine.check_images(name, images, [""] * len(images))
+        name, prompts = self.stack(stack).name, [""] * len(images)
+        return await self._in_time(self.engine.check_images(name, images, prompts))
+
+    async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of work, or give it up after the time of a request."""
+        try:
+            async with asyncio.timeout(self.config.request_timeout):
+                return await work
+        except TimeoutError as error:
+            raise EngineFaultError(
+                f"no answer within {self.config.request_timeout:g} seconds"
+            ) from error
 
 
 def input_outcome(

@@ -96,6 +96,10 @@ def test_a_client_gets_only_its_own_stacks(guarded):
     answer = generate(guarded, bearer(ALICE), model="safe")
     assert answer.status_code == 404
     assert "Known: second." in answer.json()["error"]["message"]
+    models = httpx2.get(f"{guarded}/v1/models", headers=bearer(ALICE)).json()["data"]
+    assert [model["id"] for model in models] == ["second"]
+    models = httpx2.get(f"{guarded}/sdapi/v1/sd-models", headers=bearer(ALICE)).json()
+    assert ["second" in str(model) for model in models] == [True]
 
 
 def test_requests_and_images_beyond_the_limit_get_429_with_the_time_to_wait(guarded):
