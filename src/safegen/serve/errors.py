@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from safegen.core.errors import UnknownNameError, UserError
 from safegen.serve.engine.base import DrainingError, EngineFaultError, QueueFullError, UpstreamError
 from safegen.serve.gate import Outcome
+from safegen.serve.operations.limits import RateLimitError
 from safegen.serve.service import Answer
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,9 @@ def to_request_error(error: Exception) -> RequestError:
     elif isinstance(error, QueueFullError):
         status, code, kind = 429, "queue_full", "rate_limit_error"
         headers = {"Retry-After": str(error.retry_after)}
+    elif isinstance(error, RateLimitError):
+        status, code, kind = 429, "rate_limit_exceeded", "rate_limit_error"
+        headers = {"Retry-After": str(error.retry_after)}
     elif isinstance(error, DrainingError):
         status, code = 503, "draining"
         headers = {"Retry-After": "5", "Connection": "close"}
@@ -178,8 +182,8 @@ def add_handlers(app: FastAPI) -> None:
             RequestError(error.status_code, str(error.detail), code=code, headers=headers)
         )
 
-    kinds = (RequestError, UserError, QueueFullError, DrainingError, EngineFaultError, Exception)
-    for kind in kinds:
+    known = (RequestError, UserError, QueueFullError, RateLimitError, DrainingError)
+    for kind in (*known, EngineFaultError, Exception):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(RequestValidationError, handle_validation)
     app.add_exception_handler(HTTPException, handle_http)

@@ -87,7 +87,7 @@ async def stored_image(name: str, store: Store) -> Response:
 async def models(service: Service) -> dict[str, Any]:
     """Return the stacks as models."""
     service.stack()  # while they load, there is no answer
-    return {"object": "list", "data": [_model(stack) for stack in service.engine.stacks.values()]}
+    return {"object": "list", "data": [_model(stack) for stack in service.stacks.values()]}
 
 
 @router.get("/models/{name:path}")
