@@ -15,7 +15,8 @@ from safegen.serve.app import build_app  # noqa: E402
 from safegen.serve.config import RequestLimits, ServerConfig  # noqa: E402
 from tests.serve.conftest import FakeEngine  # noqa: E402
 
-EXAMPLES = 40
+LIMITS = RequestLimits(images=2, side=64)
+EXAMPLES = 30
 """Requests per route and mode."""
 
 
@@ -28,7 +29,7 @@ class SteadyEngine(FakeEngine):
 
 @pytest.fixture(scope="module")
 def schema():
-    config = ServerConfig(stacks=("fake",), limits=RequestLimits(images=2, side=64))
+    config = ServerConfig(stacks=("fake",), allowed_hosts=("testserver",), limits=LIMITS)
     return schemathesis.openapi.from_asgi("/openapi.json", build_app(config, SteadyEngine()))
 
 
