@@ -32,7 +32,7 @@ ACTIONS = ("none", "edit", "block", "black", "blur", "mosaic", "refuse", "withho
 
 @pytest.fixture
 def client(engine):
-    with TestClient(build_app(CONFIG, engine)) as client:
+    with TestClient(build_app(CONFIG, engine), "http://127.0.0.1") as client:
         yield client
 
 

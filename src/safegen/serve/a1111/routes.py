@@ -109,13 +109,13 @@ def _refuse_option(rule: str, name: str | None) -> RequestError:
 @router.get("/sd-models")
 async def get_models(service: Service) -> list[dict[str, Any]]:
     """Return the stacks, the default one first."""
-    return [model_response(stack) for stack in service.engine.stacks.values()]
+    return [model_response(stack) for stack in service.stacks.values()]
 
 
 @router.get("/samplers")
 async def get_samplers(service: Service) -> list[dict[str, Any]]:
     """Return the samplers that a stack offers."""
-    stacks = service.engine.stacks.values()
+    stacks = service.stacks.values()
     names = dict.fromkeys(name for stack in stacks for name in stack.samplers)
     return [{"name": name, "aliases": [], "options": {}} for name in names]
 
@@ -138,7 +138,7 @@ async def get_schedulers() -> list[dict[str, Any]]:
 @router.get("/loras")
 async def get_loras(service: Service) -> list[dict[str, Any]]:
     """Return the LoRAs of the stacks, which are loaded already."""
-    stacks = service.engine.stacks.values()
+    stacks = service.stacks.values()
     names = dict.fromkeys(name for stack in stacks for name in stack.loras)
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in names]
 
