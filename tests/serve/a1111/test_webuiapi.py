@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,3 +245,23 @@ def test_the_miniature_behind_its_guards(mini_server):
     drawn = api.img2img(images=[Image.open(io.BytesIO(start))], prompt="a castle", seed=1, **size)
     assert drawn.image.size == (64, 64)
     api.session.close()
+
+
+def test_the_comfyui_node_of_the_how_to_returns_images_and_the_servers_errors(server, engine):
+    page = Path(__file__).parents[3] / "docs" / "how-to" / "serve-comfyui.md"
+    code = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    scope = {}
+    exec(compile(code, page.name, "exec"), scope)
+    scope["URL"] = server
+    node = scope["NODE_CLASS_MAPPINGS"]["SafegenImage"]
+    inputs = node.INPUT_TYPES()["required"]
+    fields = {name: options["default"] for name, (_, options) in inputs.items()}
+    (images,) = node().generate(
+        **fields | {"prompt": "a partly castle", "batch_size": 2, "seed": 4}
+    )
+    assert images.shape == (2, 512, 512, 3)
+    assert images[0].max() > 0.9
+    assert images[1].max() == 0
+    assert engine.requests[0].seeds == (4, 5)
+    with pytest.raises(RuntimeError, match="was blocked"):
+        node().generate(**fields | {"prompt": "skulls"})
