@@ -36,7 +36,7 @@ def schema():
 @pytest.mark.parametrize(("mode", "least"), [("positive", 11), ("negative", 3)])
 def test_no_request_makes_the_server_fail(schema, mode, least):
     """Valid requests, and requests that break the schema; `least` routes have such requests."""
-    generation_mode, sent = schemathesis.GenerationMode(mode), set()
+    generation_mode, sent, statuses = schemathesis.GenerationMode(mode), set(), set()
     for result in schema.get_all_operations():
         operation = result.ok()
 
@@ -46,8 +46,10 @@ def test_no_request_makes_the_server_fail(schema, mode, least):
         @hypothesis.given(case=operation.as_strategy(generation_mode=generation_mode))
         def check(case):
             sent.add((case.method, case.path))
-            case.call_and_validate(checks=[not_a_server_error])
+            response = case.call_and_validate(checks=[not_a_server_error])
+            statuses.add(response.status_code)
 
         with suppress(hypothesis.errors.Unsatisfiable):  # nothing to break
             check()
     assert len(sent) >= least, sent
+    assert (200 if mode == "positive" else 400) in statuses
