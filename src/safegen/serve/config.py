@@ -12,16 +12,20 @@ from safegen.core.errors import FileError
 from safegen.core.files import exists
 from safegen.core.generation import GuidanceScale
 from safegen.core.settings import (
+    MAX_COUNT,
     MAX_SIDE,
     MAX_STEPS,
     MAX_THREADS,
     BaseSettings,
+    Digest,
     Name,
     raises_config_error,
 )
 
 Timeout = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 """Time in seconds after which something is given up."""
+Origin = Annotated[str, Field(pattern=r"^https?://[^/?#@\s*]+$")]
+"""Scheme, host and port of a site, as browsers send them."""
 UpstreamKind = Literal["openai", "a1111"]
 """Interface of the other server."""
 UpstreamField = Literal[
@@ -57,7 +61,7 @@ class UpstreamConfig(BaseSettings):
 
 
 class RequestLimits(BaseSettings):
-    """RequestLimits of one request. A request beyond one of them is refused."""
+    """Limits of one request. A request beyond one of them is refused."""
 
     images: int = Field(default=10, ge=1, le=100)
     """Most images."""
@@ -69,14 +73,38 @@ class RequestLimits(BaseSettings):
     """Most characters of a prompt and of a negative prompt."""
     body_bytes: int = Field(default=16 * 2**20, ge=1024, le=2**30)
     """Most bytes of a request's body."""
+    total_body_bytes: int = Field(default=256 * 2**20, ge=1024, le=2**40)
+    """Most bytes of the bodies of all requests at a time; further requests get 503."""
     header_bytes: int = Field(default=16 * 2**10, ge=1024, le=2**20)
     """Most bytes of a request's headers."""
     read_seconds: Timeout = 30.0
     """Most seconds for the headers of a request, and for its body."""
     write_seconds: Timeout = 30.0
-    """Most seconds that a client may let a part of a response wait."""
+    """Most seconds that a client may take for a part of a response, 256 KiB."""
+    moderation_inputs: int = Field(default=32, ge=1, le=10_000)
+    """Most texts and images of a moderation."""
+    stored_image_bytes: int = Field(default=256 * 2**20, ge=1, le=2**40)
+    """Most bytes of the images in memory for clients that fetch them by address."""
+    stored_image_seconds: Timeout = 600.0
+    """Seconds for which such an image can be fetched."""
     connections: int = Field(default=256, ge=1, le=100_000)
-    """Most open connections."""
+    """Most requests at a time; further ones get 503. There are twice as many open connections
+    at most."""
+
+
+class ClientConfig(BaseSettings):
+    """Settings of one client, a table of the token file."""
+
+    token: str | None = None
+    """Bearer token, of 16 characters or more."""
+    token_sha256: Digest | None = None
+    """SHA-256 of the bearer token in hexadecimal digits, in place of the token."""
+    requests_per_minute: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    """Most requests per minute. Default: no limit."""
+    images_per_minute: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    """Most images per minute. Default: no limit."""
+    stacks: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Stacks that the client may use, its default one first. Default: all."""
 
 
 @raises_config_error
@@ -102,9 +130,9 @@ class ServerConfig(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     token_file: Path | None = None
     """TOML file with bearer tokens, one table per client. Required on other hosts than loopback."""
-    allowed_origins: tuple[str, ...] = ()
+    allowed_origins: tuple[Origin, ...] = ()
     """Origins of other sites with scripts that may call the server (CORS)."""
-    allowed_hosts: tuple[str, ...] = ()
+    allowed_hosts: tuple[Name, ...] = ()
     """Names besides `host` and loopback under which clients may call the server."""
 
     workers: int = Field(default=1, ge=1, le=256)
@@ -136,7 +164,7 @@ class ServerConfig(BaseSettings):
     guidance_scale: GuidanceScale = 7.5
     """Guidance scale of requests that name none."""
     limits: RequestLimits = RequestLimits()
-    """RequestLimits of one request."""
+    """Limits of one request."""
 
     audit_log: Path | None = None
     """File to which one JSON line per request is appended before its answer is sent."""

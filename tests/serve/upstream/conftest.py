@@ -172,10 +172,10 @@ async def send(engine, request) -> Result:
 
 
 @pytest.fixture(scope="module")
-def other_server(serving):
+def other_server(serving_app):
     """Return a running server, shared by the tests of a module."""
     other = OtherServer()
-    with serving(None, None, build=lambda config, engine: other.app) as other.url:
+    with serving_app(other.app) as other.url:
         yield other
 
 
