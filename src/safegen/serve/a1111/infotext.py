@@ -8,11 +8,21 @@ from safegen._version import __version__
 from safegen.serve.gate import Outcome
 from safegen.serve.messages import ImageRequest, StackInfo
 
+DEFAULT_SIDE = 512
+"""Width and height of A1111 unless a request says otherwise."""
+
 
 def image_size(request: ImageRequest, stack: StackInfo) -> tuple[int, int]:
-    """Return the width and the height of the images of a request."""
+    """Return the width and the height of the images of a request; A1111's if they are unknown."""
     config = request.generation_config
-    return config.width or stack.size[0], config.height or stack.size[1]
+    width, height = config.width or stack.size[0], config.height or stack.size[1]
+    return width or DEFAULT_SIDE, height or DEFAULT_SIDE
+
+
+def used_setting(request: ImageRequest, stack: StackInfo, name: str) -> float | None:
+    """Return a setting of the images; None where another server used its own."""
+    value: float = getattr(request.generation_config, name)
+    return request.chosen_setting(name) if stack.is_remote else value
 
 
 def build_infotext(request: ImageRequest, stack: StackInfo, outcome: Outcome) -> str:
@@ -20,12 +30,13 @@ def build_infotext(request: ImageRequest, stack: StackInfo, outcome: Outcome) ->
 
     A1111 makes another image for a seed; the text says so. That of a withheld image says why.
     """
-    config, (width, height) = request.generation_config, image_size(request, stack)
+    config, image = request.generation_config, outcome.image
+    width, height = image_size(request, stack) if image is None else image.size
     withheld = outcome.status != "released"
     values: dict[str, object] = {
-        "Steps": config.num_inference_steps,
+        "Steps": used_setting(request, stack, "num_inference_steps"),
         "Sampler": config.scheduler or stack.sampler,
-        "CFG scale": config.guidance_scale,
+        "CFG scale": used_setting(request, stack, "guidance_scale"),
         "Seed": outcome.seed,
         "Size": f"{width}x{height}",
         "Model hash": stack.model_hash[:10],

@@ -12,7 +12,7 @@ from PIL import Image
 
 from safegen._version import __version__
 from safegen.core.files import encode_image
-from safegen.serve.a1111.infotext import build_infotext, image_size
+from safegen.serve.a1111.infotext import build_infotext, image_size, used_setting
 from safegen.serve.a1111.running import Job
 from safegen.serve.errors import outcome_json
 from safegen.serve.gate import Outcome
@@ -48,7 +48,7 @@ async def images_response(
 def build_info(answer: Answer, infotexts: list[str], batch_size: int) -> dict[str, Any]:
     """Return the settings of all images of a request, under the names of A1111."""
     request, stack, n = answer.request, answer.stack, len(answer.outcomes)
-    config, (width, height) = request.generation_config, image_size(request, stack)
+    config, (width, height) = request.generation_config, released_size(answer)
     negative, seeds = request.negative_prompt or "", list(request.seeds)
     return {
         "prompt": request.prompt,
@@ -63,8 +63,8 @@ def build_info(answer: Answer, infotexts: list[str], batch_size: int) -> dict[st
         "width": width,
         "height": height,
         "sampler_name": config.scheduler or stack.sampler,
-        "cfg_scale": config.guidance_scale,
-        "steps": config.num_inference_steps,
+        "cfg_scale": used_setting(request, stack, "guidance_scale"),
+        "steps": used_setting(request, stack, "num_inference_steps"),
         "batch_size": batch_size,
         "restore_faces": False,
         "face_restoration_model": None,
@@ -141,12 +141,18 @@ def model_response(stack: StackInfo) -> dict[str, Any]:
     }
 
 
+def released_size(answer: Answer) -> tuple[int, int]:
+    """Return the width and the height of the released images, or those requested without any."""
+    images = [outcome.image for outcome in answer.outcomes if outcome.image is not None]
+    return images[0].size if images else image_size(answer.request, answer.stack)
+
+
 def _encode(answer: Answer, outcome: Outcome, infotext: str) -> str:
     """Return a released image as a PNG in Base64; a new black image in place of another one."""
     if outcome.status == "released":
         data = encode_outcome(outcome, answer, parameters=infotext)
     else:
-        black = Image.new("RGB", image_size(answer.request, answer.stack))
+        black = Image.new("RGB", released_size(answer))
         data = encode_image(black, {"status": outcome.status}, infotext)
     return base64.b64encode(data).decode()
 
