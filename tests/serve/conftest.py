@@ -234,3 +234,9 @@ def _serving() -> Callable:
 def _serving_app() -> Callable:
     """Return the function that runs another app in a thread."""
     return serving_app
+
+
+@pytest.fixture(scope="session", name="records")
+def _records() -> Callable:
+    """Return the function that makes the records of both guards."""
+    return records
