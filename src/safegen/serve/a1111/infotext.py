@@ -7,43 +7,46 @@ import json
 from safegen._version import __version__
 from safegen.serve.gate import Outcome
 from safegen.serve.messages import ImageRequest, StackInfo
-
-DEFAULT_SIDE = 512
-"""Width and height of A1111 unless a request says otherwise."""
+from safegen.serve.service import Answer
 
 
-def image_size(request: ImageRequest, stack: StackInfo) -> tuple[int, int]:
-    """Return the width and the height of the images of a request; A1111's if they are unknown."""
+def requested_size(request: ImageRequest, stack: StackInfo) -> tuple[int, int]:
+    """Return the width and the height of the images of a request; 0 if another server chooses."""
     config = request.generation_config
-    width, height = config.width or stack.size[0], config.height or stack.size[1]
-    return width or DEFAULT_SIDE, height or DEFAULT_SIDE
+    return config.width or stack.size[0], config.height or stack.size[1]
 
 
-def used_setting(request: ImageRequest, stack: StackInfo, name: str) -> float | None:
-    """Return a setting of the images; None where another server used its own."""
-    value: float = getattr(request.generation_config, name)
-    return request.chosen_setting(name) if stack.is_remote else value
+def image_size(answer: Answer) -> tuple[int, int]:
+    """Return the width and the height of the images of an answer, of which one is released."""
+    image = answer.released[0].image
+    assert image is not None, "a released outcome has an image"
+    width, height = requested_size(answer.request, answer.stack)
+    return width or image.width, height or image.height
 
 
-def build_infotext(request: ImageRequest, stack: StackInfo, outcome: Outcome) -> str:
+def used_setting(answer: Answer, name: str) -> float | None:
+    """Return a setting that the images were made with; None if another server chose it."""
+    value: float = getattr(answer.request.generation_config, name)
+    return value if answer.stack.sampler else answer.request.chosen_setting(name)
+
+
+def build_infotext(answer: Answer, outcome: Outcome) -> str:
     """Return the settings of an image as A1111 writes them under `parameters` in a PNG.
 
     A1111 makes another image for a seed; the text says so. That of a withheld image says why.
     """
-    config, image = request.generation_config, outcome.image
-    width, height = image_size(request, stack) if image is None else image.size
+    request, stack, (width, height) = answer.request, answer.stack, image_size(answer)
     withheld = outcome.status != "released"
     values: dict[str, object] = {
-        "Steps": used_setting(request, stack, "num_inference_steps"),
-        "Sampler": config.scheduler or stack.sampler,
-        "CFG scale": used_setting(request, stack, "guidance_scale"),
+        "Steps": used_setting(answer, "num_inference_steps"),
+        "Sampler": request.generation_config.scheduler or stack.sampler,
+        "CFG scale": used_setting(answer, "guidance_scale"),
         "Seed": outcome.seed,
         "Size": f"{width}x{height}",
         "Model hash": stack.model_hash[:10],
         "Model": stack.name,
         "Denoising strength": request.start.strength if request.start else None,
-        "RNG": "CPU",
-        "Seed mode": "safegen (A1111 gives another image for this seed)",
+        "Seed mode": "safegen (A1111 gives another image for this seed)" if stack.sampler else "",
         "Withheld": f"{outcome.status} by {outcome.guard or 'the server'}" if withheld else None,
         "Version": f"safegen {__version__}",
     }

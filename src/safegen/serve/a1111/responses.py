@@ -33,8 +33,7 @@ async def images_response(
         batch_size: the number of the same name in the request.
         send_images: whether the response has the images.
     """
-    request, stack = answer.request, answer.stack
-    texts = [build_infotext(request, stack, outcome) for outcome in answer.outcomes]
+    texts = [build_infotext(answer, outcome) for outcome in answer.outcomes]
     images = []
     for outcome, text in zip(answer.outcomes, texts, strict=True) if send_images else ():
         images.append(await asyncio.to_thread(_encode, answer, outcome, text))
@@ -48,7 +47,7 @@ async def images_response(
 def build_info(answer: Answer, infotexts: list[str], batch_size: int) -> dict[str, Any]:
     """Return the settings of all images of a request, under the names of A1111."""
     request, stack, n = answer.request, answer.stack, len(answer.outcomes)
-    config, (width, height) = request.generation_config, released_size(answer)
+    config, (width, height) = request.generation_config, image_size(answer)
     negative, seeds = request.negative_prompt or "", list(request.seeds)
     return {
         "prompt": request.prompt,
@@ -63,8 +62,8 @@ def build_info(answer: Answer, infotexts: list[str], batch_size: int) -> dict[st
         "width": width,
         "height": height,
         "sampler_name": config.scheduler or stack.sampler,
-        "cfg_scale": used_setting(request, stack, "guidance_scale"),
-        "steps": used_setting(request, stack, "num_inference_steps"),
+        "cfg_scale": used_setting(answer, "guidance_scale"),
+        "steps": used_setting(answer, "num_inference_steps"),
         "batch_size": batch_size,
         "restore_faces": False,
         "face_restoration_model": None,
@@ -141,18 +140,12 @@ def model_response(stack: StackInfo) -> dict[str, Any]:
     }
 
 
-def released_size(answer: Answer) -> tuple[int, int]:
-    """Return the width and the height of the released images, or those requested without any."""
-    images = [outcome.image for outcome in answer.outcomes if outcome.image is not None]
-    return images[0].size if images else image_size(answer.request, answer.stack)
-
-
 def _encode(answer: Answer, outcome: Outcome, infotext: str) -> str:
     """Return a released image as a PNG in Base64; a new black image in place of another one."""
     if outcome.status == "released":
         data = encode_outcome(outcome, answer, parameters=infotext)
     else:
-        black = Image.new("RGB", released_size(answer))
+        black = Image.new("RGB", image_size(answer))
         data = encode_image(black, {"status": outcome.status}, infotext)
     return base64.b64encode(data).decode()
 
