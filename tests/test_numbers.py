@@ -46,12 +46,14 @@ REQUIRED = {
     "lists": [{"role": "explicit", "name": "s", "source": "mini:skulls", "sha256": "0" * 64}],
     "generation": {},
     "metrics": ["concept"],
+    "url": "http://localhost",
 }
 """A value for each required setting."""
 OWN = {
     "Protocol": {"judge": {"name": "mini", "labels": ["skulls"]}},
     "PromptList": {"source": "mini:skulls", "sha256": "0" * 64},
     "PromptFilterConfig": {"words": ["skull"]},
+    "ServerConfig": {"stacks": ("mini",)},
     "TreeSearch": {"rewriter": "chat", "base_url": "http://localhost/v1", "model": "m"},
 }
 """Values that differ by class."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from safegen.core.files import encode_image
 from safegen.core.generation import GenerationConfig, Start
 from safegen.core.registry import ATTACKS, resolve
 from safegen.data.prompts.prompt import seed_for
@@ -38,7 +39,6 @@ from safegen.evaluation.scoring.score import score_run
 from safegen.judges.base import Detection, Detections
 from safegen.metrics.image import pixel_mae
 from safegen.models.checkpoint.metadata import PatchMetadata
-from safegen.models.image_files import encode_image
 from safegen.patches.patch import Patch
 
 JUDGE = "mini:0123456789abcdef"

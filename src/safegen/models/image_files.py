@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from safegen._version import __version__
-from safegen.core.files import atomic_write
+from safegen.core.files import atomic_write, encode_image
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.models.generation import image_size, join_negative, torch_seed
 from safegen.models.model import Model
 from safegen.models.schedulers import build_scheduler, sampler_name
-
-
-def encode_image(
-    image: Image.Image, metadata: Mapping[str, Any], parameters: str | None = None
-) -> bytes:
-    """Return a PNG with metadata under the text key `safegen`. Equal inputs give equal bytes.
-
-    Args:
-        image: the image.
-        metadata: plain values.
-        parameters: text for the key `parameters`, which web UIs read; see `parameters_text`.
-    """
-    info, buffer = PngInfo(), io.BytesIO()
-    info.add_text("safegen", json.dumps(metadata, sort_keys=True))
-    if parameters is not None:
-        info.add_text("parameters", parameters)
-    image.save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()
 
 
 def save_image(

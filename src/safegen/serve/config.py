@@ -45,8 +45,8 @@ class UpstreamConfig(BaseSettings):
     """Most requests to the other server at a time."""
 
 
-class Limits(BaseSettings):
-    """Limits of one request. A request beyond one of them is refused."""
+class RequestLimits(BaseSettings):
+    """RequestLimits of one request. A request beyond one of them is refused."""
 
     images: int = Field(default=10, ge=1, le=100)
     """Most images."""
@@ -92,7 +92,7 @@ class ServerConfig(BaseSettings):
     token_file: Path | None = None
     """TOML file with bearer tokens, one table per client. Required on other hosts than loopback."""
     allowed_origins: tuple[str, ...] = ()
-    """Origins of other sites whose scripts may call the server (CORS)."""
+    """Origins of other sites with scripts that may call the server (CORS)."""
     allowed_hosts: tuple[str, ...] = ()
     """Names besides `host` and loopback under which clients may call the server."""
 
@@ -124,8 +124,8 @@ class ServerConfig(BaseSettings):
     """Denoising steps of requests that name none."""
     guidance_scale: GuidanceScale = 7.5
     """Guidance scale of requests that name none."""
-    limits: Limits = Limits()
-    """Limits of one request."""
+    limits: RequestLimits = RequestLimits()
+    """RequestLimits of one request."""
 
     audit_log: Path | None = None
     """File to which one JSON line per request is appended before its answer is sent."""

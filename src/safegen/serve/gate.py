@@ -117,8 +117,8 @@ def _missing_guard(trace: GuardTrace, stack: StackInfo) -> str:
     expected = [guard.name for guard in stack.guards]
     if ran != expected:
         return f"guards: the trace has {ran}, the stack {expected}"
-    idle = [record.guard for record in trace.guards if record.calls < 1]
-    return f"guards: {', '.join(idle)} did not run" if idle else ""
+    silent = [record.guard for record in trace.guards if record.calls < 1]
+    return f"guards: {', '.join(silent)} did not run" if silent else ""
 
 
 def _image_fault(image: object, request: ImageRequest, stack: StackInfo) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError, is_out_of_memory
-from safegen.core.files import atomic_write
+from safegen.core.files import atomic_write, encode_image
 from safegen.evaluation.run.folder import (
     SAMPLES,
     Run,
@@ -172,8 +172,6 @@ class ImageWorker:
         self, batch: Batch, i: int, image: Image.Image, guards: Mapping[str, Any] | None
     ) -> tuple[bytes, SampleRecord]:
         """Return the content of an image's file, and its record."""
-        from safegen.models.image_files import encode_image
-
         sample, key = batch.samples[i], batch.keys[i]
         metadata = {
             "key": key,

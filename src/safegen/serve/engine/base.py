@@ -52,7 +52,7 @@ class DrainingError(SafegenError):
 class EngineState:
     """State of an engine, for readiness and metrics."""
 
-    ready: bool
+    is_ready: bool
     reason: str = ""
     """Why it is not ready; empty if it is."""
     queued: int = 0

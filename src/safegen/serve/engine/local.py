@@ -88,7 +88,7 @@ class LocalEngine:
         if any(pool.is_draining for pool in self.pools):
             reason = "the server is being stopped"
         return EngineState(
-            ready=not reason,
+            is_ready=not reason,
             reason=reason,
             queued=sum(len(pool.waiting) for pool in self.pools),
             running=sum(len(pool.running) for pool in self.pools),

@@ -96,7 +96,7 @@ class StackPool:
             self.remove(entry)
 
     def remove(self, entry: Entry) -> None:
-        """Take a request out of the queue, or stop its batch if nobody waits for it any more."""
+        """Take a request out of the queue, or stop a batch that has no waiting caller."""
         with suppress(ValueError):
             self.waiting.remove(entry)
         entry.future.cancel()

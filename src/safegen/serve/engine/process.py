@@ -25,14 +25,14 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Cancel:
+class JobCancel:
     """Wish that a job ends after its next step."""
 
     number: int
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """Part of a job that is done; also the sign that the worker lives."""
 
     number: int
@@ -40,7 +40,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Result:
+class JobResult:
     """Value of a job; the number -1 is the loading of the stack."""
 
     number: int
@@ -48,7 +48,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Failure:
+class JobFailure:
     """Why a job has no value."""
 
     number: int
@@ -80,7 +80,7 @@ def run_worker(connection: Connection, config: ServerConfig, spec: str | None) -
         with silence_libraries():
             from safegen.serve.engine.session import open_session
         with silence_libraries(), open_session(config, spec) as session:
-            connection.send(Result(-1, session.info))
+            connection.send(JobResult(-1, session.info))
             worker.serve(session)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
@@ -104,18 +104,18 @@ class _Worker:
             self.connection.send(self._run(session, job))
             self.cancelled.discard(job.number)
 
-    def _run(self, session: Any, job: Job) -> Result | Failure:
+    def _run(self, session: Any, job: Job) -> JobResult | JobFailure:
         def report(share: float) -> None:
             while self.connection.poll():
                 self._receive()
             if job.number in self.cancelled:
                 raise _CancelledJob
-            self.connection.send(Progress(job.number, share))
+            self.connection.send(JobProgress(job.number, share))
 
         try:
             report(0.0)
             more = (report,) if job.method == "generate" else ()
-            return Result(job.number, getattr(session, job.method)(*job.arguments, *more))
+            return JobResult(job.number, getattr(session, job.method)(*job.arguments, *more))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except Exception as error:
@@ -123,22 +123,22 @@ class _Worker:
 
     def _receive(self) -> None:
         message = self.connection.recv()
-        if isinstance(message, Cancel):
+        if isinstance(message, JobCancel):
             self.cancelled.add(message.number)
         else:
             self.waiting.append(message)
 
 
-def _failure(number: int, error: Exception) -> Failure:
+def _failure(number: int, error: Exception) -> JobFailure:
     """Return an exception as a message."""
     name = type(error).__name__
     if isinstance(error, _CancelledJob):
-        return Failure(number, "cancelled", name, "cancelled")
+        return JobFailure(number, "cancelled", name, "cancelled")
     if isinstance(error, UserError):
-        return Failure(number, "user", name, str(error))
+        return JobFailure(number, "user", name, str(error))
     if is_out_of_memory(error):
-        return Failure(number, "memory", name, "out of memory")
+        return JobFailure(number, "memory", name, "out of memory")
     from safegen.serve.engine.base import EngineFaultError
 
     text = str(error) if isinstance(error, EngineFaultError) else name
-    return Failure(number, "fault", name, text)
+    return JobFailure(number, "fault", name, text)

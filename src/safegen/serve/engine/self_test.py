@@ -26,8 +26,8 @@ NUM_PROMPTS = 4
 def check_guards(session: Session, config: ServerConfig) -> None:
     """Check that the guards of a session run, and that prompts of its concept show nothing.
 
-    The concept is that of the configuration, or else a built-in one whose judge and labels are
-    those of a guard. Without one it is only checked that every guard runs.
+    The concept is that of the configuration, or else a built-in one with the judge and labels
+    of a guard. Without one it is only checked that every guard runs.
 
     Raises:
         ConfigError: a guard fails or lets the concept pass, or an image of such a prompt would be

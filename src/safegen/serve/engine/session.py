@@ -68,7 +68,7 @@ class Session:
         return self.guarded
 
 
-class StackSession(Session):
+class GenerationSession(Session):
     """A loaded stack."""
 
     can_generate = True
@@ -150,7 +150,7 @@ def open_session(config: ServerConfig, spec: str | None) -> Iterator[Session]:
         )
     loader = StackLoader(device=config.device, dtype=config.dtype, allow_pickle=config.allow_pickle)
     with loader.open(stack) as loaded:
-        session = StackSession(loaded, describe_stack(loaded))
+        session = GenerationSession(loaded, describe_stack(loaded))
         if config.self_test:
             check_guards(session, config)
         yield session

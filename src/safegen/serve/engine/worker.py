@@ -15,7 +15,15 @@ from safegen.core import errors
 from safegen.core.errors import UserError
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import EngineFaultError
-from safegen.serve.engine.process import Cancel, Failure, Job, Method, Progress, Result, run_worker
+from safegen.serve.engine.process import (
+    Job,
+    JobCancel,
+    JobFailure,
+    JobProgress,
+    JobResult,
+    Method,
+    run_worker,
+)
 from safegen.serve.messages import StackInfo
 
 OnProgress = Callable[[float], None]
@@ -107,7 +115,7 @@ class Worker:
         """Ask the worker to stop what it does after its next step."""
         for number in self._calls:
             with suppress(OSError, AttributeError):
-                self._connection.send(Cancel(number))  # type: ignore[union-attr]
+                self._connection.send(JobCancel(number))  # type: ignore[union-attr]
 
     async def stop(self) -> None:
         """End the process at once."""
@@ -135,16 +143,16 @@ class Worker:
         finally:
             self._calls.pop(number, None)
 
-    def _handle(self, message: Progress | Result | Failure) -> None:
+    def _handle(self, message: JobProgress | JobResult | JobFailure) -> None:
         """Take a message of the process; runs in the event loop."""
         call = self._calls.get(message.number)
         if call is None or call.future.done():
             return
         call.seen = self._now()
-        if isinstance(message, Progress):
+        if isinstance(message, JobProgress):
             if call.on_progress is not None:
                 call.on_progress(message.share)
-        elif isinstance(message, Result):
+        elif isinstance(message, JobResult):
             call.future.set_result(message.value)
         else:
             call.future.set_exception(_exception(message))
@@ -174,7 +182,7 @@ def _read(
             loop.call_soon_threadsafe(end)
 
 
-def _exception(failure: Failure) -> Exception:
+def _exception(failure: JobFailure) -> Exception:
     """Return the exception of a job."""
     if failure.kind == "cancelled":
         return CancelledJobError("the request was cancelled")

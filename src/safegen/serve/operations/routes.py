@@ -17,11 +17,11 @@ async def health() -> dict[str, str]:
 
 
 @router.get("/ready")
-async def ready(service: Service) -> JSONResponse:
+async def readiness(service: Service) -> JSONResponse:
     """Return whether the server answers requests; 503 if it does not."""
     state = service.engine.state()
-    status = 200 if state.ready else 503
-    return JSONResponse({"ready": state.ready, "reason": state.reason}, status)
+    status = 200 if state.is_ready else 503
+    return JSONResponse({"ready": state.is_ready, "reason": state.reason}, status)
 
 
 @router.get("/metrics")

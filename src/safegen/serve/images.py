@@ -1,0 +1,117 @@
+"""Images as files: uploads of unknown origin, and images for the client."""
+
+from __future__ import annotations
+
+import io
+from typing import Literal
+
+from PIL import Image, ImageOps
+
+from safegen.core.errors import ConfigError
+from safegen.core.files import encode_image
+from safegen.serve.gate import Outcome
+from safegen.serve.service import Answer
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+"""Format of an image for the client."""
+UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
+"""Formats of uploads, as Pillow names them."""
+BLACK, WHITE = 0, 255
+
+
+def read_upload(data: bytes, *, side: int, name: str = "image") -> Image.Image:
+    """Return the image in an uploaded file, turned as its EXIF says. Takes a thread.
+
+    Of an animation it is the first frame. The size is checked before any pixel is decoded.
+
+    Args:
+        data: PNG, JPEG or WebP file.
+        side: most pixels of a side.
+        name: name of the field, for errors.
+
+    Raises:
+        ConfigError: it is no readable image of these formats, or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:
+            _check_size(image.size, side, name)
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except ConfigError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        raise ConfigError(
+            f"{name} must be a readable PNG, JPEG or WebP file, got {type(error).__name__}"
+        ) from error
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """Return an image as RGB, its transparent parts over white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (WHITE, WHITE, WHITE, WHITE))
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def mask_from_alpha(mask: Image.Image) -> Image.Image:
+    """Return the mask of OpenAI as ours: its transparent parts are white and redrawn.
+
+    Raises:
+        ConfigError: it has no alpha channel.
+    """
+    if not mask.has_transparency_data:
+        raise ConfigError(
+            "mask must have an alpha channel, which is 0 where the image is redrawn, got a file "
+            "without. Save it as RGBA."
+        )
+    alpha = mask.convert("RGBA").getchannel("A")
+    return alpha.point(lambda value: WHITE if value == 0 else BLACK)
+
+
+def to_png(image: Image.Image) -> bytes:
+    """Return an image as a PNG file without metadata."""
+    buffer = io.BytesIO()
+    Image.frombytes(image.mode, image.size, image.tobytes()).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def encode_outcome(
+    outcome: Outcome,
+    answer: Answer,
+    output_format: OutputFormat = "png",
+    quality: int = 100,
+    parameters: str | None = None,
+) -> bytes:
+    """Return a released image as a file. Takes a thread.
+
+    A PNG has the stack, the request id and the seed under the text key `safegen`, and no prompt.
+
+    Args:
+        outcome: a released image.
+        answer: the answer that it belongs to.
+        output_format: format of the file.
+        quality: quality of JPEG and WebP, in [0, 100].
+        parameters: text for the key `parameters` of a PNG.
+    """
+    image = outcome.image
+    assert image is not None, "only a released image is encoded"
+    if output_format == "png":
+        metadata = {
+            "stack": answer.stack.name,
+            "stack_hash": answer.stack.hash,
+            "request_id": answer.request.id,
+            "seed": outcome.seed,
+        }
+        return encode_image(image, metadata, parameters)
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format=output_format, quality=quality)
+    return buffer.getvalue()
+
+
+def _check_size(size: tuple[int, int], side: int, name: str) -> None:
+    if max(size) > side:
+        raise ConfigError(
+            f"{name} must have at most {side} pixels per side, got {size[0]}x{size[1]}. Scale it "
+            "down."
+        )
