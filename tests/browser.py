@@ -17,7 +17,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe"),
+    *("--hide-scrollbars", "--remote-debugging-pipe"),
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 
 AXE = """axe.run().then(found => found.violations.map(v =>
@@ -81,9 +82,7 @@ class Browser:
             if is_wanted(message):
                 return message
 
-    def open(
-        self, place: Path | str, *, width: int, dark: bool = False, height: int = 844
-    ) -> None:
+    def open(self, place: Path | str, *, width: int, dark: bool = False, height: int = 844) -> None:
         """Show a file or an address in a window of `width` x `height`, in light or in dark."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="", features=[scheme])

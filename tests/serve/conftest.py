@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,6 +61,7 @@ class FakeEngine:
 
     `skulls`: blocked at the prompt; `grinning`: a black image; `broken`: the guard failed;
     `partly`: the second image is black; `full`: the queue is full; `slow`: takes `slow_seconds`.
+    A base model lets everything pass.
     """
 
     def __init__(self, stacks: tuple[StackInfo, ...] = (STACK,), slow_seconds: float = 5.0) -> None:
@@ -95,6 +97,8 @@ class FakeEngine:
     def _image(self, request, index: int, seed: int) -> GeneratedImage:
         config = request.generation_config
         size = config.width or 64, config.height or 64
+        if self.stacks[request.stack].is_base:
+            return GeneratedImage(picture(seed, size), GuardTrace("none", "", ()))
         if "skulls" in request.prompt:
             trace = GuardTrace("block", "prompt-filter: word", records("block", "prompt-filter"))
             return GeneratedImage(None, trace)
@@ -173,6 +177,12 @@ def serving(config: ServerConfig, engine, build: Callable = build_app) -> Iterat
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture(scope="session")
+def fakes() -> SimpleNamespace:
+    """Return what builds servers of other settings: `FakeEngine`, `serving`, `STACK`, `picture`."""
+    return SimpleNamespace(FakeEngine=FakeEngine, serving=serving, STACK=STACK, picture=picture)
 
 
 @pytest.fixture

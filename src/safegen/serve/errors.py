@@ -104,6 +104,7 @@ def outcome_json(outcome: Outcome, index: int | None = None) -> dict[str, Any]:
         "score": outcome.score,
         "threshold": outcome.threshold,
         "categories": list(outcome.categories),
+        "guards": [{"guard": r.guard, "action": r.action} for r in outcome.trace.guards],
     }
 
 

@@ -66,15 +66,12 @@ def describe_server(service: ImageService) -> dict[str, Any]:
     shown = [stack for stack in stacks.values() if config.allow_base or not stack.is_base]
     limits = config.limits
     return {
-        "ready": state.ready,
+        "ready": state.is_ready,
         "reason": state.reason,
         "token_required": config.token_file is not None,
         "concept": config.concept,
         "examples": example_prompts(config.concept, [stack.model for stack in shown]),
-        "defaults": {
-            "steps": config.num_inference_steps,
-            "guidance": config.guidance_scale,
-        },
+        "defaults": {"steps": config.num_inference_steps, "guidance": config.guidance_scale},
         "limits": {
             "images": min(limits.images, OPENAI_IMAGES),
             "steps": limits.steps,
