@@ -22,6 +22,7 @@ from safegen.serve.app import build_app
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import DrainingError, EngineFaultError, EngineState, QueueFullError
 from safegen.serve.messages import GuardInfo, StackInfo
+from safegen.serve.server import ImageServer
 
 STACK = StackInfo(
     name="safe",
@@ -158,24 +159,42 @@ class FakeEngine:
 
 
 @contextmanager
-def serving(config: ServerConfig, engine, build: Callable = build_app) -> Iterator[str]:
-    """Run a server in a thread, and yield its address."""
-    server = uvicorn.Server(
-        uvicorn.Config(build(config, engine), port=0, log_level="warning", ws="none")
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
+def serving(config: ServerConfig, engine) -> Iterator[str]:
+    """Run a server in a thread on a free port, and yield its address once it is ready."""
+    ready = threading.Event()
+    app = build_app(config, engine)
+    free = config.model_copy(update={"port": 0})
+    server = ImageServer(free, app, on_ready=lambda address: ready.set())
+    with running(server, lambda: asyncio.run(server.run_service()), ready.is_set):
+        yield server.address
+
+
+@contextmanager
+def serving_app(app) -> Iterator[str]:
+    """Run another app in a thread on a free port, and yield its address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    with running(server, server.run, lambda: server.started):
+        host, port = server.servers[0].sockets[0].getsockname()[:2]
+        yield f"http://{host}:{port}"
+
+
+@contextmanager
+def running(
+    server: uvicorn.Server, run: Callable[[], None], is_ready: Callable[[], bool]
+) -> Iterator[None]:
+    """Run a server in a thread until the end of the context."""
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     until = time.monotonic() + 60
-    while not server.started:
+    while not is_ready():
         assert thread.is_alive(), "the server did not start"
         assert time.monotonic() < until, "the server did not start in time"
         time.sleep(0.01)
-    host, port = server.servers[0].sockets[0].getsockname()[:2]
     try:
-        yield f"http://{host}:{port}"
+        yield
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(40)
         assert not thread.is_alive(), "the server did not stop"
 
 
@@ -213,3 +232,15 @@ def mini_server() -> Iterator[str]:
     )
     with serving(config, LocalEngine(config)) as address:
         yield address
+
+
+@pytest.fixture(scope="session", name="serving")
+def _serving() -> Callable:
+    """Return the function that runs a server in a thread."""
+    return serving
+
+
+@pytest.fixture(scope="session", name="serving_app")
+def _serving_app() -> Callable:
+    """Return the function that runs another app in a thread."""
+    return serving_app
