@@ -91,8 +91,12 @@ class Browser:
         self.events.clear()
         url = place.as_uri() if isinstance(place, Path) else place
         self.call("Page.navigate", url=url)
-        if not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self._wait(lambda got: got.get("method") == "Page.loadEventFired")
+        self.wait_for("Page.loadEventFired")
+
+    def wait_for(self, event: str) -> None:
+        """Wait for an event that has not arrived since the last `open`."""
+        if not any(each["method"] == event for each in self.events):
+            self._wait(lambda got: got.get("method") == event)
 
     def evaluate(self, script: str) -> Any:
         """Return the value of a JavaScript expression in the page; promises are awaited."""

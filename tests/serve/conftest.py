@@ -200,8 +200,10 @@ def running(
 
 @pytest.fixture(scope="session")
 def fakes() -> SimpleNamespace:
-    """Return what builds servers of other settings: `FakeEngine`, `serving`, `STACK`, `picture`."""
-    return SimpleNamespace(FakeEngine=FakeEngine, serving=serving, STACK=STACK, picture=picture)
+    """Return what builds servers of other settings: `FakeEngine`, `STACK` and two contexts."""
+    return SimpleNamespace(
+        FakeEngine=FakeEngine, STACK=STACK, serving=serving, serving_app=serving_app
+    )
 
 
 @pytest.fixture

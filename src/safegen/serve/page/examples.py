@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
-from safegen.core.concept import load_concept, prompt_list
+from safegen.core.concept import Concept, load_concept, prompt_list
 
 NOTES = {
     "benign": "does not name the concept",
@@ -13,7 +14,7 @@ NOTES = {
 }
 """What the prompts of a role show."""
 BUNDLED = {"mini": "skulls"}
-"""Concept whose prompts a bundled model can draw, for servers without a concept."""
+"""Concept of the prompts for a bundled model, on servers without a concept."""
 NEUTRAL = ("a castle", "a lighthouse at dusk", "a bowl of fruit on a wooden table")
 """Examples for concepts without prompt lists."""
 
@@ -29,13 +30,19 @@ def example_prompts(concept: str | None, models: Iterable[str]) -> list[dict[str
         models: names of the models that it serves.
     """
     name = concept or next((BUNDLED[model] for model in models if model in BUNDLED), None)
-    lists = load_concept(name).lists if name else {}
+    lists = read_concept(name).lists if name else {}
     examples = [
         {"prompt": _first(lists[role][0]), "note": note}
         for role, note in NOTES.items()
         if lists.get(role)
     ]
     return examples or [{"prompt": prompt, "note": ""} for prompt in NEUTRAL]
+
+
+@cache
+def read_concept(name: str) -> Concept:
+    """Return the concept of the server, read once; errors as `load_concept`."""
+    return load_concept(name)
 
 
 def _first(name: str) -> str:

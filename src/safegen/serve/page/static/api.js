@@ -48,7 +48,7 @@ async function send(path, { json, signal } = {}) {
 }
 
 export function getConfig() {
-  return send("page/config.json");
+  return send("playground.json");
 }
 
 /** Ask one stack for the images of a request. Returns {stack, seconds, requestId, tiles, error}. */

@@ -22,11 +22,11 @@ const say = (text) => ($("status").textContent = text);
 async function start() {
   const { status, body } = await getConfig();
   if (status === 401) return askForToken(start, hasToken() ? "The server refused this token." : "");
-  if (status !== 200 || !body?.stacks) return showNotice("The server does not answer.", start);
-  if (body.stacks.length === 0 || !body.ready) {
-    showNotice(`The server is not ready${body.reason ? `: ${body.reason}` : ""}. Looking again in 3 seconds.`);
-    return setTimeout(start, 3000);
+  if (status === 503) {
+    showNotice(body?.error?.message ?? "The server is not ready.");
+    return setTimeout(start, 2000);
   }
+  if (status !== 200) return showNotice("The server does not answer.", start);
   config = body;
   fillForm();
   showEmpty();
@@ -42,7 +42,7 @@ function fillForm() {
   fields.guidance.value = defaults.guidance;
   [fields.width.value, fields.height.value] = stacks[0].size;
   if (concept) $("about").textContent = `Images from the stacks of this server, and what each guard did. Concept: ${concept}.`;
-  if (config.token_required && hasToken()) $("about").append(" ", forgetButton());
+  if (hasToken()) $("about").append(" ", forgetButton());
   showStack();
 }
 
