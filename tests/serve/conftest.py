@@ -87,7 +87,7 @@ class FakeEngine:
                 self._futures[request.id] = asyncio.get_running_loop().create_future()
                 await asyncio.wait({self._futures[request.id]}, timeout=self.slow_seconds)
                 if self._futures[request.id].done():
-                    raise EngineFaultError("the request was interrupted")
+                    raise self._futures[request.id].result()
         except asyncio.CancelledError:
             self.cancelled.append(request.id)
             raise
@@ -142,7 +142,7 @@ class FakeEngine:
         future = self._futures.get(request_id)
         if future is None or future.done():
             return False
-        future.set_result(None)
+        future.set_result(EngineFaultError("the request was interrupted"))
         return True
 
     def state(self):
@@ -153,6 +153,9 @@ class FakeEngine:
         until = time.monotonic() + timeout
         while self.running and time.monotonic() < until:
             await asyncio.sleep(0.01)
+        for future in self._futures.values():
+            if not future.done():
+                future.set_result(DrainingError())
 
     async def stop(self) -> None:
         self.is_draining = True
