@@ -92,8 +92,14 @@ class RequestMiddleware:
             CONTEXT.reset(reset)
 
     async def _run(self, scope: Scope, receive: Receive, response: _Response) -> None:
+        most = self.service.config.limits.header_bytes
         try:
-            await self.app(scope, receive, response.send)
+            if (size := count_header_bytes(scope)) > most:
+                text = f"the headers must have at most {most} bytes, got {size}"
+                error = RequestError(431, text, code="headers_too_large")
+                await send_error(error, scope, receive, response.send)
+            else:
+                await self.app(scope, receive, response.send)
         except ClientLeftError:
             response.status = 499  # as nginx; nobody reads it
         except Exception as error:
@@ -162,6 +168,12 @@ class LoadMiddleware:
         else:
             return None
         return RequestError(503, text, code=code, type=FAILED, headers={"Retry-After": "5"})
+
+
+def count_header_bytes(scope: Scope) -> int:
+    """Return the bytes of a request's first line and headers."""
+    line = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    return line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
 
 
 def name_route(scope: Scope) -> str:
