@@ -160,9 +160,10 @@ def _open_checker(config: ServerConfig) -> Session:
     """Return a session with the guards of another server."""
     configs = [read_guard(guard, config.concept) for guard in config.guards]
     guarded = GuardedPipeline(RemotePipeline(), configs)
+    model = (config.upstream.model if config.upstream else None) or "upstream"
     info = StackInfo(
-        name="upstream",
-        model=(config.upstream.model if config.upstream else None) or "upstream",
+        name=model,  # the model that clients name
+        model=model,
         hash=hash_guards(configs),
         guards=tuple(describe_guard(guard) for guard in guarded.guards),
         size=(0, 0),
