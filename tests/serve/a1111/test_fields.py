@@ -335,7 +335,7 @@ PROPERTY = settings(
     value=st.sampled_from([True, "low", None]),
 )
 def test_no_body_has_pixels_of_a_withheld_image(
-    client, engine, actions, flagged, seed, width, route, switch, value
+    client, engine, records, actions, flagged, seed, width, route, switch, value
 ):
     made = {}
 
