@@ -85,7 +85,7 @@ def run_worker(connection: Connection, config: ServerConfig, spec: str | None) -
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except Exception as error:
-        connection.send(_failure(-1, error))
+        connection.send(to_failure(-1, error))
 
 
 class _Worker:
@@ -119,7 +119,7 @@ class _Worker:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except Exception as error:
-            return _failure(job.number, error)
+            return to_failure(job.number, error)
 
     def _receive(self) -> None:
         message = self.connection.recv()
@@ -129,7 +129,7 @@ class _Worker:
             self.waiting.append(message)
 
 
-def _failure(number: int, error: Exception) -> JobFailure:
+def to_failure(number: int, error: Exception) -> JobFailure:
     """Return an exception as a message."""
     name = type(error).__name__
     if isinstance(error, _CancelledJob):
