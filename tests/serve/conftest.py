@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from safegen.serve.app import build_app
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import DrainingError, EngineFaultError, EngineState, QueueFullError
 from safegen.serve.messages import GuardInfo, StackInfo
+from safegen.serve.server import ImageServer
 
 STACK = StackInfo(
     name="safe",
@@ -60,6 +62,7 @@ class FakeEngine:
 
     `skulls`: blocked at the prompt; `grinning`: a black image; `broken`: the guard failed;
     `partly`: the second image is black; `full`: the queue is full; `slow`: takes `slow_seconds`.
+    A base model lets everything pass.
     """
 
     def __init__(self, stacks: tuple[StackInfo, ...] = (STACK,), slow_seconds: float = 5.0) -> None:
@@ -84,7 +87,7 @@ class FakeEngine:
                 self._futures[request.id] = asyncio.get_running_loop().create_future()
                 await asyncio.wait({self._futures[request.id]}, timeout=self.slow_seconds)
                 if self._futures[request.id].done():
-                    raise EngineFaultError("the request was interrupted")
+                    raise self._futures[request.id].result()
         except asyncio.CancelledError:
             self.cancelled.append(request.id)
             raise
@@ -95,6 +98,8 @@ class FakeEngine:
     def _image(self, request, index: int, seed: int) -> GeneratedImage:
         config = request.generation_config
         size = config.width or 64, config.height or 64
+        if self.stacks[request.stack].is_base:
+            return GeneratedImage(picture(seed, size), GuardTrace("none", "", ()))
         if "skulls" in request.prompt:
             trace = GuardTrace("block", "prompt-filter: word", records("block", "prompt-filter"))
             return GeneratedImage(None, trace)
@@ -137,7 +142,7 @@ class FakeEngine:
         future = self._futures.get(request_id)
         if future is None or future.done():
             return False
-        future.set_result(None)
+        future.set_result(EngineFaultError("the request was interrupted"))
         return True
 
     def state(self):
@@ -148,31 +153,60 @@ class FakeEngine:
         until = time.monotonic() + timeout
         while self.running and time.monotonic() < until:
             await asyncio.sleep(0.01)
+        for future in self._futures.values():
+            if not future.done():
+                future.set_result(DrainingError())
 
     async def stop(self) -> None:
         self.is_draining = True
 
 
 @contextmanager
-def serving(config: ServerConfig, engine, build: Callable = build_app) -> Iterator[str]:
-    """Run a server in a thread, and yield its address."""
-    server = uvicorn.Server(
-        uvicorn.Config(build(config, engine), port=0, log_level="warning", ws="none")
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
+def serving(config: ServerConfig, engine) -> Iterator[str]:
+    """Run a server in a thread on a free port, and yield its address once it is ready."""
+    ready = threading.Event()
+    app = build_app(config, engine)
+    free = config.model_copy(update={"port": 0})
+    server = ImageServer(free, app, on_ready=lambda address: ready.set())
+    with running(server, lambda: asyncio.run(server.run_service()), ready.is_set):
+        yield server.address
+
+
+@contextmanager
+def serving_app(app) -> Iterator[str]:
+    """Run another app in a thread on a free port, and yield its address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    with running(server, server.run, lambda: server.started):
+        host, port = server.servers[0].sockets[0].getsockname()[:2]
+        yield f"http://{host}:{port}"
+
+
+@contextmanager
+def running(
+    server: uvicorn.Server, run: Callable[[], None], is_ready: Callable[[], bool]
+) -> Iterator[None]:
+    """Run a server in a thread until the end of the context."""
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     until = time.monotonic() + 60
-    while not server.started:
+    while not is_ready():
         assert thread.is_alive(), "the server did not start"
         assert time.monotonic() < until, "the server did not start in time"
         time.sleep(0.01)
-    host, port = server.servers[0].sockets[0].getsockname()[:2]
     try:
-        yield f"http://{host}:{port}"
+        yield
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(40)
         assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture(scope="session")
+def fakes() -> SimpleNamespace:
+    """Return what builds servers of other settings: `FakeEngine`, `STACK` and two contexts."""
+    return SimpleNamespace(
+        FakeEngine=FakeEngine, STACK=STACK, serving=serving, serving_app=serving_app
+    )
 
 
 @pytest.fixture
@@ -188,7 +222,7 @@ def server(engine) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # it takes 9 s to start
 def mini_server() -> Iterator[str]:
     """Yield the address of a server with the miniature, a word list and its judge as guards."""
     from safegen.serve.engine.local import LocalEngine
@@ -203,3 +237,21 @@ def mini_server() -> Iterator[str]:
     )
     with serving(config, LocalEngine(config)) as address:
         yield address
+
+
+@pytest.fixture(scope="session", name="serving")
+def _serving() -> Callable:
+    """Return the function that runs a server in a thread."""
+    return serving
+
+
+@pytest.fixture(scope="session", name="serving_app")
+def _serving_app() -> Callable:
+    """Return the function that runs another app in a thread."""
+    return serving_app
+
+
+@pytest.fixture(scope="session", name="records")
+def _records() -> Callable:
+    """Return the function that makes the records of both guards."""
+    return records

@@ -13,40 +13,51 @@ from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import Engine
 from safegen.serve.errors import add_handlers
 from safegen.serve.openai.routes import router as openai
+from safegen.serve.openai.store import ImageStore
 from safegen.serve.operations.audit import AuditLog
+from safegen.serve.operations.metrics import Metrics
 from safegen.serve.operations.middleware import add_middleware
 from safegen.serve.operations.routes import router as operations
+from safegen.serve.operations.tokens import read_clients
 from safegen.serve.page.routes import router as page
 from safegen.serve.service import ImageService
 
 
-def build_app(config: ServerConfig, engine: Engine) -> FastAPI:
+def build_app(config: ServerConfig, engine: Engine, *, metrics: Metrics | None = None) -> FastAPI:
     """Return the app of a server. Its lifespan starts the engine and stops it.
 
     Args:
         config: settings of the server.
         engine: what makes the images, not started.
+        metrics: metrics that the engine counts its batches in.
 
     Raises:
-        UserError: the audit log or the token file cannot be used.
+        UserError: the audit log or the token file cannot be used, or is missing.
     """
-    service = ImageService(
-        engine, config, AuditLog(config.audit_log, log_prompts=config.log_prompts)
-    )
+    clients = read_clients(config)
+    audit = AuditLog(config.audit_log, log_prompts=config.log_prompts)
+    service = ImageService(engine, config, audit, metrics or Metrics(), clients)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
-            await engine.start()
+            await service.start()
             yield
         finally:
-            await engine.stop()
-            service.audit.close()
+            await service.stop()
 
-    app = FastAPI(title="safegen", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="safegen",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # its pages load scripts from elsewhere
+        redoc_url=None,
+    )
     app.state.service = service
+    limits = config.limits
+    app.state.image_store = ImageStore(limits.stored_image_bytes, limits.stored_image_seconds)
     for router in (operations, openai, a1111, page):
         app.include_router(router)
     add_handlers(app)
-    add_middleware(app, config)
+    add_middleware(app, config, service)
     return app

@@ -12,26 +12,34 @@ from safegen.core.errors import FileError
 from safegen.core.files import exists
 from safegen.core.generation import GuidanceScale
 from safegen.core.settings import (
+    MAX_COUNT,
     MAX_SIDE,
     MAX_STEPS,
     MAX_THREADS,
     BaseSettings,
+    Digest,
     Name,
     raises_config_error,
 )
 
 Timeout = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 """Time in seconds after which something is given up."""
+Origin = Annotated[str, Field(pattern=r"^https?://[^/?#@\s*]+$")]
+"""Scheme, host and port of a site, as browsers send them."""
 UpstreamKind = Literal["openai", "a1111"]
 """Interface of the other server."""
 EngineKind = Literal["local", "ray"]
 """Where the stacks run: in worker processes of this machine, or in a Ray cluster."""
+UpstreamField = Literal[
+    "guidance_scale", "negative_prompt", "num_inference_steps", "response_format", "seed"
+]
+"""Field of a request in the OpenAI interface that some servers do not know."""
 
 
 class UpstreamConfig(BaseSettings):
     """Settings of the image server behind a proxy."""
 
-    url: str = Field(pattern=r"^https?://[^/?#@\s]+")
+    url: str = Field(pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?$", max_length=2000)
     """Address of the other server, without the path of its interface."""
     kind: UpstreamKind = "openai"
     """Interface of the other server."""
@@ -42,13 +50,20 @@ class UpstreamConfig(BaseSettings):
     timeout: Timeout = 120.0
     """Seconds that the other server may take for a request."""
     allowed_hosts: tuple[Name, ...] = ()
-    """Hosts besides that of `url` and loopback from which images may be fetched."""
+    """Hosts besides that of `url` from which images may be fetched, if answers have addresses.
+    Loopback is one of them if `url` is on loopback."""
+    omit: tuple[UpstreamField, ...] = ()
+    """Fields that the other server does not know. They are not sent."""
     max_connections: int = Field(default=16, ge=1, le=1024)
     """Most requests to the other server at a time."""
+    max_response_bytes: int = Field(default=64 * 2**20, ge=1024, le=2**30)
+    """Most bytes of an answer, and of an image that is fetched."""
+    max_side: int = Field(default=2048, ge=8, le=MAX_SIDE)
+    """Most pixels of a side of an image of the other server."""
 
 
 class RequestLimits(BaseSettings):
-    """RequestLimits of one request. A request beyond one of them is refused."""
+    """Limits of one request. A request beyond one of them is refused."""
 
     images: int = Field(default=10, ge=1, le=100)
     """Most images."""
@@ -60,14 +75,38 @@ class RequestLimits(BaseSettings):
     """Most characters of a prompt and of a negative prompt."""
     body_bytes: int = Field(default=16 * 2**20, ge=1024, le=2**30)
     """Most bytes of a request's body."""
+    total_body_bytes: int = Field(default=256 * 2**20, ge=1024, le=2**40)
+    """Most bytes of the bodies of all requests at a time; further requests get 503."""
     header_bytes: int = Field(default=16 * 2**10, ge=1024, le=2**20)
     """Most bytes of a request's headers."""
     read_seconds: Timeout = 30.0
     """Most seconds for the headers of a request, and for its body."""
     write_seconds: Timeout = 30.0
-    """Most seconds that a client may let a part of a response wait."""
+    """Most seconds that a client may take for a part of a response, 256 KiB."""
+    moderation_inputs: int = Field(default=32, ge=1, le=10_000)
+    """Most texts and images of a moderation."""
+    stored_image_bytes: int = Field(default=256 * 2**20, ge=1, le=2**40)
+    """Most bytes of the images in memory for clients that fetch them by address."""
+    stored_image_seconds: Timeout = 600.0
+    """Seconds for which such an image can be fetched."""
     connections: int = Field(default=256, ge=1, le=100_000)
-    """Most open connections."""
+    """Most requests at a time; further ones get 503. There are twice as many open connections
+    at most."""
+
+
+class ClientConfig(BaseSettings):
+    """Settings of one client, a table of the token file."""
+
+    token: str | None = None
+    """Bearer token, of 16 characters or more."""
+    token_sha256: Digest | None = None
+    """SHA-256 of the bearer token in hexadecimal digits, in place of the token."""
+    requests_per_minute: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    """Most requests per minute. Default: no limit."""
+    images_per_minute: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    """Most images per minute. Default: no limit."""
+    stacks: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Stacks that the client may use, its default one first. Default: all."""
 
 
 class RayConfig(BaseSettings):
@@ -108,9 +147,9 @@ class ServerConfig(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     token_file: Path | None = None
     """TOML file with bearer tokens, one table per client. Required on other hosts than loopback."""
-    allowed_origins: tuple[str, ...] = ()
+    allowed_origins: tuple[Origin, ...] = ()
     """Origins of other sites with scripts that may call the server (CORS)."""
-    allowed_hosts: tuple[str, ...] = ()
+    allowed_hosts: tuple[Name, ...] = ()
     """Names besides `host` and loopback under which clients may call the server."""
 
     engine: EngineKind = "local"
@@ -146,7 +185,7 @@ class ServerConfig(BaseSettings):
     guidance_scale: GuidanceScale = 7.5
     """Guidance scale of requests that name none."""
     limits: RequestLimits = RequestLimits()
-    """RequestLimits of one request."""
+    """Limits of one request."""
 
     audit_log: Path | None = None
     """File to which one JSON line per request is appended before its answer is sent."""

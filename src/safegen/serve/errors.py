@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,6 +14,7 @@ from starlette.exceptions import HTTPException
 from safegen.core.errors import UnknownNameError, UserError
 from safegen.serve.engine.base import DrainingError, EngineFaultError, QueueFullError, UpstreamError
 from safegen.serve.gate import Outcome
+from safegen.serve.operations.limits import RateLimitError
 from safegen.serve.service import Answer
 
 logger = logging.getLogger(__name__)
@@ -101,10 +103,16 @@ def outcome_json(outcome: Outcome, index: int | None = None) -> dict[str, Any]:
         "guard": outcome.guard or None,
         "reason": outcome.reason or None,
         "judge": outcome.judge,
-        "score": outcome.score,
-        "threshold": outcome.threshold,
+        "score": _finite(outcome.score),
+        "threshold": _finite(outcome.threshold),
         "categories": list(outcome.categories),
+        "guards": [{"guard": r.guard, "action": r.action} for r in outcome.trace.guards],
     }
+
+
+def _finite(number: float | None) -> float | None:
+    """Return a number that JSON has; None otherwise."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def to_request_error(error: Exception) -> RequestError:
@@ -119,6 +127,9 @@ def to_request_error(error: Exception) -> RequestError:
         kind = INVALID
     elif isinstance(error, QueueFullError):
         status, code, kind = 429, "queue_full", "rate_limit_error"
+        headers = {"Retry-After": str(error.retry_after)}
+    elif isinstance(error, RateLimitError):
+        status, code, kind = 429, "rate_limit_exceeded", "rate_limit_error"
         headers = {"Retry-After": str(error.retry_after)}
     elif isinstance(error, DrainingError):
         status, code = 503, "draining"
@@ -172,8 +183,8 @@ def add_handlers(app: FastAPI) -> None:
             RequestError(error.status_code, str(error.detail), code=code, headers=headers)
         )
 
-    kinds = (RequestError, UserError, QueueFullError, DrainingError, EngineFaultError, Exception)
-    for kind in kinds:
+    known = (RequestError, UserError, QueueFullError, RateLimitError, DrainingError)
+    for kind in (*known, EngineFaultError, Exception):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(RequestValidationError, handle_validation)
     app.add_exception_handler(HTTPException, handle_http)

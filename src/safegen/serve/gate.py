@@ -7,7 +7,13 @@ from typing import Literal
 
 from PIL import Image
 
-from safegen.guards.core.result import REPLACING_ACTIONS, GeneratedImage, GuardRecord, GuardTrace
+from safegen.guards.core.result import (
+    BLOCKING_ACTIONS,
+    REPLACING_ACTIONS,
+    GeneratedImage,
+    GuardRecord,
+    GuardTrace,
+)
 from safegen.serve.messages import ImageRequest, StackInfo, Stage
 
 Status = Literal["released", "blocked", "fault"]
@@ -102,7 +108,8 @@ def block(
         judge=info.judge if info and label else None,
         score=score,
         threshold=threshold,
-        categories=(concept,) if concept else found or (name,),
+        # the pipeline's own checker and another server look for their own categories
+        categories=(concept,) if concept and info else found or (name,),
     )
 
 
@@ -112,11 +119,14 @@ def fault(trace: GuardTrace, seed: int, reason: str) -> Outcome:
 
 
 def _missing_guard(trace: GuardTrace, stack: StackInfo) -> str:
-    """Return why the guards in a trace are not those of the stack; empty if they are."""
+    """Return why a trace is not that of an image which passed every guard; empty if it is."""
     ran = [record.guard for record in trace.guards]
     expected = [guard.name for guard in stack.guards]
     if ran != expected:
         return f"guards: the trace has {ran}, the stack {expected}"
+    acted = [r.guard for r in trace.guards if r.action in BLOCKING_ACTIONS | REPLACING_ACTIONS]
+    if acted:
+        return f"guards: {', '.join(acted)} acted, and the trace does not say so"
     silent = [record.guard for record in trace.guards if record.calls < 1]
     return f"guards: {', '.join(silent)} did not run" if silent else ""
 
@@ -127,7 +137,8 @@ def _image_fault(image: object, request: ImageRequest, stack: StackInfo) -> str:
         return "image: the engine returned none"
     config = request.generation_config
     size = config.width or stack.size[0], config.height or stack.size[1]
-    return "" if image.size == size else f"image: its size is {image.size}, not {size}"
+    fits = all(want in (0, got) for want, got in zip(size, image.size, strict=True))  # 0: any
+    return "" if fits else f"image: its size is {image.size}, not {size}"
 
 
 def _decisive(record: GuardRecord | None) -> tuple[str, float | None, float | None]:

@@ -37,6 +37,13 @@ class ImageRequest:
     generation_config: GenerationConfig
     negative_prompt: str | None = None
     start: StartImage | None = None
+    unset: frozenset[str] = frozenset()
+    """Settings of `generation_config` that the client left to the server."""
+
+    def chosen_setting(self, name: str) -> float | None:
+        """Return a setting of `generation_config`; None if the client left it to the server."""
+        value: float = getattr(self.generation_config, name)
+        return None if name in self.unset else value
 
     @property
     def batch_key(self) -> tuple[object, ...]:
@@ -74,7 +81,7 @@ class StackInfo:
     patches: int = 0
     """Number of patches."""
     size: tuple[int, int] = (512, 512)
-    """Width and height of an image unless the request says otherwise."""
+    """Width and height of an image unless the request says otherwise; 0 if they are unknown."""
     sampler: str = ""
     """Name of the model's own scheduler in A1111; empty if unknown."""
     samplers: tuple[str, ...] = ()
@@ -85,6 +92,11 @@ class StackInfo:
     """Hash of the model without patches."""
     is_base: bool = False
     """Whether it is a model without patches, LoRAs and guards."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether another server generates the images, with settings of its own by default."""
+        return self.size == (0, 0)
 
     @property
     def reads_prompts(self) -> bool:

@@ -64,6 +64,7 @@ def build_request(
         height=height,
         scheduler=_scheduler(info, scheduler),
     )
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance}
     if start is not None:
         check_strength(start.strength, generation_config.num_inference_steps)
     request = ImageRequest(
@@ -74,6 +75,7 @@ def build_request(
         generation_config=generation_config,
         negative_prompt=negative_prompt,
         start=start,
+        unset=frozenset(name for name, value in settings.items() if value is None),
     )
     service.check_limits(request)
     return request

@@ -6,8 +6,10 @@ import asyncio
 import io
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
@@ -23,9 +25,12 @@ from safegen.serve.engine.base import (
 )
 from safegen.serve.gate import Outcome, block, check_release, fault
 from safegen.serve.messages import ImageRequest, StackInfo
-from safegen.serve.operations.audit import AuditLog
+from safegen.serve.operations.audit import AuditLog, AuditLogError, hash_text
+from safegen.serve.operations.context import add_log_fields, select_stacks, take_images
 from safegen.serve.operations.metrics import Metrics
+from safegen.serve.operations.tokens import Clients
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 EMPTY_TRACE = GuardTrace("withhold", "", ())
 """Trace of an image that was never made."""
@@ -54,6 +59,43 @@ class ImageService:
     config: ServerConfig
     audit: AuditLog
     metrics: Metrics = field(default_factory=Metrics)
+    clients: Clients | None = None
+    """Clients with tokens; None if every program may call."""
+    phase: Literal["starting", "serving", "draining"] = "serving"
+    """Requests are answered while it is `serving`."""
+
+    async def start(self) -> None:
+        """Start the engine, check that the clients' stacks exist, and serve.
+
+        Raises:
+            UserError: a stack cannot be loaded, does not exist, or fails its self-test.
+            EngineFaultError: a worker died.
+        """
+        self.phase = "starting"
+        await self.engine.start()
+        if self.clients is not None:
+            self.clients.check_stacks(self.engine.stacks)
+        self.phase = "serving"
+
+    async def stop(self) -> None:
+        """Stop the engine and close the audit log."""
+        self.phase = "draining"
+        await self.engine.stop()
+        await asyncio.to_thread(self.audit.close)
+
+    def unready_reason(self) -> str:
+        """Return why requests are not answered; empty if they are."""
+        if self.phase == "draining":
+            return "the server is being stopped"
+        state = self.engine.state()
+        if self.phase == "starting":
+            return state.reason or "the server is being started"
+        return "" if state.is_ready else state.reason or "the engine is not ready"
+
+    @property
+    def stacks(self) -> Mapping[str, StackInfo]:
+        """Stacks that the current client may use, its default one first."""
+        return select_stacks(self.engine.stacks)
 
     def stack(self, name: str | None = None) -> StackInfo:
         """Return a stack by its name; the first one if None.
@@ -62,9 +104,9 @@ class ImageService:
             UnknownNameError: there is no such stack.
             EngineFaultError: the stacks are not loaded yet.
         """
-        stacks = self.engine.stacks
+        stacks = self.stacks
         if not stacks:
-            raise EngineFaultError(self.engine.state().reason)
+            raise EngineFaultError(self.engine.state().reason or "there is no stack")
         name = next(iter(stacks)) if name is None else name
         if name not in stacks:
             raise UnknownNameError("stack", name, stacks)
@@ -80,28 +122,31 @@ class ImageService:
         Raises:
             UserError: the request breaks a limit, or the stack cannot make it.
             QueueFullError: too many requests wait.
+            RateLimitError: the client has reached its limit of images.
             DrainingError: the server is being stopped.
             EngineFaultError: something failed, and there are no traces to tell.
+            AuditLogError: the audit log could not be written.
         """
         started, stack = time.monotonic(), self.stack(request.stack)
+        self._log(request)
         self.check_limits(request)
+        take_images(len(request.seeds))
         try:
             async with asyncio.timeout(self.config.request_timeout):
                 outcomes = await self._outcomes(request, stack)
         except TimeoutError as error:
-            self._record_fault(request, client, "timeout", started)
+            await self._record_fault(request, client, "timeout", started)
             raise EngineFaultError(
                 f"no answer within {self.config.request_timeout:g} seconds"
             ) from error
         except asyncio.CancelledError:
-            self._record_fault(request, client, "cancelled", started)
+            await self._record_fault(request, client, "cancelled", started)
             raise
         except (UserError, QueueFullError, DrainingError, EngineFaultError) as error:
-            self._record_fault(request, client, _reason(error), started)
+            await self._record_fault(request, client, _reason(error), started)
             raise
         answer = Answer(request, tuple(outcomes), stack, time.monotonic() - started)
-        self.audit.write_answer(answer, client)
-        self.metrics.count_answer(answer)
+        await self._record(answer, client)
         return answer
 
     async def _outcomes(self, request: ImageRequest, stack: StackInfo) -> list[Outcome]:
@@ -121,15 +166,40 @@ class ImageService:
             for image, seed in zip(generated, request.seeds, strict=True)
         ]
 
-    def _record_fault(
+    async def _record_fault(
         self, request: ImageRequest, client: str, reason: str, started: float
     ) -> None:
-        """Write a request without outcomes to the audit log."""
+        """Record a request without outcomes; its own error counts more than one of the log."""
         outcomes = tuple(fault(EMPTY_TRACE, seed, reason) for seed in request.seeds)
         stack = self.stack(request.stack)
-        answer = Answer(request, outcomes, stack, time.monotonic() - started)
-        self.audit.write_answer(answer, client)
-        self.metrics.count_answer(answer)
+        with suppress(AuditLogError):
+            await self._record(Answer(request, outcomes, stack, time.monotonic() - started), client)
+
+    async def _record(self, answer: Answer, client: str) -> None:
+        """Write what became of a request to the audit log, the metrics and the log.
+
+        Raises:
+            AuditLogError: the audit log could not be written, and no image may leave.
+        """
+        try:
+            await self.audit.write_answer(answer, client)
+        except AuditLogError:
+            outcomes = [fault(o.trace, o.seed, "audit-log") for o in answer.outcomes]
+            answer = replace(answer, outcomes=tuple(outcomes))
+            raise
+        finally:
+            self.metrics.count_answer(answer)
+            found = [outcome.status for outcome in answer.outcomes]
+            add_log_fields(**{name: found.count(name) for name in dict.fromkeys(found)})
+
+    def _log(self, request: ImageRequest) -> None:
+        """Add what a request asks for to its line in the log."""
+        prompt = (
+            {"prompt": request.prompt}
+            if self.config.log_prompts
+            else {"prompt_sha256": hash_text(request.prompt)}
+        )
+        add_log_fields(stack=request.stack, images=len(request.seeds), **prompt)
 
     def check_limits(self, request: ImageRequest) -> None:
         """Refuse a request beyond the limits of the server.
@@ -149,14 +219,22 @@ class ImageService:
 
     async def check_prompts(self, stack: str, prompts: Sequence[str]) -> list[GuardTrace]:
         """Return what a stack's guards of prompts decide; errors as `generate`."""
-        async with asyncio.timeout(self.config.request_timeout):
-            return await self.engine.check_prompts(self.stack(stack).name, prompts)
+        return await self._in_time(self.engine.check_prompts(self.stack(stack).name, prompts))
 
     async def check_images(self, stack: str, images: Sequence[Image.Image]) -> list[GeneratedImage]:
         """Return what a stack's guards of images leave of images; errors as `generate`."""
-        async with asyncio.timeout(self.config.request_timeout):
-            name = self.stack(stack).name
-            return await self.engine.check_images(name, images, [""] * len(images))
+        name, prompts = self.stack(stack).name, [""] * len(images)
+        return await self._in_time(self.engine.check_images(name, images, prompts))
+
+    async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of work, or give it up after the time of a request."""
+        try:
+            async with asyncio.timeout(self.config.request_timeout):
+                return await work
+        except TimeoutError as error:
+            raise EngineFaultError(
+                f"no answer within {self.config.request_timeout:g} seconds"
+            ) from error
 
 
 def input_outcome(

@@ -54,7 +54,7 @@ class EngineState:
 
     is_ready: bool
     reason: str = ""
-    """Why it is not ready; empty if it is."""
+    """Why it is not ready, or that the other server cannot be used now; else empty."""
     queued: int = 0
     """Requests that wait."""
     running: int = 0

@@ -18,13 +18,13 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def readiness(service: Service) -> JSONResponse:
-    """Return whether the server answers requests; 503 if it does not."""
-    state = service.engine.state()
-    status = 200 if state.is_ready else 503
-    return JSONResponse({"ready": state.is_ready, "reason": state.reason}, status)
+    """Return whether the server answers requests, and why not; 503 if it does not."""
+    reason = service.unready_reason()
+    return JSONResponse({"ready": not reason, "reason": reason}, 503 if reason else 200)
 
 
 @router.get("/metrics")
 async def metrics(service: Service) -> Response:
     """Return metrics in the text format of Prometheus."""
-    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
+    content = service.metrics.render(service.engine.state(), is_ready=not service.unready_reason())
+    return Response(content, media_type="text/plain; version=0.0.4")

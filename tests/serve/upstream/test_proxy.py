@@ -1,0 +1,249 @@
+"""A proxy in front of another server: what it sends, what it checks, and what it passes on."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+
+import pytest
+from PIL import Image
+
+from safegen.serve.messages import StartImage
+from safegen.serve.upstream.engine import ProxyEngine
+
+OPENAI_FIELDS = {"prompt", "n", "response_format", "seed"}
+A1111_FIELDS = {
+    *("prompt", "seed", "batch_size", "n_iter"),
+    *("send_images", "save_images", "do_not_save_grid"),
+}
+
+
+def test_each_image_has_its_seed_and_passes_both_stages(generate, other, checker, tools):
+    result = generate(n=3, seed=11)
+    assert result.status == 200
+    assert [i.tobytes() for i in result.images] == [tools.noise(11 + k).tobytes() for k in range(3)]
+    assert [i.tobytes() for i in checker.seen] == [i.tobytes() for i in result.images]
+    for outcome in result.answer.outcomes:
+        assert [(r.guard, r.calls) for r in outcome.trace.guards] == [
+            ("prompt-filter", 1),
+            ("judge-filter", 1),
+        ]
+    alone = generate(seed=12)
+    assert alone.images[0].tobytes() == result.images[1].tobytes()
+
+
+def test_metadata_of_the_other_server_does_not_pass(generate):
+    (image,) = generate().images
+    assert image.info == {}
+
+
+def test_only_known_fields_are_sent_and_unset_ones_are_left_to_the_other_server(
+    generate, other, kind
+):
+    generate()
+    ((path, headers, fields),) = other.requests
+    assert set(fields) == (OPENAI_FIELDS if kind == "openai" else A1111_FIELDS)
+    assert "cookie" not in headers
+    assert "authorization" not in headers
+    other.requests.clear()
+    generate(
+        num_inference_steps=12,
+        guidance_scale=4.0,
+        width=72,
+        height=64,
+        negative_prompt="blurry",
+        options={"model": "m"},
+    )
+    ((path, headers, fields),) = other.requests
+    if kind == "openai":
+        assert path == "/v1/images/generations"
+        assert fields == {
+            "prompt": "a castle",
+            "model": "m",
+            "n": 1,
+            "size": "72x64",
+            "response_format": "b64_json",
+            "seed": 7,
+            "num_inference_steps": 12,
+            "guidance_scale": 4.0,
+            "negative_prompt": "blurry",
+        }
+    else:
+        assert path == "/sdapi/v1/txt2img"
+        assert fields["override_settings"] == {"sd_model_checkpoint": "m"}
+        assert (fields["steps"], fields["cfg_scale"]) == (12, 4.0)
+        assert (fields["width"], fields["height"], fields["negative_prompt"]) == (72, 64, "blurry")
+
+
+def test_a_field_that_the_other_server_does_not_know_can_be_left_out(generate, other, kind):
+    generate(options={"omit": ("seed", "response_format")})
+    fields = other.requests[0][2]
+    assert ("seed" in fields) == (kind == "a1111")  # every server of that kind knows it
+    assert "response_format" not in fields
+
+
+def test_a_blocked_prompt_never_reaches_the_other_server(generate, other):
+    result = generate("a castle covered in skulls", n=2)
+    assert (result.status, result.error.code) == (400, "moderation_blocked")
+    assert result.error.more["moderation_details"]["moderation_stage"] == "input"
+    assert not other.requests
+    records = result.answer.outcomes[0].trace.guards
+    assert [(r.guard, r.action, r.calls) for r in records] == [
+        ("prompt-filter", "block", 1),
+        ("judge-filter", "none", 0),
+    ]
+
+
+def test_an_unsafe_image_is_blocked(generate, other):
+    result = generate("a grinning castle", n=2)
+    assert (result.status, result.images) == (400, [])
+    assert result.error.more["moderation_details"]["moderation_stage"] == "output"
+    assert {outcome.guard for outcome in result.answer.outcomes} == {"judge-filter"}
+    assert other.requests
+
+
+def test_of_several_images_only_the_safe_ones_are_released(generate, other, tools, kind):
+    def answer(kind, fields):
+        images = other.images(kind, fields)
+        red = Image.new("RGB", (64, 64), "red")
+        seeds = range(fields["seed"], fields["seed"] + len(images))
+        images = [red if s == 8 else i for s, i in zip(seeds, images, strict=True)]
+        return other.respond(kind, [tools.b64(tools.png(i)) for i in images])
+
+    other.answer = answer
+    result = generate(n=3, seed=7)
+    assert [o.status for o in result.answer.outcomes] == ["released", "blocked", "released"]
+    assert [i.tobytes() for i in result.images] == [tools.noise(s).tobytes() for s in (7, 9)]
+
+
+def test_an_image_of_another_size_than_asked_is_not_released(generate, other, tools):
+    other.answer = lambda kind, fields: other.respond(kind, [tools.b64(tools.png(tools.noise(1)))])
+    result = generate(width=128, height=64)
+    assert (result.status, result.images) == (503, [])
+    assert "size" in result.message
+    other.answer = None
+    assert generate(width=128, height=64).images[0].size == (128, 64)
+
+
+def png_bytes(image):
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_an_edit_sends_the_image_and_its_mask_in_the_words_of_the_interface(
+    generate, other, kind, tools
+):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    start = StartImage(png_bytes(tools.noise(1)), 0.6, png_bytes(mask))
+    assert generate(start=start).status == 200
+    ((path, _, fields),) = other.requests
+    if kind == "openai":
+        assert path == "/v1/images/edits"
+        assert fields["image"] == start.image
+        assert (fields["prompt"], fields["n"], fields["seed"]) == ("a castle", "1", "7")
+        alpha = Image.open(io.BytesIO(fields["mask"])).getchannel("A")
+        assert (alpha.getpixel((0, 0)), alpha.getpixel((63, 0))) == (0, 255)
+    else:
+        assert path == "/sdapi/v1/img2img"
+        assert fields["init_images"] == [tools.b64(start.image)]
+        assert fields["mask"] == tools.b64(start.mask)
+        assert (fields["denoising_strength"], fields["inpainting_mask_invert"]) == (0.6, 0)
+
+
+def test_an_unsafe_start_image_never_reaches_the_other_server(generate, other):
+    start = StartImage(png_bytes(Image.new("RGB", (64, 64), "red")), 0.5)
+    result = generate(start=start)
+    assert result.status == 400
+    assert result.error.more["moderation_details"]["moderation_stage"] == "input"
+    assert not other.requests
+
+
+def test_the_token_goes_to_the_other_server_alone(generate, other, tmp_path, kind, tools):
+    file = tmp_path / "token"
+    file.write_text("secret-token\n")
+    generate(options={"token_file": file})
+    assert other.requests[0][1]["authorization"] == "Bearer secret-token"
+
+
+async def wait_until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_a_client_that_leaves_closes_the_request(make_config, checker, other, tools):
+    async def run():
+        engine = ProxyEngine(make_config(timeout=20), checker)
+        await engine.start()
+        task = asyncio.create_task(engine.generate(tools.make_request("hang")))
+        await wait_until(lambda: other.requests)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine.state().running == 0
+        await wait_until(lambda: other.num_left == 1)
+        await engine.stop()
+
+    asyncio.run(run())
+
+
+def test_interrupt_and_drain_answer_the_requests_that_run(make_config, checker, other, tools):
+    async def run():
+        engine = ProxyEngine(make_config(timeout=20), checker)
+        await engine.start()
+
+        def start():
+            return asyncio.create_task(tools.send(engine, tools.make_request("hang")))
+
+        first, second = start(), start()
+        await wait_until(lambda: len(other.requests) == 2)
+        assert engine.progress("request-1") > 0
+        assert engine.cancel("request-1")
+        assert {(await first).status, (await second).status} == {503}
+        assert not engine.cancel("request-1")
+        third = start()
+        await wait_until(lambda: len(other.requests) == 3)
+        await engine.drain(0.05)
+        result = await third
+        assert (result.status, result.error.code) == (503, "draining")
+        assert (await start()).error.code == "draining"
+        await engine.stop()
+
+    asyncio.run(run())
+
+
+def test_an_unreachable_server_is_named_and_does_not_make_the_proxy_unready(
+    make_config, checker, tools
+):
+    async def run():
+        engine = ProxyEngine(make_config(url="http://127.0.0.1:9"), checker)
+        assert not engine.state().is_ready
+        await engine.start()
+        await wait_until(lambda: engine.state().reason)
+        assert engine.state().is_ready
+        assert engine.state().reason == "the other server cannot be reached"
+        result = await tools.send(engine, tools.make_request())
+        assert (result.status, result.error.code) == (502, "upstream_error")
+        checker.num_workers = 0
+        assert not engine.state().is_ready
+        await engine.stop()
+
+    asyncio.run(run())
+
+
+def test_the_queue_is_bounded(make_config, checker, other, tools):
+    async def run():
+        engine = ProxyEngine(make_config(max_connections=1, max_queue=2), checker)
+        await engine.start()
+        tasks = [
+            asyncio.create_task(tools.send(engine, tools.make_request("hang"))) for _ in range(5)
+        ]
+        await wait_until(lambda: sum(task.done() for task in tasks) == 2)
+        other.is_released = True
+        results = await asyncio.gather(*tasks)
+        assert sorted(r.status for r in results) == [200, 200, 200, 429, 429]
+        await engine.stop()
+
+    asyncio.run(run())
