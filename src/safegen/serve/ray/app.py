@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging.config
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from ray.serve.handle import DeploymentHandle
 from safegen.core.errors import ConfigError
 from safegen.serve.app import build_app
 from safegen.serve.config import ServerConfig, is_loopback, read_config
+from safegen.serve.operations.logs import log_config
 from safegen.serve.ray.engine import RayEngine
 from safegen.serve.ray.replica import StackReplica
+from safegen.serve.service import ImageService
 
 INGRESS = "ingress"
 """Name of the deployment that runs the app."""
@@ -43,10 +46,14 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app; Ray Serve calls this after the constructor."""
-        return build_app(self.config, self.engine)
+        logging.config.dictConfig(log_config(log_prompts=self.config.log_prompts))
+        app = build_app(self.config, self.engine)
+        self.service: ImageService = app.state.service
+        return app
 
     async def drain(self) -> None:
         """Take no more requests, and answer those accepted within the drain timeout."""
+        self.service.phase = "draining"
         await self.engine.drain(self.config.drain_timeout)
 
 

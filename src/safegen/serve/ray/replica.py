@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from safegen.core.quiet import silence_libraries
 from safegen.guards.core.result import GeneratedImage
 from safegen.serve.config import ServerConfig
-from safegen.serve.engine.process import JobFailure, to_failure
+from safegen.serve.engine.process import JobFailure, open_stack, to_failure
 from safegen.serve.messages import ImageRequest, StackInfo
 
 if TYPE_CHECKING:
@@ -60,15 +59,13 @@ class StackReplica:
             UserError: it cannot be loaded, or the self-test fails.
         """
         self.config = config
-        with silence_libraries():
-            from safegen.serve.engine.session import open_session
-
-            self._files = ExitStack()  # keeps the session open
-            self._session = self._files.enter_context(open_session(config, spec))
+        self._files = ExitStack()  # keeps the session open
+        self._session = self._files.enter_context(open_stack(config, spec))
         self._generate_batch.set_max_batch_size(config.max_batch_size)
         self._generate_batch.set_batch_wait_timeout_s(config.batch_window)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="session")
         self._running, self._seen = 0, time.monotonic()
+        self._has_broken_device = False
 
     async def describe(self) -> StackInfo:
         """Return the stack."""
@@ -91,9 +88,10 @@ class StackReplica:
         return self._reply(await self._run(self._session.check_images, images, prompts))
 
     async def check_health(self) -> None:
-        """End the process if its session gives no sign of life; Ray replaces it."""
-        if self._running and time.monotonic() - self._seen > self.config.worker_timeout:
-            os._exit(1)  # no request that waits for the session is answered otherwise
+        """End the process if its session hangs or its device is broken; Ray replaces it."""
+        hangs = self._running and time.monotonic() - self._seen > self.config.worker_timeout
+        if hangs or self._has_broken_device:
+            os._exit(1)  # a request that waits for the session gets 503 at once
 
     @serve.batch(batch_size_fn=count_images)  # type: ignore[untyped-decorator]
     async def _generate_batch(self, entries: list[BatchEntry]) -> list[Reply]:
@@ -134,6 +132,7 @@ class StackReplica:
             except asyncio.CancelledError:
                 return JobFailure(0, "cancelled", "CancelledError", "cancelled")
             except Exception as error:
+                self._has_broken_device = "CUDA error" in str(error)  # until the process ends
                 return to_failure(0, error)
             finally:
                 self._running = 0
