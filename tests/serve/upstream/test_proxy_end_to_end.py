@@ -64,7 +64,7 @@ def test_real_guards_judge_what_another_server_returns(other, serving, tools):
     config = ServerConfig(upstream=UpstreamConfig(url=other.url, model="mini"), **GUARDS)
     engine = ProxyEngine(config)
     with serving(config, engine) as address:
-        assert httpx2.get(f"{address}/ready").status_code == 200
+        assert httpx2.get(f"{address}/ready").json() == {"ready": True, "reason": ""}
         assert blocked_stage(post_openai(address, "a castle covered in skulls")) == "input"
         assert other.requests == []
         assert blocked_stage(post_openai(address, "a castle with its grinning friends")) == "output"
