@@ -222,7 +222,7 @@ def server(engine) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # it takes 9 s to start
 def mini_server() -> Iterator[str]:
     """Yield the address of a server with the miniature, a word list and its judge as guards."""
     from safegen.serve.engine.local import LocalEngine

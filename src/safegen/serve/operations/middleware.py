@@ -19,6 +19,7 @@ from safegen.serve.errors import FAILED, RequestError, to_request_error, to_resp
 from safegen.serve.http import ClientLeftError
 from safegen.serve.operations.access import (
     PUBLIC_FOLDER,
+    STORED_IMAGES,
     OriginMiddleware,
     TokenMiddleware,
     is_public,
@@ -191,7 +192,7 @@ def _log(
     given = next((v for n, v in scope["headers"] if n == b"x-request-id"), b"")
     return {
         "method": scope["method"],
-        "path": scope["path"],
+        "path": STORED_IMAGES if scope["path"].startswith(STORED_IMAGES) else scope["path"],
         "status": response.status,
         "seconds": round(seconds, 4),
         "address": address[0] if address else None,
