@@ -52,8 +52,12 @@ def run_server(
 
     Raises:
         UserError: a stack cannot be loaded, a file cannot be used, or the address is taken.
-        EngineFaultError: a worker died while it loaded its stack.
+        EngineFaultError: a worker died while it loaded its stack, or Ray failed.
     """
+    if config.engine == "ray" and engine is None:
+        from safegen.serve.ray.server import run_ray
+
+        return run_ray(config, on_ready=on_ready)
     metrics = Metrics()
     app = build_app(config, engine or build_engine(config, metrics.on_batch), metrics=metrics)
     logging.config.dictConfig(log_config(log_prompts=config.log_prompts))
