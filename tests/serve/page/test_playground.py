@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 
 import pytest
+from PIL import Image
 
 CTRL, SHIFT = 2, 8
+
+
+def encode_pixel() -> str:
+    """Return a PNG of one pixel in Base64."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 SCREENS = [(width, dark) for width in (390, 1280) for dark in (False, True)]
 
 
@@ -17,15 +29,15 @@ def test_axe_finds_nothing_in_any_state_and_nothing_scrolls_sideways(make_playgr
         found = {"empty": page.browser.find_violations()}
         for state, prompt, fields in (
             ("images", "a castle", {"n": 3, "seed": 7}),
-            ("some blocked", "a partly ruined castle", {"n": 3, "compare": True}),
-            ("blocked", "a castle covered in skulls", {"n": 1, "compare": False}),
+            ("some blocked", "a partly ruined castle", {"n": 3, "compare": "mini"}),
+            ("blocked", "a castle covered in skulls", {"n": 1, "compare": ""}),
             ("failed", "a broken castle", {}),
         ):
             page.generate(prompt, **fields)
             found[state] = page.browser.find_violations()
         assert {k: v for k, v in found.items() if v} == {}, f"{width} px, dark {dark}"
         page.open(width=320 if width == 390 else width, dark=dark)
-        for prompt, compare in (("a partly ruined castle", True), ("grinning " * 30, False)):
+        for prompt, compare in (("a partly ruined castle", "mini"), ("grinning " * 30, "")):
             page.generate(prompt.strip(), n=3, compare=compare)
             inner, scroll = page.value("[innerWidth, document.documentElement.scrollWidth]")
             assert inner == scroll
@@ -45,7 +57,7 @@ def test_a_prompt_and_ctrl_enter_give_an_image_with_what_is_known_of_it(playgrou
     assert alt == "A castle, at dusk!, safe, seed 7"
     assert download == "a-castle-at-dusk_safe_seed-7.png"
     text = page.text("#current")
-    for part in ("seed 7", "safe · 64 × 64 · 12 steps", "judge-filter let it pass"):
+    for part in ("seed 7 64 × 64", "safe · 12 steps", "judge-filter let it pass"):
         assert part in text
     assert page.text("#status") == "1 image"
     sent = page_engine.requests[-1]
@@ -132,13 +144,13 @@ def test_a_seed_reproduces_its_image_alone(playground):
 
 def test_base_and_guarded_stack_are_side_by_side_with_the_same_seeds(playground, page_engine):
     page = playground
-    page.generate("a castle of skulls", compare=True, n=2, seed=4)
+    page.generate("a castle of skulls", compare="mini", n=2, seed=4)
     assert page.text("#current .column:nth-child(1)").startswith("safe\n1 patch · 2 guards")
     assert "Prompt blocked" in page.text("#current .column:nth-child(1)")
     assert "no guards" in page.text("#current .column:nth-child(2)")
     assert page.count("#current .column:nth-child(2) img") == 2
-    base = page_engine.requests[-1]
-    assert (base.stack, base.seeds, base.prompt) == ("mini", (4, 5), "a castle of skulls")
+    (base,) = [each for each in page_engine.requests[-2:] if each.stack == "mini"]
+    assert (base.seeds, base.prompt) == ((4, 5), "a castle of skulls")
     boxes = page.value(
         "[...document.querySelectorAll('#current .column')].map(c => c.getBoundingClientRect().x)"
     )
@@ -154,13 +166,13 @@ def test_base_and_guarded_stack_are_side_by_side_with_the_same_seeds(playground,
 def test_the_keyboard_alone_reaches_everything_in_order_with_a_visible_focus(playground):
     page = playground
     seen = []
-    for _ in range(15):
+    for _ in range(16):
         page.press("Tab")
         seen.append(page.focus())
         outline = page.value("getComputedStyle(document.activeElement).outlineStyle")
         assert outline != "none", seen[-1]
     expected = ["prompt", "stack", "compare", "Settings", "n", "seed", "width", "height", "steps"]
-    expected += ["guidance", "negative", "generate"]
+    expected += ["guidance", "negative", "image", "generate"]
     assert seen[: len(expected)] == expected
     assert [text.split("\n")[0] for text in seen[len(expected) :]] == [
         *("a castle standing alone", "a picture of a castle and some skulls"),
@@ -213,7 +225,7 @@ def test_no_answer_is_said_and_can_be_tried_again(playground):
 
 ENTRY = {"index": 0, "seed": 1, "status": "released", "categories": []}
 BLOCK = ENTRY | {"status": "blocked", "stage": "output", "guard": "judge-filter"}
-PNG = {"b64_json": "iVBORw0KGgo="}
+PNG = {"b64_json": encode_pixel()}
 
 
 @pytest.mark.parametrize(
@@ -227,6 +239,8 @@ PNG = {"b64_json": "iVBORw0KGgo="}
         {"data": [PNG], "safegen": {"images": "none"}},
         {"data": [{"url": "http://example.com/a.png"}], "safegen": {"images": [ENTRY]}},
         {"data": [], "safegen": {"images": []}},
+        {"data": [{"b64_json": "AAAA"}], "safegen": {"images": [ENTRY]}},
+        {"data": [{"b64_json": "not base64!"}], "safegen": {"images": [ENTRY]}},
         [],
         None,
     ],
@@ -237,6 +251,53 @@ def test_an_answer_that_does_not_account_for_its_images_shows_none(playground, b
     playground.generate("a castle")
     assert "None is displayed" in playground.text("#current")
     assert playground.count("#current img") == 0
+
+
+def test_the_image_of_such_an_answer_shows_once_it_is_accounted_for(playground):
+    text = json.dumps(json.dumps({"data": [PNG], "safegen": {"images": [BLOCK, ENTRY]}}))
+    playground.value(f"window.fetch = async () => new Response({text}); 0")
+    playground.generate("a castle")
+    assert playground.count("#current img") == playground.count("#current .problem") == 1
+
+
+START = """new Promise(done => {
+  const canvas = document.createElement('canvas');
+  canvas.width = canvas.height = 64;
+  const context = canvas.getContext('2d');
+  context.fillStyle = '%s';
+  context.fillRect(0, 0, 64, 64);
+  canvas.toBlob(blob => {
+    const files = new DataTransfer();
+    files.items.add(new File([blob], 'start.png', {type: 'image/png'}));
+    const input = document.querySelector('#image');
+    input.files = files.files;
+    input.dispatchEvent(new Event('change'));
+    done();
+  });
+})"""
+
+
+def test_generation_starts_from_an_uploaded_image(playground, page_engine):
+    page = playground
+    page.value(START % "rgb(0, 120, 0)")
+    page.wait("document.querySelector('#preview').naturalWidth === 64")
+    assert page.browser.find_violations() == []
+    page.generate("a castle", seed=3, strength=0.4)
+    sent = page_engine.requests[-1]
+    assert (sent.seeds, sent.prompt) == ((3,), "a castle")
+    assert sent.start.strength == 0.4
+    assert sent.start.image.startswith(b"\x89PNG")
+    assert "from start.png, strength 0.4" in page.text("#current")
+    page.value(START % "rgb(255, 0, 0)")
+    page.generate("a house")
+    assert "Start image blocked" in page.text("#current")
+    assert page.count("#current img") == 0
+    page.value("document.querySelector('#runs button').click()")
+    assert page.value("document.querySelector('#image').files[0].name") == "start.png"
+    page.value("document.querySelector('#remove').click()")
+    assert page.focus() == "image"
+    page.generate("a castle on its own")
+    assert page_engine.requests[-1].start is None
 
 
 def test_text_from_the_server_and_from_people_is_never_markup(playground):
@@ -255,7 +316,7 @@ def test_the_page_loads_nothing_from_elsewhere_and_writes_nothing_to_the_console
     playground, page_address
 ):
     for prompt in ("a castle", "a partly ruined castle", "a castle of skulls", "a broken castle"):
-        playground.generate(prompt, n=2, compare=True)
+        playground.generate(prompt, n=2, compare="mini")
     elsewhere = [
         url
         for url in playground.requests()
@@ -279,12 +340,12 @@ def test_fields_beyond_the_limits_are_refused_before_they_are_sent(playground):
 
 
 def test_earlier_runs_can_be_used_again_and_cleared(playground):
-    playground.generate("a castle", n=2, seed=9, negative="fog", compare=True)
-    playground.generate("a house", n=1, seed=1, negative="", compare=False)
+    playground.generate("a castle", n=2, seed=9, negative="fog", compare="mini")
+    playground.generate("a house", n=1, seed=1, negative="", compare="")
     playground.value("document.querySelector('#runs button').click()")
     fields = "['prompt', 'n', 'seed', 'negative'].map(i => document.getElementById(i).value)"
     assert playground.value(fields) == ["a castle", "2", "9", "fog"]
-    assert playground.value("document.querySelector('#compare').checked")
+    assert playground.value("document.querySelector('#compare').value") == "mini"
     assert playground.focus() == "prompt"
     playground.value("document.querySelector('#clear').click()")
     assert playground.count("#history") == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -60,13 +59,12 @@ def describe_server(service: ImageService) -> dict[str, Any]:
             "side": limits.side,
             "prompt_chars": limits.prompt_chars,
         },
-        "stacks": [_describe_stack(stack, stacks) for stack in stacks],
+        "stacks": [_describe_stack(stack) for stack in stacks],
     }
 
 
-def _describe_stack(stack: StackInfo, stacks: Sequence[StackInfo]) -> dict[str, Any]:
-    """Return a stack as plain values, with the base to compare it with."""
-    bases = (s.name for s in stacks if s.is_base and s.model == stack.model)
+def _describe_stack(stack: StackInfo) -> dict[str, Any]:
+    """Return a stack as plain values."""
     return {
         "name": stack.name,
         "model": stack.model,
@@ -74,7 +72,6 @@ def _describe_stack(stack: StackInfo, stacks: Sequence[StackInfo]) -> dict[str, 
         "patches": stack.patches,
         "loras": stack.loras,
         "is_base": stack.is_base,
-        "base": None if stack.is_base else next(bases, None),
         "guards": [
             {
                 "name": guard.name,

@@ -4,8 +4,9 @@ import { generate, getConfig, hasToken, setToken } from "./api.js";
 import { el, emptyState, finishedRun, pendingRun, stackPath, summarize } from "./view.js";
 
 const KEEP = 40; // earlier runs, and so images, in memory
-const FIELDS = ["prompt", "n", "seed", "width", "height", "steps", "guidance", "negative"];
-const NUMBERS = new Set(["n", "seed", "width", "height", "steps", "guidance"]);
+const TEXTS = ["prompt", "negative"];
+const NUMBERS = ["n", "seed", "width", "height", "steps", "guidance", "strength"];
+const FIELDS = [...TEXTS, ...NUMBERS];
 
 const $ = (id) => document.getElementById(id);
 const fields = Object.fromEntries(FIELDS.map((name) => [name, $(name)]));
@@ -37,10 +38,9 @@ function fillForm() {
   $("stack").replaceChildren(...stacks.map(({ name }) => el("option", { value: name }, name)));
   for (const [name, limit] of [["n", limits.images], ["width", limits.side], ["height", limits.side], ["steps", limits.steps]])
     fields[name].max = limit;
-  for (const name of ["prompt", "negative"]) fields[name].maxLength = limits.prompt_chars;
+  for (const name of TEXTS) fields[name].maxLength = limits.prompt_chars;
   fields.steps.value = defaults.steps;
   fields.guidance.value = defaults.guidance;
-  [fields.width.value, fields.height.value] = stacks[0].size;
   if (concept) $("about").textContent = `Images from the stacks of this server, and what each guard did. Concept: ${concept}.`;
   if (hasToken()) $("about").append(" ", forgetButton());
   showStack();
@@ -49,25 +49,49 @@ function fillForm() {
 function showStack() {
   const stack = stackByName($("stack").value);
   $("path").replaceChildren(...stackPath(stack));
-  $("compare-field").hidden = !stack.base;
+  const others = config.stacks.filter((each) => each !== stack && each.model === stack.model);
+  const option = ({ name, is_base }) => el("option", { value: name }, is_base ? `${name} (base model)` : name);
+  $("compare").replaceChildren(el("option", { value: "" }, "nothing"), ...others.map(option));
+  $("compare-field").hidden = others.length === 0;
+  for (const [k, name] of ["width", "height"].entries()) fields[name].value = stack.size[k] || "";
+}
+
+function showStart() {
+  const [image] = $("image").files;
+  if ($("preview").src) URL.revokeObjectURL($("preview").src);
+  $("preview").removeAttribute("src");
+  if (image) $("preview").src = URL.createObjectURL(image);
+  $("start").hidden = !image;
+  fields.strength.disabled = !image;
+}
+
+/** Put a file, or none, into the field of the start image. */
+function setStart(image) {
+  const files = new DataTransfer();
+  if (image) files.items.add(image);
+  $("image").files = files.files;
+  showStart();
 }
 
 // --- runs -----------------------------------------------------------------------------------------
 
 function readForm() {
-  const read = (name) => (NUMBERS.has(name) ? Number(fields[name].value) : fields[name].value);
+  const read = (name) => (TEXTS.includes(name) ? fields[name].value : Number(fields[name].value));
   const request = Object.fromEntries(FIELDS.map((name) => [name, read(name)]));
   if (fields.seed.value === "") request.seed = crypto.getRandomValues(new Uint32Array(1))[0];
   request.stack = $("stack").value;
-  request.compare = $("compare").checked && Boolean(stackByName(request.stack).base);
+  request.compare = $("compare").value;
+  request.image = $("image").files[0] ?? null;
   return request;
 }
 
 function writeForm(request) {
-  for (const name of FIELDS) fields[name].value = request[name];
   $("stack").value = request.stack;
   showStack();
-  $("compare").checked = request.compare;
+  for (const name of FIELDS) fields[name].value = request[name];
+  for (const name of ["width", "height"]) if (!request[name]) fields[name].value = "";
+  $("compare").value = request.compare;
+  setStart(request.image);
   $("settings").open = true;
   fields.prompt.focus();
   say("The form has these settings.");
@@ -75,8 +99,7 @@ function writeForm(request) {
 
 async function run(request) {
   if (running) return;
-  const stack = stackByName(request.stack);
-  const stacks = request.compare ? [stack, stackByName(stack.base)] : [stack];
+  const stacks = [request.stack, request.compare].filter(Boolean).map(stackByName);
   const controller = new AbortController();
   running = controller;
   retire(); // from here on, no earlier image stands where the answer goes
@@ -182,9 +205,11 @@ function forgetButton() {
 
 // --- events -----------------------------------------------------------------------------------------
 
-$("stack").addEventListener("change", () => {
-  showStack();
-  [fields.width.value, fields.height.value] = stackByName($("stack").value).size;
+$("stack").addEventListener("change", showStack);
+$("image").addEventListener("change", showStart);
+$("remove").addEventListener("click", () => {
+  setStart(null);
+  $("image").focus();
 });
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -212,5 +237,6 @@ document.addEventListener("keydown", (event) => {
 });
 addEventListener("beforeunload", () => running?.abort());
 
+showStart();
 $("settings").open = matchMedia("(min-width: 900px)").matches;
 start();

@@ -79,7 +79,7 @@ export function pendingRun(run, onCancel) {
   const places = run.stacks.map((stack) => {
     const tiles = Array.from({ length: run.request.n }, () => {
       const place = el("div", { className: "place" });
-      place.style.aspectRatio = `${run.request.width} / ${run.request.height}`;
+      place.style.aspectRatio = `${run.request.width || 1} / ${run.request.height || run.request.width || 1}`;
       return place;
     });
     return column(stack, tiles, { named: run.stacks.length > 1, level: 3 });
@@ -173,7 +173,7 @@ function largeTile(entry, { run, result, level, onReuse }) {
     el(
       "figcaption",
       {},
-      el("b", {}, `seed ${entry.seed}`),
+      el("p", {}, el("b", {}, `seed ${entry.seed}`), el("span", { className: "soft" }, ` ${entry.width} × ${entry.height}`)),
       el("ul", { className: "guards" }, guardLines(entry, result.stack)),
       el("p", { className: "links" }, save, " ", reuse),
     ),
@@ -196,7 +196,7 @@ function smallTile(entry, { run, result }) {
 
 function picture(entry, { request }, { stack }) {
   const alt = `${request.prompt}, ${stack.name}, seed ${entry.seed}`;
-  const { width, height } = request;
+  const { width, height } = entry;
   return el("img", { src: entry.url, alt, width, height, className: Math.max(width, height) < 256 ? "tiny" : "" });
 }
 
@@ -236,6 +236,8 @@ function problem(entry, { error }) {
   const { status, stage, guard, all } = entry;
   const many = all?.length > 1;
   const by = guard ?? "a guard";
+  if (status === "blocked" && stage === "input" && entry.action !== "block")
+    return { kind: "blocked", title: "Start image blocked", text: `${by} judged the start image. Nothing was generated.` };
   if (status === "blocked" && stage === "input")
     return { kind: "blocked", title: "Prompt blocked", text: `${by} stopped the request. Nothing was generated.` };
   if (status === "blocked") {
@@ -276,15 +278,15 @@ function scoreBar({ score, threshold }, name) {
 }
 
 function meta({ request, results }) {
-  const { n, width, height, steps, guidance, negative } = request;
+  const { n, steps, guidance, negative, image, strength } = request;
   const [{ stack, seconds }, second] = results;
   const parts = [
     second ? null : stack.name,
     n > 1 ? `${n} images` : null,
-    `${width} × ${height}`,
     `${steps} steps`,
     `guidance ${guidance}`,
-    negative ? `without “${negative}”` : null,
+    negative ? `negative prompt “${negative}”` : null,
+    image ? `from ${image.name}, strength ${strength}` : null,
     !second && seconds ? `${seconds.toFixed(1)} s` : null,
   ];
   return parts.filter(Boolean).join(" · ");
