@@ -204,3 +204,15 @@ def triplets(tmp_path_factory):
         lines.append(Triplet(id=str(i), **paths, sha256=Digests(**digests)).model_dump_json())
     (folder / MANIFEST).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Triplets.load(folder)
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """Return a browser that all tests share."""
+    from browser import Browser, find_chromium
+
+    executable = find_chromium()
+    if not executable:
+        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+    with Browser(executable, tmp_path_factory.mktemp("profile")) as browser:
+        yield browser

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,7 @@ class FakeEngine:
 
     `skulls`: blocked at the prompt; `grinning`: a black image; `broken`: the guard failed;
     `partly`: the second image is black; `full`: the queue is full; `slow`: takes `slow_seconds`.
+    A base model lets everything pass.
     """
 
     def __init__(self, stacks: tuple[StackInfo, ...] = (STACK,), slow_seconds: float = 5.0) -> None:
@@ -85,7 +87,7 @@ class FakeEngine:
                 self._futures[request.id] = asyncio.get_running_loop().create_future()
                 await asyncio.wait({self._futures[request.id]}, timeout=self.slow_seconds)
                 if self._futures[request.id].done():
-                    raise EngineFaultError("the request was interrupted")
+                    raise self._futures[request.id].result()
         except asyncio.CancelledError:
             self.cancelled.append(request.id)
             raise
@@ -96,6 +98,8 @@ class FakeEngine:
     def _image(self, request, index: int, seed: int) -> GeneratedImage:
         config = request.generation_config
         size = config.width or 64, config.height or 64
+        if self.stacks[request.stack].is_base:
+            return GeneratedImage(picture(seed, size), GuardTrace("none", "", ()))
         if "skulls" in request.prompt:
             trace = GuardTrace("block", "prompt-filter: word", records("block", "prompt-filter"))
             return GeneratedImage(None, trace)
@@ -138,7 +142,7 @@ class FakeEngine:
         future = self._futures.get(request_id)
         if future is None or future.done():
             return False
-        future.set_result(None)
+        future.set_result(EngineFaultError("the request was interrupted"))
         return True
 
     def state(self):
@@ -149,6 +153,9 @@ class FakeEngine:
         until = time.monotonic() + timeout
         while self.running and time.monotonic() < until:
             await asyncio.sleep(0.01)
+        for future in self._futures.values():
+            if not future.done():
+                future.set_result(DrainingError())
 
     async def stop(self) -> None:
         self.is_draining = True
@@ -194,6 +201,14 @@ def running(
         assert not thread.is_alive(), "the server did not stop"
 
 
+@pytest.fixture(scope="session")
+def fakes() -> SimpleNamespace:
+    """Return what builds servers of other settings: `FakeEngine`, `STACK` and two contexts."""
+    return SimpleNamespace(
+        FakeEngine=FakeEngine, STACK=STACK, serving=serving, serving_app=serving_app
+    )
+
+
 @pytest.fixture
 def engine() -> FakeEngine:
     """Return a fake engine."""
@@ -207,7 +222,7 @@ def server(engine) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # it takes 9 s to start
 def mini_server() -> Iterator[str]:
     """Yield the address of a server with the miniature, a word list and its judge as guards."""
     from safegen.serve.engine.local import LocalEngine
@@ -234,3 +249,9 @@ def _serving() -> Callable:
 def _serving_app() -> Callable:
     """Return the function that runs another app in a thread."""
     return serving_app
+
+
+@pytest.fixture(scope="session", name="records")
+def _records() -> Callable:
+    """Return the function that makes the records of both guards."""
+    return records

@@ -106,6 +106,7 @@ def outcome_json(outcome: Outcome, index: int | None = None) -> dict[str, Any]:
         "score": _finite(outcome.score),
         "threshold": _finite(outcome.threshold),
         "categories": list(outcome.categories),
+        "guards": [{"guard": r.guard, "action": r.action} for r in outcome.trace.guards],
     }
 
 

@@ -7,7 +7,13 @@ from typing import Literal
 
 from PIL import Image
 
-from safegen.guards.core.result import REPLACING_ACTIONS, GeneratedImage, GuardRecord, GuardTrace
+from safegen.guards.core.result import (
+    BLOCKING_ACTIONS,
+    REPLACING_ACTIONS,
+    GeneratedImage,
+    GuardRecord,
+    GuardTrace,
+)
 from safegen.serve.messages import ImageRequest, StackInfo, Stage
 
 Status = Literal["released", "blocked", "fault"]
@@ -113,11 +119,14 @@ def fault(trace: GuardTrace, seed: int, reason: str) -> Outcome:
 
 
 def _missing_guard(trace: GuardTrace, stack: StackInfo) -> str:
-    """Return why the guards in a trace are not those of the stack; empty if they are."""
+    """Return why a trace is not that of an image which passed every guard; empty if it is."""
     ran = [record.guard for record in trace.guards]
     expected = [guard.name for guard in stack.guards]
     if ran != expected:
         return f"guards: the trace has {ran}, the stack {expected}"
+    acted = [r.guard for r in trace.guards if r.action in BLOCKING_ACTIONS | REPLACING_ACTIONS]
+    if acted:
+        return f"guards: {', '.join(acted)} acted, and the trace does not say so"
     silent = [record.guard for record in trace.guards if record.calls < 1]
     return f"guards: {', '.join(silent)} did not run" if silent else ""
 

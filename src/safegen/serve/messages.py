@@ -94,6 +94,11 @@ class StackInfo:
     """Whether it is a model without patches, LoRAs and guards."""
 
     @property
+    def is_remote(self) -> bool:
+        """Whether another server generates the images, with settings of its own by default."""
+        return self.size == (0, 0)
+
+    @property
     def reads_prompts(self) -> bool:
         """Whether a guard acts at the prompt."""
         return any(guard.reads_prompts for guard in self.guards)

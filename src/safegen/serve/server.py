@@ -35,18 +35,25 @@ OnReady = Callable[[str], None]
 """Called with the address once requests are answered."""
 
 
-def run_server(config: ServerConfig, *, on_ready: OnReady | None = None) -> int:
+def run_server(
+    config: ServerConfig, *, engine: Engine | None = None, on_ready: OnReady | None = None
+) -> int:
     """Serve until a signal ends it, and return the exit status.
 
     The first SIGINT or SIGTERM answers the accepted requests within `drain_timeout` seconds; the
     second one stops at once, with the status 128 + its number.
+
+    Args:
+        config: settings of the server.
+        engine: what makes the images, not started. Default: that of the settings.
+        on_ready: called with the address once requests are answered.
 
     Raises:
         UserError: a stack cannot be loaded, a file cannot be used, or the address is taken.
         EngineFaultError: a worker died while it loaded its stack.
     """
     metrics = Metrics()
-    app = build_app(config, build_engine(config, metrics.on_batch), metrics=metrics)
+    app = build_app(config, engine or build_engine(config, metrics.on_batch), metrics=metrics)
     logging.config.dictConfig(log_config(log_prompts=config.log_prompts))
     server = ImageServer(config, app, on_ready)
     with server.capture_signals():

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("fastapi")
 
 from starlette.testclient import TestClient
 
-from safegen.guards.core.result import GeneratedImage, GuardTrace
+from safegen.guards.core.result import GeneratedImage, GuardRecord, GuardTrace
 from safegen.serve.a1111.bodies import NEUTRAL, NEUTRAL_SETTINGS
 from safegen.serve.a1111.running import RunningJobs
 from safegen.serve.app import build_app
@@ -145,6 +146,23 @@ def test_what_is_left_out_is_chosen_by_the_server(client, engine):
     assert engine.requests[-1].generation_config.scheduler == "Euler a"
 
 
+def test_settings_that_another_server_chose_are_not_invented(client, engine):
+    proxy = replace(engine.stacks["safe"], size=(0, 0), sampler="", samplers=())
+    engine.stacks = {"safe": proxy}
+    body = {"prompt": "a partly castle", "batch_size": 2, "sampler_name": "DEIS", "steps": 9}
+    data = client.post("/sdapi/v1/txt2img", json=body).json()
+    assert engine.requests[-1].generation_config.scheduler == "DEIS"
+    sizes = [Image.open(io.BytesIO(base64.b64decode(image))).size for image in data["images"]]
+    assert sizes == [(64, 64), (64, 64)]
+    info = json.loads(data["info"])
+    assert (info["width"], info["height"], info["steps"], info["cfg_scale"]) == (64, 64, 9, None)
+    assert "CFG scale" not in info["infotexts"][0]
+    image = to_base64(Image.new("RGB", (16, 32)))
+    assert (
+        post(client, "img2img", init_images=[image], resize_mode=1, width=None).status_code == 200
+    )
+
+
 def test_open_webui_connects_and_generates(client):
     """Requests as in its `routers/images.py`: it sends all options back, with a model."""
     options = client.get("/sdapi/v1/options").json()
@@ -217,13 +235,13 @@ def solid(seed, size):
     return Image.new("RGB", size, (seed % 251 + 1, seed // 251 % 251 + 1, 99))
 
 
-def image_with_action(request, seed, action, records):
+def image_with_action(request, seed, action):
     """Return an image with the trace of an action. The image is there, whatever the action."""
     config = request.generation_config
     image = solid(seed, (config.width or 64, config.height or 64))
-    if action in ("none", "edit"):
-        return GeneratedImage(image, GuardTrace(action, "", records))
-    return GeneratedImage(image, GuardTrace(action, f"judge-filter: {action}", records))
+    records = (GuardRecord("prompt-filter", calls=1), GuardRecord("judge-filter", action, calls=1))
+    reason = "" if action in ("none", "edit") else f"judge-filter: {action}"
+    return GeneratedImage(image, GuardTrace(action, reason, records))
 
 
 TEXT = st.text(st.characters(categories=["L", "P", "Cc", "Cs"]), max_size=9)
@@ -273,10 +291,8 @@ PROPERTY = settings(
     value=st.sampled_from([True, "low", None]),
 )
 def test_no_body_has_pixels_of_a_withheld_image(
-    client, engine, actions, flagged, seed, width, route, switch, value
+    client, engine, records, actions, flagged, seed, width, route, switch, value
 ):
-    from conftest import records
-
     made = {}
 
     async def generate(request):
@@ -284,7 +300,7 @@ def test_no_body_has_pixels_of_a_withheld_image(
         for index, seed in enumerate(request.seeds):
             action, is_flagged = actions[index], flagged and index == 0
             made[seed] = action in ("none", "edit") and not is_flagged
-            image = image_with_action(request, seed, action, records(action))
+            image = image_with_action(request, seed, action)
             found.append(GeneratedImage(image.image, image.trace, is_flagged or None))
         return found
 

@@ -8,6 +8,7 @@ import json
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,19 +16,41 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("fastapi")
 webuiapi = pytest.importorskip("webuiapi")
+
+from safegen.serve.config import ServerConfig  # noqa: E402
+from tests.serve.conftest import STACK, FakeEngine, serving  # noqa: E402
 
 TIMEOUT = 20
 
 
-def connect(address):
+def connect(address, token=None):
     host, _, port = address.removeprefix("http://").rpartition(":")
-    return webuiapi.WebUIApi(host=host, port=int(port))
+    return webuiapi.WebUIApi(host=host, port=int(port), username="any", password=token)
+
+
+@pytest.fixture(scope="module")
+def fake_engine():
+    return FakeEngine()
+
+
+@pytest.fixture(scope="module")
+def server(fake_engine):
+    with serving(ServerConfig(stacks=("fake",)), fake_engine) as address:
+        yield address
 
 
 @pytest.fixture
-def api(server):
+def engine(fake_engine):
+    """Return the engine of the server, as it was at the start."""
+    fake_engine.requests.clear()
+    fake_engine.cancelled.clear()
+    fake_engine.stacks = {STACK.name: STACK}
+    return fake_engine
+
+
+@pytest.fixture
+def api(server, engine):
     client = connect(server)
     yield client
     client.session.close()
@@ -147,10 +170,33 @@ def test_progress_is_between_0_and_1_and_interrupt_ends_the_request(api, engine)
     assert api.interrupt() == {}
 
 
-def test_stacks_samplers_and_loras_are_listed(server, engine):
+def test_a_client_interrupts_and_sees_its_own_requests_only(tmp_path):
+    tokens = {"alice": "a" * 16, "bob": "b" * 16}
+    path = tmp_path / "tokens.toml"
+    path.write_text("".join(f'[{name}]\ntoken = "{token}"\n' for name, token in tokens.items()))
+    path.chmod(0o600)
+    engine = FakeEngine(slow_seconds=0.5)
+    with serving(ServerConfig(stacks=("fake",), token_file=path), engine) as address:
+        assert connect(address).get_options()["detail"]  # 401
+        alice, bob = (connect(address, token) for token in tokens.values())
+        with ThreadPoolExecutor() as pool:
+            slow = pool.submit(alice.txt2img, prompt="a slow castle", width=64, height=64)
+            wait_until(lambda: alice.get_progress()["progress"])
+            assert bob.get_progress()["state"]["job_count"] == 0
+            assert bob.interrupt() == {}
+            assert slow.result(TIMEOUT).image.size == (64, 64)
+            slow = pool.submit(alice.txt2img, prompt="a slow castle", width=64, height=64)
+            wait_until(lambda: alice.get_progress()["progress"])
+            assert alice.interrupt() == {}
+            with pytest.raises(RuntimeError, match="interrupted"):
+                slow.result(TIMEOUT)
+        alice.session.close()
+        bob.session.close()
+
+
+def test_stacks_samplers_and_loras_are_listed(api, engine):
     first = replace(engine.stacks["safe"], loras=("ghosts",))
     engine.stacks = {"safe": first, "other": replace(first, name="other", samplers=("Heun",))}
-    api = connect(server)
     assert (api.has_controlnet, api.has_adetailer, api.has_animatediff) == (False, False, False)
     assert api.util_get_model_names() == ["other", "safe"]
     assert api.util_get_current_model() == "safe"
@@ -165,7 +211,6 @@ def test_stacks_samplers_and_loras_are_listed(server, engine):
     assert result.info["sd_model_name"] == engine.requests[-1].stack == "other"
     with pytest.raises(RuntimeError, match="no stack named"):
         api.txt2img(prompt="a fort", override_settings={"sd_model_checkpoint": "third"})
-    api.session.close()
 
 
 def test_settings_are_the_operators(api):
@@ -244,6 +289,14 @@ def test_the_miniature_behind_its_guards(mini_server):
     start = base64.b64decode(batch.json["images"][statuses.index("released")])
     drawn = api.img2img(images=[Image.open(io.BytesIO(start))], prompt="a castle", seed=1, **size)
     assert drawn.image.size == (64, 64)
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(api.txt2img, prompt="a castle", batch_size=8, **size | {"steps": 100})
+        progress = wait_until(lambda: api.get_progress()["progress"])
+        assert 0 < progress < 1
+        api.interrupt()
+        with pytest.raises(RuntimeError, match="interrupted"):
+            slow.result(TIMEOUT)
+    assert api.txt2img(prompt="a castle", seed=5, **size).info["seed"] == 5
     api.session.close()
 
 

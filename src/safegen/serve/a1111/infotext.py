@@ -7,32 +7,46 @@ import json
 from safegen._version import __version__
 from safegen.serve.gate import Outcome
 from safegen.serve.messages import ImageRequest, StackInfo
+from safegen.serve.service import Answer
 
 
-def image_size(request: ImageRequest, stack: StackInfo) -> tuple[int, int]:
-    """Return the width and the height of the images of a request."""
+def requested_size(request: ImageRequest, stack: StackInfo) -> tuple[int, int]:
+    """Return the width and the height of the images of a request; 0 if another server chooses."""
     config = request.generation_config
     return config.width or stack.size[0], config.height or stack.size[1]
 
 
-def build_infotext(request: ImageRequest, stack: StackInfo, outcome: Outcome) -> str:
+def image_size(answer: Answer) -> tuple[int, int]:
+    """Return the width and the height of the images of an answer, of which one is released."""
+    image = answer.released[0].image
+    assert image is not None, "a released outcome has an image"
+    width, height = requested_size(answer.request, answer.stack)
+    return width or image.width, height or image.height
+
+
+def used_setting(answer: Answer, name: str) -> float | None:
+    """Return a setting that the images were made with; None if another server chose it."""
+    value: float = getattr(answer.request.generation_config, name)
+    return value if answer.stack.sampler else answer.request.chosen_setting(name)
+
+
+def build_infotext(answer: Answer, outcome: Outcome) -> str:
     """Return the settings of an image as A1111 writes them under `parameters` in a PNG.
 
     A1111 makes another image for a seed; the text says so. That of a withheld image says why.
     """
-    config, (width, height) = request.generation_config, image_size(request, stack)
+    request, stack, (width, height) = answer.request, answer.stack, image_size(answer)
     withheld = outcome.status != "released"
     values: dict[str, object] = {
-        "Steps": config.num_inference_steps,
-        "Sampler": config.scheduler or stack.sampler,
-        "CFG scale": config.guidance_scale,
+        "Steps": used_setting(answer, "num_inference_steps"),
+        "Sampler": request.generation_config.scheduler or stack.sampler,
+        "CFG scale": used_setting(answer, "guidance_scale"),
         "Seed": outcome.seed,
         "Size": f"{width}x{height}",
         "Model hash": stack.model_hash[:10],
         "Model": stack.name,
         "Denoising strength": request.start.strength if request.start else None,
-        "RNG": "CPU",
-        "Seed mode": "safegen (A1111 gives another image for this seed)",
+        "Seed mode": "safegen (A1111 gives another image for this seed)" if stack.sampler else "",
         "Withheld": f"{outcome.status} by {outcome.guard or 'the server'}" if withheld else None,
         "Version": f"safegen {__version__}",
     }

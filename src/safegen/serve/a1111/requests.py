@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from safegen.core.errors import ConfigError, UnknownNameError
 from safegen.core.settings import MAX_NAME
 from safegen.serve.a1111.bodies import Img2ImgBody, Txt2ImgBody
-from safegen.serve.a1111.infotext import image_size
+from safegen.serve.a1111.infotext import requested_size
 from safegen.serve.errors import RequestError
 from safegen.serve.images import flatten, read_upload, to_png
 from safegen.serve.messages import ImageRequest, StackInfo, StartImage
@@ -54,7 +54,7 @@ async def build_image_request(
     )
     if not isinstance(body, Img2ImgBody):
         return request
-    size, side = image_size(request, stack), service.config.limits.side
+    size, side = requested_size(request, stack), service.config.limits.side
     start = await asyncio.to_thread(read_start, body, size, side)
     check_strength(start.strength, request.generation_config.num_inference_steps)
     return replace(request, start=start)
@@ -87,7 +87,7 @@ def read_start(body: Img2ImgBody, size: tuple[int, int], side: int) -> StartImag
 
     Args:
         body: the body.
-        size: width and height of the images that are requested.
+        size: width and height of the images that are requested; 0 if another server chooses.
         side: most pixels of a side of the image and of the mask.
 
     Raises:
@@ -101,7 +101,7 @@ def read_start(body: Img2ImgBody, size: tuple[int, int], side: int) -> StartImag
     if body.mask:
         mask = read_mask(read_upload(_decode("mask", body.mask), side=side, name="mask"))
         mask = ImageOps.invert(mask) if body.inpainting_mask_invert else mask
-    if body.resize_mode == CROP:
+    if body.resize_mode == CROP and all(size):
         mask = ImageOps.fit(mask.resize(image.size), size) if mask else None
         image = ImageOps.fit(image, size)
     strength = Img2ImgBody.model_fields["denoising_strength"].default

@@ -12,7 +12,7 @@ from PIL import Image
 
 from safegen._version import __version__
 from safegen.core.files import encode_image
-from safegen.serve.a1111.infotext import build_infotext, image_size
+from safegen.serve.a1111.infotext import build_infotext, image_size, used_setting
 from safegen.serve.a1111.running import Job
 from safegen.serve.errors import outcome_json
 from safegen.serve.gate import Outcome
@@ -33,8 +33,7 @@ async def images_response(
         batch_size: the number of the same name in the request.
         send_images: whether the response has the images.
     """
-    request, stack = answer.request, answer.stack
-    texts = [build_infotext(request, stack, outcome) for outcome in answer.outcomes]
+    texts = [build_infotext(answer, outcome) for outcome in answer.outcomes]
     images = []
     for outcome, text in zip(answer.outcomes, texts, strict=True) if send_images else ():
         images.append(await asyncio.to_thread(_encode, answer, outcome, text))
@@ -48,7 +47,7 @@ async def images_response(
 def build_info(answer: Answer, infotexts: list[str], batch_size: int) -> dict[str, Any]:
     """Return the settings of all images of a request, under the names of A1111."""
     request, stack, n = answer.request, answer.stack, len(answer.outcomes)
-    config, (width, height) = request.generation_config, image_size(request, stack)
+    config, (width, height) = request.generation_config, image_size(answer)
     negative, seeds = request.negative_prompt or "", list(request.seeds)
     return {
         "prompt": request.prompt,
@@ -63,8 +62,8 @@ def build_info(answer: Answer, infotexts: list[str], batch_size: int) -> dict[st
         "width": width,
         "height": height,
         "sampler_name": config.scheduler or stack.sampler,
-        "cfg_scale": config.guidance_scale,
-        "steps": config.num_inference_steps,
+        "cfg_scale": used_setting(answer, "guidance_scale"),
+        "steps": used_setting(answer, "num_inference_steps"),
         "batch_size": batch_size,
         "restore_faces": False,
         "face_restoration_model": None,
@@ -146,7 +145,7 @@ def _encode(answer: Answer, outcome: Outcome, infotext: str) -> str:
     if outcome.status == "released":
         data = encode_outcome(outcome, answer, parameters=infotext)
     else:
-        black = Image.new("RGB", image_size(answer.request, answer.stack))
+        black = Image.new("RGB", image_size(answer))
         data = encode_image(black, {"status": outcome.status}, infotext)
     return base64.b64encode(data).decode()
 

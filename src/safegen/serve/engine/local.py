@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from PIL import Image
 
@@ -12,21 +13,29 @@ from safegen.guards.core.result import GeneratedImage, GuardTrace
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import DrainingError, EngineFaultError, EngineState
 from safegen.serve.engine.pool import OnBatch, StackPool
+from safegen.serve.engine.process import SessionOpener, open_stack
 from safegen.serve.messages import ImageRequest, StackInfo
 
 
 class LocalEngine:
     """Stacks in worker processes of this machine; see `Engine`."""
 
-    def __init__(self, config: ServerConfig, *, on_batch: OnBatch | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        on_batch: OnBatch | None = None,
+        open_session: SessionOpener = open_stack,
+    ) -> None:
         """Store the settings; `start` loads the stacks.
 
         Args:
             config: settings of the server.
             on_batch: called with the number of images and the seconds of each batch.
+            open_session: opens the session of a stack, in a worker process.
         """
         self.config = config
-        self.pools = [StackPool(config, spec, on_batch) for spec in config.stacks]
+        self.pools = [StackPool(config, spec, on_batch, open_session) for spec in config.stacks]
         self._by_name: dict[str, StackPool] = {}
         self._is_ready, self._reason = False, "the stacks are being loaded"
 
@@ -37,19 +46,29 @@ class LocalEngine:
 
     async def start(self) -> None:
         """Load the stacks one after the other, each tested; see `Engine.start`."""
-        for pool in self.pools:
-            info = await pool.start()
-            if info.name in self._by_name:
-                raise ConfigError(
-                    f"stacks must have different names, got two named {info.name!r}. "
-                    "Rename one in its recipe, or give NAME=MODEL+PATCH."
-                )
-            self._by_name[info.name] = pool
+        try:
+            for pool in self.pools:
+                await self._start_pool(pool)
+        except BaseException:
+            await self.stop()
+            raise
         self._is_ready, self._reason = True, ""
+
+    async def _start_pool(self, pool: StackPool) -> None:
+        info = await pool.start()
+        if info.name in self._by_name:
+            raise ConfigError(
+                f"stacks must have different names, got two named {info.name!r}. "
+                "Rename one in its recipe, or give NAME=MODEL+PATCH."
+            )
+        self._by_name[info.name] = pool
 
     async def generate(self, request: ImageRequest) -> list[GeneratedImage]:
         """Return one image per seed, with its trace; see `Engine.generate`."""
-        images: list[GeneratedImage] = await self._pool(request.stack).submit("generate", request)
+        size = {"batch_size": self.config.max_batch_size}
+        config = request.generation_config.model_copy(update=size)
+        sized = replace(request, generation_config=config)
+        images: list[GeneratedImage] = await self._pool(request.stack).submit("generate", sized)
         return images
 
     async def check_prompts(self, stack: str, prompts: Sequence[str]) -> list[GuardTrace]:
@@ -81,10 +100,10 @@ class LocalEngine:
 
     def state(self) -> EngineState:
         """Return whether every stack has a worker, and how much there is to do."""
-        alive = [sum(worker.is_alive for worker in pool.workers) for pool in self.pools]
+        ready = [sum(worker.is_ready for worker in pool.workers) for pool in self.pools]
         reason = self._reason
-        if self._is_ready and not all(alive):
-            reason = "a stack has no worker"
+        if self._is_ready and not all(ready):
+            reason = next((pool.fault for pool in self.pools if pool.fault), "a worker is replaced")
         if any(pool.is_draining for pool in self.pools):
             reason = "the server is being stopped"
         return EngineState(
@@ -92,7 +111,7 @@ class LocalEngine:
             reason=reason,
             queued=sum(len(pool.waiting) for pool in self.pools),
             running=sum(len(pool.running) for pool in self.pools),
-            workers=sum(alive),
+            workers=sum(ready),
         )
 
     async def drain(self, timeout: float) -> None:

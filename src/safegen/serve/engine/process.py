@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import shutil
 import signal
+import tempfile
+import threading
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Literal
 
 from safegen.core.errors import UserError, is_out_of_memory
@@ -13,6 +21,10 @@ from safegen.serve.config import ServerConfig
 
 Method = Literal["generate", "check_prompts", "check_images"]
 """Method of a session that a job calls."""
+SessionOpener = Callable[[ServerConfig, str | None], AbstractContextManager[Any]]
+"""Opens the session of a stack, or of the guards of another server; importable by its name."""
+OOM_SCORE = "500"
+"""Makes Linux end a worker before the server when memory runs out."""
 
 
 @dataclass(frozen=True)
@@ -60,32 +72,61 @@ class JobFailure:
 
 
 class _CancelledJob(Exception):  # noqa: N818
-    """The job was cancelled, or the server is gone."""
+    """The job was cancelled."""
 
 
-def run_worker(connection: Connection, config: ServerConfig, spec: str | None) -> None:
-    """Load a session, say so, and answer jobs until the other end closes the pipe.
+@contextmanager
+def open_stack(config: ServerConfig, spec: str | None) -> Iterator[Any]:
+    """Yield the session of a stack; see `safegen.serve.engine.session.open_session`."""
+    from safegen.core.quiet import silence_libraries
+
+    with silence_libraries():
+        from safegen.serve.engine.session import open_session
+    with silence_libraries(), open_session(config, spec) as session:
+        yield session
+
+
+def run_worker(
+    connection: Connection,
+    config: ServerConfig,
+    spec: str | None,
+    folder: Path,
+    open_session: SessionOpener = open_stack,
+) -> None:
+    """Load a session, send its stack, and answer jobs until the server ends.
 
     Args:
         connection: pipe to the server.
         config: settings of the server.
         spec: stack; None for the guards of another server.
+        folder: folder for temporary files, removed at the end.
+        open_session: opens the session.
     """
     for name in ("SIGINT", "SIGTERM"):  # the server ends its workers itself
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    from safegen.core.quiet import silence_libraries
-
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE, encoding="ascii")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    threading.Thread(target=_end_with_server, args=(folder,), daemon=True).start()
     worker = _Worker(connection)
     try:
-        with silence_libraries():
-            from safegen.serve.engine.session import open_session
-        with silence_libraries(), open_session(config, spec) as session:
+        with open_session(config, spec) as session:
             connection.send(JobResult(-1, session.info))
             worker.serve(session)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
     except Exception as error:
-        connection.send(_failure(-1, error))
+        with suppress(OSError):  # the server has ended
+            connection.send(_failure(-1, error))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_with_server(folder: Path) -> None:
+    """End this process as soon as the server has ended, also in the middle of a job."""
+    server = multiprocessing.parent_process()
+    if server is not None:
+        wait([server.sentinel])
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
 
 
 class _Worker:
@@ -95,9 +136,10 @@ class _Worker:
         self.connection = connection
         self.waiting: deque[Job] = deque()
         self.cancelled: set[int] = set()
+        self.has_broken_device = False
 
     def serve(self, session: Any) -> None:
-        while True:
+        while not self.has_broken_device:
             while not self.waiting:
                 self._receive()
             job = self.waiting.popleft()
@@ -116,9 +158,8 @@ class _Worker:
             report(0.0)
             more = (report,) if job.method == "generate" else ()
             return JobResult(job.number, getattr(session, job.method)(*job.arguments, *more))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise
         except Exception as error:
+            self.has_broken_device = "CUDA error" in str(error)  # it stays until the process ends
             return _failure(job.number, error)
 
     def _receive(self) -> None:

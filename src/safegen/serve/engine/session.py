@@ -40,6 +40,7 @@ class Session:
 
     def __init__(self, info: StackInfo, guarded: GuardedPipeline | None) -> None:
         self.info, self.guarded = info, guarded
+        self._guards = _guard_states(guarded)
 
     def generate(
         self, requests: Sequence[ImageRequest], report: Report
@@ -63,9 +64,19 @@ class Session:
         return check_images(self._pipeline(), images, prompts)
 
     def _pipeline(self) -> GuardedPipeline:
+        self.check_guards()
         if self.guarded is None:
             raise ConfigError(f"the stack {self.info.name!r} must have guards for this, got none")
         return self.guarded
+
+    def check_guards(self) -> None:
+        """Check that the guards and their judges are those of the start.
+
+        Raises:
+            EngineFaultError: one was removed, added, replaced or set otherwise.
+        """
+        if _guard_states(self.guarded) != self._guards:
+            raise EngineFaultError("the guards are not those with which the server started")
 
 
 class GenerationSession(Session):
@@ -76,12 +87,22 @@ class GenerationSession(Session):
     def __init__(self, loaded: LoadedStack, info: StackInfo) -> None:
         super().__init__(info, loaded.guarded)
         self.loaded = loaded
+        self._applied = list(loaded.model.applied_patches)
+        self._denoiser = loaded.model.denoiser
+
+    def check_guards(self) -> None:
+        """Check the guards of the stack, as those of the session."""
+        super().check_guards()
+        if self.loaded.guarded is not self.guarded:
+            raise EngineFaultError("the guards are not those with which the server started")
 
     def generate(
         self, requests: Sequence[ImageRequest], report: Report
     ) -> list[list[GeneratedImage]]:
         """Return the images of each request, one per seed; all requests have one batch key."""
-        if len(self.loaded.model.patches) != self.info.patches:
+        self.check_guards()
+        model = self.loaded.model
+        if model.applied_patches != self._applied or model.denoiser is not self._denoiser:
             raise EngineFaultError("the patches are not those with which the server started")
         with TemporaryDirectory(prefix="safegen-") as folder:
             samples = [
@@ -160,9 +181,10 @@ def _open_checker(config: ServerConfig) -> Session:
     """Return a session with the guards of another server."""
     configs = [read_guard(guard, config.concept) for guard in config.guards]
     guarded = GuardedPipeline(RemotePipeline(), configs)
+    model = (config.upstream.model if config.upstream else None) or "upstream"
     info = StackInfo(
-        name="upstream",
-        model=(config.upstream.model if config.upstream else None) or "upstream",
+        name=model,  # the model that clients name
+        model=model,
         hash=hash_guards(configs),
         guards=tuple(describe_guard(guard) for guard in guarded.guards),
         size=(0, 0),
@@ -191,6 +213,15 @@ def describe_stack(loaded: LoadedStack) -> StackInfo:
         model_hash=model.hash,
         is_base=stack.is_base,
     )
+
+
+def _guard_states(guarded: GuardedPipeline | None) -> list[tuple[Any, ...]]:
+    """Return what must not change of each guard: the guard, its settings and its judge."""
+    judges = [(guard, getattr(guard, "judge", None)) for guard in guarded.guards] if guarded else []
+    return [
+        (guard, guard.config, judge, *(getattr(judge, n, None) for n in ("labels", "threshold")))
+        for guard, judge in judges
+    ]
 
 
 def describe_guard(guard: Guard) -> GuardInfo:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import multiprocessing
+import shutil
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import mkdtemp
 from typing import Any
 
 from safegen.core import errors
@@ -22,43 +28,67 @@ from safegen.serve.engine.process import (
     JobProgress,
     JobResult,
     Method,
+    SessionOpener,
+    open_stack,
     run_worker,
 )
 from safegen.serve.messages import StackInfo
 
 OnProgress = Callable[[float], None]
+START = -1
+"""Number of the job that stands for the start."""
+JOIN_SECONDS = 10.0
+"""Most seconds to wait for the end of a process that was killed."""
+
+
+class JobError(EngineFaultError):
+    """A job failed, and its worker can do the next one."""
 
 
 class CancelledJobError(EngineFaultError):
     """The job was cancelled."""
 
 
-class OutOfMemoryError(EngineFaultError):
+class OutOfMemoryError(JobError):
     """The worker had too little memory for the job."""
 
 
 class _Call:
     """A job without an answer yet."""
 
-    def __init__(self, now: float, on_progress: OnProgress | None) -> None:
+    def __init__(self, now: float, on_progress: OnProgress | None = None) -> None:
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.seen, self.on_progress = now, on_progress
 
 
 class Worker:
-    """One worker process."""
+    """One worker process, from its start to its end. It is not started twice."""
 
-    def __init__(self, config: ServerConfig, spec: str | None) -> None:
-        self.config, self.spec = config, spec
+    def __init__(
+        self,
+        config: ServerConfig,
+        spec: str | None,
+        open_session: SessionOpener = open_stack,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
+        """Store what `start` needs.
+
+        Args:
+            config: settings of the server.
+            spec: stack; None for the guards of another server.
+            open_session: opens the session, in the worker process.
+            on_end: called in the event loop when the process has ended.
+        """
+        self.config, self.spec, self.open_session = config, spec, open_session
+        self.on_end, self.is_ready, self.has_ended = on_end, False, False
         self._numbers = itertools.count()
         self._calls: dict[int, _Call] = {}
-        self._process: Any = None
+        self._outbox: SimpleQueue[Job | JobCancel | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
         self._connection: Connection | None = None
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process is not None and bool(self._process.is_alive())
+        self._process: Any = None
+        self._kill: Callable[[], None] | None = None
+        self._joining: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -70,63 +100,79 @@ class Worker:
 
         Raises:
             UserError: it cannot be loaded, or the self-test fails.
-            EngineFaultError: the process died, or took too long.
+            EngineFaultError: the process died, took too long, or was stopped.
         """
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=run_worker, args=(theirs, self.config, self.spec), daemon=True
-        )
-        await asyncio.to_thread(process.start)
-        theirs.close()
-        self._process, self._connection = process, ours
-        self._calls = {-1: _Call(self._now(), None)}
-        loop = asyncio.get_running_loop()
-        threading.Thread(
-            target=_read, args=(ours, loop, self._handle, self._end), daemon=True
-        ).start()
-        info: StackInfo = await self._wait(-1, self.config.start_timeout)
+        if self.has_ended:
+            raise EngineFaultError("the worker was stopped")
+        self._calls[START] = _Call(self._now())
+        try:
+            self._start_process()
+        except OSError as error:
+            await self.stop()
+            raise EngineFaultError(f"a worker cannot be started: {error}") from error
+        info: StackInfo = await self._wait(START, self.config.start_timeout)
+        self.is_ready = not self.has_ended
         return info
+
+    def _start_process(self) -> None:
+        """Start the process, and the threads at this end of its pipe."""
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        folder = Path(mkdtemp(prefix="safegen-worker-"))
+        arguments = (theirs, self.config, self.spec, folder, self.open_session)
+        self._process = context.Process(target=run_worker, args=arguments, daemon=True)
+        self._kill = partial(_kill, self._process, folder)
+        atexit.register(self._kill)  # before multiprocessing waits for the process
+        self._process.start()
+        theirs.close()
+        loop = asyncio.get_running_loop()
+        ends = self._connection, loop, self._handle, self._end
+        self._threads = [
+            threading.Thread(target=_read, args=ends, daemon=True),
+            threading.Thread(target=_write, args=(self._connection, self._outbox), daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     async def call(
         self, method: Method, *arguments: Any, on_progress: OnProgress | None = None
     ) -> Any:
-        """Return the value of a session's method. If this is cancelled, so is the job.
+        """Return the value of a session's method.
 
         Raises:
             UserError: the arguments are wrong.
-            OutOfMemoryError: the worker had too little memory.
+            JobError: the worker failed, and can do the next job.
             CancelledJobError: the job was cancelled.
-            EngineFaultError: the worker failed, died or gave no sign of life.
+            EngineFaultError: the worker died or gave no sign of life.
         """
-        if self._connection is None or not self.is_alive:
+        if not self.is_ready:
             raise EngineFaultError("the worker is not running")
         number = next(self._numbers)
         self._calls[number] = _Call(self._now(), on_progress)
-        job = Job(number, method, arguments)
-        try:
-            await asyncio.to_thread(self._connection.send, job)
-        except OSError as error:
-            self._calls.pop(number, None)
-            raise EngineFaultError("the worker died") from error
+        self._outbox.put(Job(number, method, arguments))
         return await self._wait(number, self.config.worker_timeout)
 
     def cancel_jobs(self) -> None:
         """Ask the worker to stop what it does after its next step."""
         for number in self._calls:
-            with suppress(OSError, AttributeError):
-                self._connection.send(JobCancel(number))  # type: ignore[union-attr]
+            self._outbox.put(JobCancel(number))
 
     async def stop(self) -> None:
-        """End the process at once."""
-        process, connection = self._process, self._connection
-        if process is not None and process.is_alive():
-            process.kill()
-        if process is not None:
-            await asyncio.to_thread(process.join, 10)
-        if connection is not None:
-            connection.close()
+        """End the process at once, and remove its files."""
         self._end()
+        if self._kill is not None:
+            self._joining = self._joining or asyncio.create_task(asyncio.to_thread(self._join))
+            await asyncio.shield(self._joining)
+
+    def _join(self) -> None:
+        """Kill the process, wait for the end of its threads, and close the pipe."""
+        assert self._kill is not None
+        self._kill()
+        atexit.unregister(self._kill)
+        for thread in self._threads:
+            thread.join(JOIN_SECONDS)
+        if self._connection is not None:
+            self._connection.close()
 
     async def _wait(self, number: int, timeout: float) -> Any:
         """Return the answer of a job; kill the worker after a time without a sign of life."""
@@ -142,6 +188,8 @@ class Worker:
                     raise EngineFaultError(f"the worker gave no sign of life for {timeout:g} s")
         finally:
             self._calls.pop(number, None)
+            if call.future.done() and not call.future.cancelled():
+                call.future.exception()  # it is known
 
     def _handle(self, message: JobProgress | JobResult | JobFailure) -> None:
         """Take a message of the process; runs in the event loop."""
@@ -159,12 +207,26 @@ class Worker:
 
     def _end(self) -> None:
         """Fail every job: the process has ended."""
+        if self.has_ended:
+            return
+        self.has_ended, self.is_ready = True, False
+        self._outbox.put(None)
         for call in self._calls.values():
             if not call.future.done():
                 call.future.set_exception(EngineFaultError("the worker died"))
+        if self.on_end is not None:
+            self.on_end()
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _kill(process: Any, folder: Path) -> None:
+    """Kill a process, wait for its end, and remove its folder; at the server's exit, too."""
+    if process.pid is not None:
+        process.kill()
+        process.join(JOIN_SECONDS)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(
@@ -178,8 +240,15 @@ def _read(
         try:
             while True:
                 loop.call_soon_threadsafe(handle, connection.recv())
-        except (EOFError, OSError):
+        except Exception:  # the pipe is closed, or the process has sent something else
             loop.call_soon_threadsafe(end)
+
+
+def _write(connection: Connection, outbox: SimpleQueue[Job | JobCancel | None]) -> None:
+    """Send jobs to a process until its end, or a None."""
+    with suppress(Exception):  # the reader learns of the end
+        for message in iter(outbox.get, None):
+            connection.send(message)
 
 
 def _exception(failure: JobFailure) -> Exception:
@@ -193,4 +262,4 @@ def _exception(failure: JobFailure) -> Exception:
         error: UserError = UserError.__new__(kind if issubclass(kind, UserError) else UserError)
         Exception.__init__(error, failure.message)
         return error
-    return EngineFaultError(f"the worker failed: {failure.message}")
+    return JobError(f"the worker failed: {failure.message}")

@@ -79,7 +79,7 @@ async def stored_image(name: str, store: Store) -> Response:
     found = store.get(name)
     if found is None:
         raise RequestError(404, "the image does not exist, or no longer", code="not_found")
-    headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
+    headers = {"Cross-Origin-Resource-Policy": "cross-origin"}  # pages of clients show it
     return Response(found.data, media_type=found.media_type, headers=headers)
 
 

@@ -18,6 +18,8 @@ PUBLIC_PATHS = ("/", "/health", "/ready")
 """Paths that need no token."""
 PUBLIC_FOLDER = "/page/"
 """Start of the paths of the page's files, which need no token."""
+STORED_IMAGES = "/v1/images/files/"
+"""Start of the paths of images for clients: a name, too long to guess, is the token."""
 
 
 class OriginMiddleware:
@@ -100,9 +102,9 @@ class TokenMiddleware:
 
 
 def is_public(scope: Scope) -> bool:
-    """Return whether a request needs no token: health, readiness and the files of the page."""
+    """Return whether a request needs no token: health, readiness, files of the page, and images."""
     path = scope["path"]
-    public = path in PUBLIC_PATHS or path.startswith(PUBLIC_FOLDER)
+    public = path in PUBLIC_PATHS or path.startswith((PUBLIC_FOLDER, STORED_IMAGES))
     return public and scope["method"] in ("GET", "HEAD")
 
 

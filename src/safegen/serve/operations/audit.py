@@ -152,7 +152,9 @@ def describe(answer: Answer, client: str, *, log_prompts: bool = False) -> dict[
     request = answer.request
     texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
     given = {name: text for name, text in texts.items() if text is not None}
-    start = request.start
+    start, settings = request.start, request.generation_config.model_dump(mode="json")
+    if answer.stack.is_remote:  # the other server used its own
+        settings = {name: v for name, v in settings.items() if name not in request.unset}
     return {
         "request": request.id,
         "client": client,
@@ -162,7 +164,7 @@ def describe(answer: Answer, client: str, *, log_prompts: bool = False) -> dict[
         **(given if log_prompts else {}),
         **({"start_image_sha256": hashlib.sha256(start.image).hexdigest()} if start else {}),
         **({"strength": start.strength} if start else {}),
-        "settings": request.generation_config.model_dump(mode="json"),
+        "settings": settings,
         "seconds": round(answer.seconds, 3),
         "images": [describe_outcome(outcome) for outcome in answer.outcomes],
     }

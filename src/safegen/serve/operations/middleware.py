@@ -19,6 +19,7 @@ from safegen.serve.errors import FAILED, RequestError, to_request_error, to_resp
 from safegen.serve.http import ClientLeftError
 from safegen.serve.operations.access import (
     PUBLIC_FOLDER,
+    STORED_IMAGES,
     OriginMiddleware,
     TokenMiddleware,
     is_public,
@@ -91,8 +92,14 @@ class RequestMiddleware:
             CONTEXT.reset(reset)
 
     async def _run(self, scope: Scope, receive: Receive, response: _Response) -> None:
+        most = self.service.config.limits.header_bytes
         try:
-            await self.app(scope, receive, response.send)
+            if (size := count_header_bytes(scope)) > most:
+                text = f"the headers must have at most {most} bytes, got {size}"
+                error = RequestError(431, text, code="headers_too_large")
+                await send_error(error, scope, receive, response.send)
+            else:
+                await self.app(scope, receive, response.send)
         except ClientLeftError:
             response.status = 499  # as nginx; nobody reads it
         except Exception as error:
@@ -163,6 +170,12 @@ class LoadMiddleware:
         return RequestError(503, text, code=code, type=FAILED, headers={"Retry-After": "5"})
 
 
+def count_header_bytes(scope: Scope) -> int:
+    """Return the bytes of a request's first line and headers."""
+    line = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    return line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+
+
 def name_route(scope: Scope) -> str:
     """Return the route of a request, without the values in its path; `other` if it has none."""
     path = getattr(scope.get("route"), "path", None)
@@ -179,7 +192,7 @@ def _log(
     given = next((v for n, v in scope["headers"] if n == b"x-request-id"), b"")
     return {
         "method": scope["method"],
-        "path": scope["path"],
+        "path": STORED_IMAGES if scope["path"].startswith(STORED_IMAGES) else scope["path"],
         "status": response.status,
         "seconds": round(seconds, 4),
         "address": address[0] if address else None,

@@ -68,7 +68,7 @@ class PoolChecker:
     @property
     def num_workers(self) -> int:
         """Number of processes that run."""
-        return sum(worker.is_alive for worker in self.pool.workers)
+        return sum(worker.is_ready for worker in self.pool.workers)
 
     async def stop(self) -> None:
         """End the processes."""

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,8 +17,12 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe"),
+    *("--hide-scrollbars", "--remote-debugging-pipe"),
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
+
+AXE = """axe.run().then(found => found.violations.map(v =>
+    `${v.id} (${v.impact}): ${v.nodes.map(n => n.html.slice(0, 90)).slice(0, 3).join(' | ')}`))"""
 
 
 def find_chromium() -> str | None:
@@ -77,16 +82,21 @@ class Browser:
             if is_wanted(message):
                 return message
 
-    def open(self, path: Path, *, width: int, dark: bool = False, height: int = 844) -> None:
-        """Show a file in a window of `width` x `height` CSS pixels, in light or in dark."""
+    def open(self, place: Path | str, *, width: int, dark: bool = False, height: int = 844) -> None:
+        """Show a file or an address in a window of `width` x `height`, in light or in dark."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="", features=[scheme])
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.events.clear()
-        self.call("Page.navigate", url=path.as_uri())
-        if not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self._wait(lambda got: got.get("method") == "Page.loadEventFired")
+        url = place.as_uri() if isinstance(place, Path) else place
+        self.call("Page.navigate", url=url)
+        self.wait_for("Page.loadEventFired")
+
+    def wait_for(self, event: str) -> None:
+        """Wait for an event that has not arrived since the last `open`."""
+        if not any(each["method"] == event for each in self.events):
+            self._wait(lambda got: got.get("method") == event)
 
     def evaluate(self, script: str) -> Any:
         """Return the value of a JavaScript expression in the page; promises are awaited."""
@@ -96,6 +106,12 @@ class Browser:
         if "exceptionDetails" in got:
             raise RuntimeError(got["exceptionDetails"]["exception"]["description"])
         return got["result"].get("value")
+
+    def find_violations(self) -> list[str]:
+        """Return what axe finds wrong with the page, at any level."""
+        axe = files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+        self.evaluate(f"{axe}; 0")
+        return self.evaluate(AXE)
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """Write a PNG of the window, or of the whole page."""
