@@ -44,6 +44,8 @@ function fillForm() {
   if (concept) $("about").textContent = `Images from the stacks of this server, and what each guard did. Concept: ${concept}.`;
   if (hasToken()) $("about").append(" ", forgetButton());
   showStack();
+  $("form").hidden = false;
+  if (waiting) fields.prompt.focus();
 }
 
 function showStack() {
@@ -220,7 +222,7 @@ $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   setToken($("token").value.trim());
   $("token-form").hidden = true;
-  fields.prompt.focus();
+  if (config) fields.prompt.focus();
   waiting?.();
 });
 $("clear").addEventListener("click", () => {
