@@ -44,7 +44,7 @@ class UpstreamConfig(BaseSettings):
     model: str | None = None
     """Model to ask the other server for. Default: its own."""
     token_file: Path | None = None
-    """File with the bearer token for the other server."""
+    """File with the bearer token for the other server; USER:PASSWORD for A1111's --api-auth."""
     timeout: Timeout = 120.0
     """Seconds that the other server may take for a request."""
     allowed_hosts: tuple[Name, ...] = ()

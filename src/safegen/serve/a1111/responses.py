@@ -69,6 +69,8 @@ def build_info(answer: Answer, infotexts: list[str], batch_size: int) -> dict[st
         "face_restoration_model": None,
         "sd_model_name": stack.name,
         "sd_model_hash": stack.model_hash[:10],
+        "sd_vae_name": None,
+        "sd_vae_hash": None,
         "seed_resize_from_w": 0,
         "seed_resize_from_h": 0,
         "denoising_strength": request.start.strength if request.start else None,

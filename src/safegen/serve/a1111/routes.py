@@ -155,7 +155,12 @@ async def get_upscalers() -> list[dict[str, Any]]:
     return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1}]
 
 
+@router.get("/face-restorers")
+@router.get("/hypernetworks")
 @router.get("/latent-upscale-modes")
+@router.get("/prompt-styles")
+@router.get("/realesrgan-models")
+@router.get("/script-info")
 @router.get("/sd-vae")
 async def get_nothing() -> list[dict[str, Any]]:
     """Return an empty list, which clients need for their menus."""
