@@ -40,6 +40,14 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(min=1, max=256, help="Worker processes per stack [default: 1]")
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray"] | None,
+        typer.Option(help="Worker processes, or replicas in a Ray cluster [default: local]"),
+    ] = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(help="Write the YAML file with which Ray Serve runs --config, and end."),
+    ] = None,
     token_file: Annotated[
         Path | None, typer.Option(help="TOML file with bearer tokens, one table per client.")
     ] = None,
@@ -63,6 +71,13 @@ def serve(
         from safegen.serve.server import run_server
     except ModuleNotFoundError as error:
         raise MissingExtraError("safegen serve", str(error.name), "serve") from error
+    if write_config is not None:
+        from safegen.serve.ray.server import write_ray_config
+
+        if config is None:
+            raise ConfigError("--config must be given with --write-config")
+        write_ray_config(config, write_config)
+        return
     values: dict[str, Any] = {
         "stacks": stack,
         "guards": guard,
@@ -70,6 +85,7 @@ def serve(
         "host": host,
         "port": port,
         "workers": workers,
+        "engine": engine,
         "token_file": token_file,
         "audit_log": audit_log,
         "allow_base": allow_base or None,

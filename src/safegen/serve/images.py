@@ -93,7 +93,25 @@ def encode_outcome(
         output_format: format of the file.
         quality: quality of JPEG and WebP, in [0, 100].
         parameters: text for the key `parameters` of a PNG.
+
+    Raises:
+        EngineFaultError: the server signs its images, and this one cannot be signed.
     """
+    data, signer = _encode(outcome, answer, output_format, quality, parameters), answer.signer
+    if signer is None:
+        return data
+    media_type = f"image/{output_format}"
+    return signer.sign_image(data, media_type, answer.request, outcome.seed, answer.stack)
+
+
+def _encode(
+    outcome: Outcome,
+    answer: Answer,
+    output_format: OutputFormat,
+    quality: int,
+    parameters: str | None,
+) -> bytes:
+    """Return a released image as a file without a signature."""
     image = outcome.image
     assert image is not None, "only a released image is encoded"
     if output_format == "png":
