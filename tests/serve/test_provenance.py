@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import sys
@@ -9,15 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx2
 import pytest
 from PIL import Image
 
 from safegen.core.errors import FileError, MissingExtraError
 from safegen.core.generation import GenerationConfig
+from safegen.serve.app import build_app
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import EngineFaultError
 from safegen.serve.messages import ImageRequest, StackInfo, StartImage
 from safegen.serve.provenance import ASSERTION, load_signer
+from tests.serve.conftest import FakeEngine, serving_app
 
 c2pa = pytest.importorskip("c2pa")
 PROMPT = "a castle above a lake"
@@ -124,7 +128,7 @@ def read(data: bytes, image_format: str = "png"):
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 def test_a_signed_image_keeps_its_pixels_and_verifies(signer, image_format):
     plain = encode(image_format)
-    signed = signer.sign_image(plain, image_format, make_request(), 7, STACK)
+    signed = signer.sign_image(plain, f"image/{image_format}", make_request(), 7, STACK)
     manifest, state, failures = read(signed, image_format)
     assert state == "Valid"
     assert [f["code"] for f in failures] == ["signingCredential.untrusted"]  # a root of our own
@@ -134,7 +138,7 @@ def test_a_signed_image_keeps_its_pixels_and_verifies(signer, image_format):
 
 
 def test_the_manifest_names_stack_request_and_seed_and_not_the_prompt(signer):
-    signed = signer.sign_image(encode(), "png", make_request(), 2**60 + 1, STACK)
+    signed = signer.sign_image(encode(), "image/png", make_request(), 2**60 + 1, STACK)
     manifest, _, _ = read(signed)
     data = {a["label"]: a["data"] for a in manifest["assertions"]}
     action = data["c2pa.actions.v2"]["actions"][0]
@@ -152,13 +156,13 @@ def test_the_manifest_names_stack_request_and_seed_and_not_the_prompt(signer):
 
 def test_an_image_that_started_from_another_is_a_composite(signer):
     request = make_request(start=StartImage(encode(), 0.5))
-    manifest, _, _ = read(signer.sign_image(encode(), "png", request, 7, STACK))
+    manifest, _, _ = read(signer.sign_image(encode(), "image/png", request, 7, STACK))
     action = manifest["assertions"][0]["data"]["actions"][0]
     assert action["digitalSourceType"].endswith("/compositeWithTrainedAlgorithmicMedia")
 
 
 def test_a_changed_pixel_breaks_the_signature(signer):
-    signed = bytearray(signer.sign_image(encode(), "png", make_request(), 7, STACK))
+    signed = bytearray(signer.sign_image(encode(), "image/png", make_request(), 7, STACK))
     signed[signed.index(b"IDAT") + 40] ^= 1
     _, state, failures = read(bytes(signed))
     assert state == "Invalid"
@@ -168,7 +172,7 @@ def test_a_changed_pixel_breaks_the_signature(signer):
 def test_threads_share_a_signer(signer):
     plain = encode()
     with ThreadPoolExecutor(8) as pool:
-        sign = lambda seed: signer.sign_image(plain, "png", make_request(), seed, STACK)  # noqa: E731
+        sign = lambda seed: signer.sign_image(plain, "image/png", make_request(), seed, STACK)  # noqa: E731
         signed = list(pool.map(sign, range(32)))
     seeds = [read(data)[0]["assertions"][1]["data"]["seed"] for data in signed]
     assert seeds == [str(seed) for seed in range(32)]
@@ -177,13 +181,13 @@ def test_threads_share_a_signer(signer):
 @pytest.mark.parametrize("data", [b"", b"no image", encode()[:200]])
 def test_what_cannot_be_signed_is_a_fault(signer, data):
     with pytest.raises(EngineFaultError, match="cannot be signed"):
-        signer.sign_image(data, "png", make_request(), 7, STACK)
+        signer.sign_image(data, "image/png", make_request(), 7, STACK)
 
 
 @pytest.mark.parametrize("kind", ["rsa", "ed25519", "p384"])
 def test_every_kind_of_key_of_c2pa_signs(tmp_path, kind):
     signer = load_signer(write_chain(tmp_path, kind))
-    assert read(signer.sign_image(encode(), "png", make_request(), 7, STACK))[1] == "Valid"
+    assert read(signer.sign_image(encode(), "image/png", make_request(), 7, STACK))[1] == "Valid"
 
 
 @pytest.mark.parametrize(
@@ -216,6 +220,51 @@ def test_a_certificate_without_the_library_names_the_extra(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "c2pa", None)
     with pytest.raises(MissingExtraError, match=r"safegen\[c2pa\]"):
         load_signer(config)
+
+
+@pytest.fixture(scope="module")
+def signing_server(tmp_path_factory):
+    """Yield the address of a server that signs its images, and what signs them."""
+    config = write_chain(tmp_path_factory.mktemp("chain"))
+    app = build_app(config, FakeEngine())
+    with serving_app(app) as address:
+        yield address, app.state.service
+
+
+def generate(address, **body):
+    url = f"{address}/v1/images/generations"
+    body = {"prompt": "a castle", "safegen": {"seed": 3}, **body}
+    return httpx2.post(url, json=body, timeout=30)
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+def test_every_image_of_the_openai_interface_is_signed(signing_server, image_format):
+    answer = generate(signing_server[0], n=2, output_format=image_format).json()
+    for entry, image in zip(answer["data"], answer["safegen"]["images"], strict=True):
+        manifest, state, _ = read(base64.b64decode(entry["b64_json"]), image_format)
+        assert state == "Valid"
+        data = manifest["assertions"][-1]["data"]
+        assert data["request_id"] == answer["safegen"]["request_id"]
+        assert data["seed"] == str(image["seed"])
+
+
+def test_every_image_of_the_a1111_interface_is_signed(signing_server):
+    url = f"{signing_server[0]}/sdapi/v1/txt2img"
+    body = {"prompt": "a castle", "width": 64, "height": 64}
+    (data,) = httpx2.post(url, json=body, timeout=30).json()["images"]
+    assert read(base64.b64decode(data))[1] == "Valid"
+
+
+def test_a_server_that_cannot_sign_sends_no_image(signing_server):
+    address, service = signing_server
+    service.signer.signer.close()
+    answer = generate(address)
+    assert answer.status_code == 503
+    assert "data" not in answer.json()
+    url = f"{address}/sdapi/v1/txt2img"
+    answer = httpx2.post(url, json={"prompt": "a castle", "width": 64, "height": 64}, timeout=30)
+    assert answer.status_code == 503
+    assert "images" not in answer.json()
 
 
 def test_no_certificate_means_no_signer():

@@ -43,6 +43,14 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(min=1, max=256, help="Worker processes per stack [default: 1]")
     ] = None,
+    engine: Annotated[
+        Literal["local", "ray"] | None,
+        typer.Option(help="Worker processes, or replicas in a Ray cluster [default: local]"),
+    ] = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(help="Write the YAML file with which Ray Serve runs --config, and end."),
+    ] = None,
     token_file: Annotated[
         Path | None, typer.Option(help="TOML file with bearer tokens, one table per client.")
     ] = None,
@@ -52,13 +60,6 @@ def serve(
     allow_base: Annotated[
         bool, typer.Option("--allow-base", help="Also serve models without patches and guards.")
     ] = False,
-    engine: Annotated[
-        Literal["local", "ray"],
-        typer.Option(help="Worker processes of this machine, or replicas in a Ray cluster."),
-    ] = "local",
-    write_config: Annotated[
-        Path | None, typer.Option(help="Write the Ray Serve file (YAML) of --config, and exit.")
-    ] = None,
     new_token: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Print a new token and its table for NAME, and exit."),
@@ -85,6 +86,7 @@ def serve(
         "host": host,
         "port": port,
         "workers": workers,
+        "engine": engine,
         "token_file": token_file,
         "audit_log": audit_log,
         "allow_base": allow_base or None,
@@ -101,12 +103,13 @@ def serve(
     if config is None and not (stack or upstream):
         raise ConfigError("--stack, --upstream or --config must be given")
     settings = dict(read_config(config)) if config else {}
+    server_config = ServerConfig(**(settings | given))
     run = run_server
-    if engine == "ray":
+    if server_config.engine == "ray":
         from safegen.serve.ray.server import run_ray
 
         run = run_ray
-    raise typer.Exit(run(ServerConfig(**(settings | given)), on_ready=_print_address))
+    raise typer.Exit(run(server_config, on_ready=_print_address))
 
 
 def _print_address(address: str) -> None:
@@ -129,10 +132,9 @@ def _print_token(name: str) -> None:
 def _write_config(config: Path | None, out: Path, given: Mapping[str, Any]) -> None:
     """Write the Ray Serve file of a server file."""
     if config is None or given:
-        others = ", ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
         raise ConfigError(
-            f"--write-config must have --config and no other setting, got {others}. "
-            "Write them into the server file"
+            "--write-config must have --config and no other option, which Ray would not see. "
+            "Write all settings into that file."
         )
     from safegen.serve.ray.server import write_ray_config
 

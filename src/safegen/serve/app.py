@@ -20,6 +20,7 @@ from safegen.serve.operations.middleware import add_middleware
 from safegen.serve.operations.routes import router as operations
 from safegen.serve.operations.tokens import read_clients
 from safegen.serve.page.routes import router as page
+from safegen.serve.provenance import load_signer
 from safegen.serve.service import ImageService
 
 
@@ -32,11 +33,11 @@ def build_app(config: ServerConfig, engine: Engine, *, metrics: Metrics | None =
         metrics: metrics that the engine counts its batches in.
 
     Raises:
-        UserError: the audit log or the token file cannot be used, or is missing.
+        UserError: the audit log, the token file or the certificate cannot be used, or is missing.
     """
-    clients = read_clients(config)
+    clients, signer = read_clients(config), load_signer(config)
     audit = AuditLog(config.audit_log, log_prompts=config.log_prompts)
-    service = ImageService(engine, config, audit, metrics or Metrics(), clients)
+    service = ImageService(engine, config, audit, metrics or Metrics(), clients, signer)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

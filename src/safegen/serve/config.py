@@ -28,6 +28,8 @@ Origin = Annotated[str, Field(pattern=r"^https?://[^/?#@\s*]+$")]
 """Scheme, host and port of a site, as browsers send them."""
 UpstreamKind = Literal["openai", "a1111"]
 """Interface of the other server."""
+EngineKind = Literal["local", "ray"]
+"""Where the stacks run: in worker processes of this machine, or in a Ray cluster."""
 UpstreamField = Literal[
     "guidance_scale", "negative_prompt", "num_inference_steps", "response_format", "seed"
 ]
@@ -44,7 +46,7 @@ class UpstreamConfig(BaseSettings):
     model: str | None = None
     """Model to ask the other server for. Default: its own."""
     token_file: Path | None = None
-    """File with the bearer token for the other server."""
+    """File with the bearer token for the other server; USER:PASSWORD for A1111's --api-auth."""
     timeout: Timeout = 120.0
     """Seconds that the other server may take for a request."""
     allowed_hosts: tuple[Name, ...] = ()
@@ -107,6 +109,21 @@ class ClientConfig(BaseSettings):
     """Stacks that the client may use, its default one first. Default: all."""
 
 
+class RayConfig(BaseSettings):
+    """Settings of the engine `ray`: where and how many replicas of each stack run."""
+
+    address: str | None = None
+    """Address of a Ray cluster. Default: one on this machine, which ends with the server."""
+    max_replicas: int | None = Field(default=None, ge=1, le=1024)
+    """Most replicas per stack; more than `workers` turns autoscaling on. Default: `workers`."""
+    target_ongoing_requests: float = Field(default=8.0, gt=0, le=100_000, allow_inf_nan=False)
+    """Requests per replica that autoscaling aims at."""
+    num_cpus: float = Field(default=1.0, ge=0, le=1024, allow_inf_nan=False)
+    """CPUs that Ray reserves per replica."""
+    num_gpus: float = Field(default=0.0, ge=0, le=1024, allow_inf_nan=False)
+    """GPUs that Ray reserves per replica."""
+
+
 @raises_config_error
 class ServerConfig(BaseSettings):
     """Settings of the server, as in its TOML file."""
@@ -135,8 +152,12 @@ class ServerConfig(BaseSettings):
     allowed_hosts: tuple[Name, ...] = ()
     """Names besides `host` and loopback under which clients may call the server."""
 
+    engine: EngineKind = "local"
+    """What runs the stacks: worker processes of this machine, or replicas in a Ray cluster."""
+    ray: RayConfig = RayConfig()
+    """Settings of the engine `ray`."""
     workers: int = Field(default=1, ge=1, le=256)
-    """Worker processes per stack, each with a copy of the model."""
+    """Worker processes or replicas per stack, each with a copy of the model."""
     device: str = "auto"
     """Torch device of the workers."""
     dtype: str = "fp32"
@@ -181,6 +202,10 @@ class ServerConfig(BaseSettings):
             raise ValueError("stacks or an upstream must be given, and not both")
         if self.upstream is not None and not self.guards:
             raise ValueError("guards must be given with an upstream. Without them it is unguarded")
+        if self.engine == "ray" and self.upstream is not None:
+            raise ValueError("stacks must be given with the engine 'ray', got an upstream")
+        if self.ray.max_replicas is not None and self.ray.max_replicas < self.workers:
+            raise ValueError(f"max_replicas must be >= workers, got {self.ray.max_replicas}")
         if (self.c2pa_certificate is None) != (self.c2pa_key is None):
             raise ValueError("c2pa_certificate and c2pa_key must be given together")
         return self

@@ -36,7 +36,7 @@ def read_upload(data: bytes, *, side: int, name: str = "image") -> Image.Image:
         with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:
             _check_size(image.size, side, name)
             image.load()
-            return ImageOps.exif_transpose(image)
+            return ImageOps.exif_transpose(_to_8_bits(image))
     except ConfigError:
         raise
     except Exception as error:  # Pillow raises many kinds for a damaged file
@@ -93,7 +93,25 @@ def encode_outcome(
         output_format: format of the file.
         quality: quality of JPEG and WebP, in [0, 100].
         parameters: text for the key `parameters` of a PNG.
+
+    Raises:
+        EngineFaultError: the server signs its images, and this one cannot be signed.
     """
+    data, signer = _encode(outcome, answer, output_format, quality, parameters), answer.signer
+    if signer is None:
+        return data
+    media_type = f"image/{output_format}"
+    return signer.sign_image(data, media_type, answer.request, outcome.seed, answer.stack)
+
+
+def _encode(
+    outcome: Outcome,
+    answer: Answer,
+    output_format: OutputFormat,
+    quality: int,
+    parameters: str | None,
+) -> bytes:
+    """Return a released image as a file without a signature."""
     image = outcome.image
     assert image is not None, "only a released image is encoded"
     if output_format == "png":
@@ -107,6 +125,13 @@ def encode_outcome(
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format=output_format, quality=quality)
     return buffer.getvalue()
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Return an image with 8 bits per channel; Pillow would show 16 bits of gray as white."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
 
 
 def _check_size(size: tuple[int, int], side: int, name: str) -> None:

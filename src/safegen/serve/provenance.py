@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safegen._version import __version__
 from safegen.core.documents import read_bytes
@@ -19,8 +19,6 @@ from safegen.serve.messages import ImageRequest, StackInfo
 if TYPE_CHECKING:
     from c2pa import Signer
 
-ImageFormat = Literal["png", "jpeg", "webp"]
-"""Formats of image files that are signed."""
 ASSERTION = "org.safegen.generation"
 """Label of the assertion with the stack, the request id and the seed."""
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
@@ -37,18 +35,13 @@ class ManifestSigner:
     """Signer of the C2PA library."""
 
     def sign_image(
-        self,
-        image: bytes,
-        image_format: ImageFormat,
-        request: ImageRequest,
-        seed: int,
-        stack: StackInfo,
+        self, image: bytes, media_type: str, request: ImageRequest, seed: int, stack: StackInfo
     ) -> bytes:
         """Return an image file with a signed manifest.
 
         Args:
             image: the file.
-            image_format: its format.
+            media_type: its type: image/png, image/jpeg or image/webp.
             request: the request it belongs to.
             seed: its seed.
             stack: the stack that made it.
@@ -57,7 +50,7 @@ class ManifestSigner:
             EngineFaultError: it cannot be signed. The unsigned image must not be sent.
         """
         try:
-            return _sign(self.signer, image, image_format, build_manifest(request, seed, stack))
+            return _sign(self.signer, image, media_type, build_manifest(request, seed, stack))
         except Exception as error:  # whatever it is, the image stays here
             raise EngineFaultError(f"the image cannot be signed: {one_line(str(error))}") from error
 
@@ -157,20 +150,18 @@ def _try_signer(signer: Signer) -> None:
     Image.new("L", (1, 1)).save(blank, format="PNG")
     request = ImageRequest("trial", "", "", (0,), GenerationConfig())
     manifest = build_manifest(request, 0, StackInfo("", "", ""))
-    signed = _sign(signer, blank.getvalue(), "png", manifest)
+    signed = _sign(signer, blank.getvalue(), "image/png", manifest)
     with c2pa.Reader("image/png", io.BytesIO(signed)) as reader:
         if reader.get_validation_state() not in ("Valid", "Trusted"):
             raise ValueError("a signature that is not valid")
 
 
-def _sign(
-    signer: Signer, image: bytes, image_format: ImageFormat, manifest: dict[str, Any]
-) -> bytes:
+def _sign(signer: Signer, image: bytes, media_type: str, manifest: dict[str, Any]) -> bytes:
     """Return an image file with a signed manifest; raises `C2paError`."""
     import c2pa
 
     context = c2pa.Context.from_dict({"builder": {"thumbnail": {"enabled": False}}})
     with context, c2pa.Builder(json.dumps(manifest), context=context) as builder:
         signed = io.BytesIO()
-        builder.sign(signer, f"image/{image_format}", io.BytesIO(image), signed)
+        builder.sign(signer, media_type, io.BytesIO(image), signed)
         return signed.getvalue()

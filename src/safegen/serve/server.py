@@ -24,13 +24,15 @@ from safegen.serve.engine.local import LocalEngine
 from safegen.serve.engine.pool import OnBatch
 from safegen.serve.operations.logs import log_config
 from safegen.serve.operations.metrics import Metrics
-from safegen.serve.operations.protocol import GRACE, KEEP_ALIVE, build_protocol
+from safegen.serve.operations.protocol import KEEP_ALIVE, build_protocol
 from safegen.serve.service import ImageService
 
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 BACKLOG_SECONDS = 0.05
 """Seconds to accept the connections that wait when the server stops."""
+WRITE_SECONDS = 5.0
+"""Seconds after the drain in which the last answers are written."""
 OnReady = Callable[[str], None]
 """Called with the address once requests are answered."""
 
@@ -50,8 +52,12 @@ def run_server(
 
     Raises:
         UserError: a stack cannot be loaded, a file cannot be used, or the address is taken.
-        EngineFaultError: a worker died while it loaded its stack.
+        EngineFaultError: a worker died while it loaded its stack, or Ray failed.
     """
+    if config.engine == "ray" and engine is None:
+        from safegen.serve.ray.server import run_ray
+
+        return run_ray(config, on_ready=on_ready)
     metrics = Metrics()
     app = build_app(config, engine or build_engine(config, metrics.on_batch), metrics=metrics)
     logging.config.dictConfig(log_config(log_prompts=config.log_prompts))
@@ -128,9 +134,7 @@ class ImageServer(uvicorn.Server):
                 server_header=False,
                 h11_max_incomplete_event_size=limits.header_bytes,
                 timeout_keep_alive=math.ceil(KEEP_ALIVE),
-                timeout_graceful_shutdown=math.ceil(
-                    config.drain_timeout + limits.write_seconds + 2 * GRACE
-                ),
+                timeout_graceful_shutdown=math.ceil(config.drain_timeout + WRITE_SECONDS),
             )
         )
         self.settings, self._on_ready = config, on_ready

@@ -29,6 +29,7 @@ from safegen.serve.operations.audit import AuditLog, AuditLogError, hash_text
 from safegen.serve.operations.context import add_log_fields, select_stacks, take_images
 from safegen.serve.operations.metrics import Metrics
 from safegen.serve.operations.tokens import Clients
+from safegen.serve.provenance import ManifestSigner
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Answer:
     outcomes: tuple[Outcome, ...]
     stack: StackInfo
     seconds: float = 0.0
+    signer: ManifestSigner | None = None
+    """What signs the released images; None leaves them as they are."""
 
     @property
     def released(self) -> list[Outcome]:
@@ -61,6 +64,8 @@ class ImageService:
     metrics: Metrics = field(default_factory=Metrics)
     clients: Clients | None = None
     """Clients with tokens; None if every program may call."""
+    signer: ManifestSigner | None = None
+    """What signs released images; None without a certificate."""
     phase: Literal["starting", "serving", "draining"] = "serving"
     """Requests are answered while it is `serving`."""
 
@@ -145,7 +150,8 @@ class ImageService:
         except (UserError, QueueFullError, DrainingError, EngineFaultError) as error:
             await self._record_fault(request, client, _reason(error), started)
             raise
-        answer = Answer(request, tuple(outcomes), stack, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        answer = Answer(request, tuple(outcomes), stack, seconds, self.signer)
         await self._record(answer, client)
         return answer
 

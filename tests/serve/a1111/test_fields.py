@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 
 from safegen.guards.core.result import GeneratedImage, GuardRecord, GuardTrace
 from safegen.serve.a1111.bodies import NEUTRAL, NEUTRAL_SETTINGS
-from safegen.serve.a1111.running import RunningJobs
+from safegen.serve.a1111.running import RunningRequests
 from safegen.serve.app import build_app
 from safegen.serve.config import RequestLimits, ServerConfig
 from safegen.serve.errors import RequestError
@@ -57,7 +57,7 @@ def error_of(response):
 
 @pytest.mark.parametrize("name", sorted(NEUTRAL))
 def test_a_field_that_would_change_the_image_is_refused_unless_it_is_neutral(client, name):
-    for value in (None, *NEUTRAL[name]):
+    for value in (None, *NEUTRAL[name], *(["false"] if NEUTRAL[name] == (False,) else [])):
         assert post(client, **{name: value}).status_code == 200
     other = OTHER.get(name, True if NEUTRAL[name] == (False,) else 3)
     error = error_of(post(client, **{name: other}))
@@ -146,6 +146,50 @@ def test_what_is_left_out_is_chosen_by_the_server(client, engine):
     assert engine.requests[-1].generation_config.scheduler == "Euler a"
 
 
+INFO = {
+    "prompt": str,
+    "all_prompts": list,
+    "negative_prompt": str,
+    "all_negative_prompts": list,
+    "seed": int,
+    "all_seeds": list,
+    "subseed": int,
+    "all_subseeds": list,
+    "subseed_strength": int,
+    "width": int,
+    "height": int,
+    "sampler_name": str,
+    "cfg_scale": float,
+    "steps": int,
+    "batch_size": int,
+    "restore_faces": bool,
+    "face_restoration_model": type(None),
+    "sd_model_name": str,
+    "sd_model_hash": str,
+    "sd_vae_name": type(None),
+    "sd_vae_hash": type(None),
+    "seed_resize_from_w": int,
+    "seed_resize_from_h": int,
+    "denoising_strength": type(None),
+    "extra_generation_params": dict,
+    "index_of_first_image": int,
+    "infotexts": list,
+    "styles": list,
+    "job_timestamp": str,
+    "clip_skip": int,
+    "is_using_inpainting_conditioning": bool,
+    "version": str,
+}
+"""Names and types in A1111's `Processed.js`, which sd-backend-client checks."""
+
+
+def test_info_has_the_names_and_types_of_a1111(client):
+    info = json.loads(post(client).json()["info"])
+    assert {name: type(value) for name, value in info.items() if name != "safegen"} == INFO
+    lists = ("face-restorers", "hypernetworks", "prompt-styles", "realesrgan-models", "script-info")
+    assert [client.get(f"/sdapi/v1/{name}").json() for name in lists] == [[]] * 5
+
+
 def test_settings_that_another_server_chose_are_not_invented(client, engine):
     proxy = replace(engine.stacks["safe"], size=(0, 0), sampler="", samplers=())
     engine.stacks = {"safe": proxy}
@@ -208,7 +252,7 @@ def test_sillytavern_connects_and_generates(client):
 
 def test_a_client_interrupts_and_sees_its_own_requests_only(engine):
     async def scenario():
-        jobs, started = RunningJobs(), asyncio.Event()
+        jobs, started = RunningRequests(), asyncio.Event()
 
         async def work():
             started.set()

@@ -201,7 +201,7 @@ def test_stacks_samplers_and_loras_are_listed(api, engine):
     assert api.util_get_model_names() == ["other", "safe"]
     assert api.util_get_current_model() == "safe"
     assert api.util_get_sampler_names() == ["DDIM", "Euler", "Euler a", "Heun"]
-    assert api.util_get_scheduler_names() == ["automatic", "karras"]
+    assert api.util_get_scheduler_names() == ["automatic", "karras", "normal", "uniform"]
     assert [lora["name"] for lora in api.get_loras()] == ["ghosts"]
     assert [upscaler["name"] for upscaler in api.get_upscalers()] == ["None"]
     assert api.get_sd_vae() == api.get_latent_upscale_modes() == []

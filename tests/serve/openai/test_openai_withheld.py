@@ -143,7 +143,7 @@ def post(route, n, options):
     return CLIENT.post("/v1/images/edits", data=data, files=files)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     st.lists(generated_images(), max_size=4),
     st.integers(1, 3),

@@ -7,9 +7,12 @@ import io
 
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
+from safegen.core.errors import ConfigError, FileError
 from safegen.serve.messages import StartImage
 from safegen.serve.upstream.engine import ProxyEngine
+from safegen.serve.upstream.transport import UpstreamClient
 
 OPENAI_FIELDS = {"prompt", "n", "response_format", "seed"}
 A1111_FIELDS = {
@@ -165,6 +168,43 @@ def test_the_token_goes_to_the_other_server_alone(generate, other, tmp_path, kin
     file.write_text("secret-token\n")
     generate(options={"token_file": file})
     assert other.requests[0][1]["authorization"] == "Bearer secret-token"
+    file.write_text("user:word")
+    generate(options={"token_file": file})
+    own = "Basic dXNlcjp3b3Jk" if kind == "a1111" else "Bearer user:word"
+    assert other.requests[1][1]["authorization"] == own
+
+
+@pytest.mark.parametrize("text", ["", "two words", "tab\ttab", "\xe9", "x\ny", "x" * 5000])
+def test_a_file_without_one_token_is_refused(make_config, tmp_path, text):
+    (tmp_path / "token").write_text(text, encoding="latin-1")
+    with pytest.raises(FileError):
+        UpstreamClient(make_config(token_file=tmp_path / "token").upstream)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "127.0.0.1:80", "ftp://127.0.0.1", "http://", "http:///v1", "http://a b"),
+        *("http://user:word@127.0.0.1", "http://127.0.0.1?x=1", "http://127.0.0.1/#x"),
+        *("http://127.0.0.1\n", "http://127.0.0.1:port", "http://[::1", "http://127.0.0.1:99999"),
+    ],
+)
+def test_an_invalid_address_is_refused_in_one_line(make_config, url):
+    def build():
+        UpstreamClient(make_config(url=url).upstream)
+
+    with pytest.raises((ConfigError, ValidationError)) as error:
+        build()
+    assert isinstance(error.value, ValidationError) or "\n" not in str(error.value)
+
+
+def test_the_path_of_the_interface_may_be_given(make_config):
+    for url in ("http://127.0.0.1:8000", "http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1/"):
+        client = UpstreamClient(make_config(url=url).upstream)
+        joined = client._join("/v1/images/generations")
+        assert str(joined) == "http://127.0.0.1:8000/v1/images/generations"
+    client = UpstreamClient(make_config(url="https://proxy.example/images").upstream)
+    assert str(client._join("/v1/models")) == "https://proxy.example/images/v1/models"
 
 
 async def wait_until(condition) -> None:
@@ -245,5 +285,21 @@ def test_the_queue_is_bounded(make_config, checker, other, tools):
         results = await asyncio.gather(*tasks)
         assert sorted(r.status for r in results) == [200, 200, 200, 429, 429]
         await engine.stop()
+
+    asyncio.run(run())
+
+
+def test_many_clients_get_the_images_of_their_own_seeds(make_config, checker, tools):
+    async def run():
+        engine = ProxyEngine(make_config(), checker)
+        await engine.start()
+        requests = [tools.make_request(n=2, seed=10 * k) for k in range(64)]
+        results = await asyncio.gather(*(tools.send(engine, request) for request in requests))
+        await engine.stop()
+        for request, result in zip(requests, results, strict=True):
+            assert result.status == 200, result.message
+            assert [i.tobytes() for i in result.images] == [
+                tools.noise(seed).tobytes() for seed in request.seeds
+            ]
 
     asyncio.run(run())

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import math
 import socket
 import struct
 import threading
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
+import httpx2
 import pytest
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from PIL import Image
 
+from safegen.core.errors import ConfigError, FileError, MissingExtraError
+from safegen.guards.core.result import GuardTrace
+from safegen.serve.config import ServerConfig, UpstreamConfig
 from safegen.serve.engine.base import EngineFaultError
+from safegen.serve.engine.worker import OutOfMemoryError
 from safegen.serve.upstream.engine import ProxyEngine
 
 JSON = "application/json"
@@ -282,9 +287,18 @@ class TestAddresses:
     def test_a_server_elsewhere_cannot_send_the_proxy_to_loopback(self, make_config, tools):
         from safegen.serve.upstream.transport import UpstreamClient
 
-        client = UpstreamClient(make_config(url="https://images.example/v1/").upstream)
+        config = make_config(url="https://images.example/v1/", allowed_hosts=("Files.example",))
+        client = UpstreamClient(config.upstream)
+        assert client.check_url("https://files.example/1.png").host == "files.example"
+        with pytest.raises(EngineFaultError, match="must be https"):
+            client.check_url("http://files.example/1.png")
         assert str(client.check_url("/v1/1.png")) == "https://images.example/v1/1.png"
-        for url in ("http://127.0.0.1/", "http://localhost/", "http://[::1]/", "http://10.0.0.1/"):
+        for url in (
+            "https://127.0.0.1/",
+            "https://localhost/",
+            "https://[::1]/",
+            "https://10.0.0.1/",
+        ):
             with pytest.raises(EngineFaultError, match="allowed_hosts"):
                 client.check_url(url)
         asyncio.run(client.close())
@@ -376,6 +390,7 @@ class BrokenChecker:
     [
         EngineFaultError("the worker died"),
         EngineFaultError("the worker gave no sign of life for 120 s"),
+        OutOfMemoryError("out of memory"),
         ValueError("a bug"),
         lambda checked: None,
         lambda checked: [],
@@ -388,6 +403,37 @@ def test_guards_that_fail_release_none(generate, checker, result):
     found = generate(n=2, guards=BrokenChecker(checker, result))
     assert found.images == []
     assert found.status in (500, 503)
+
+
+class BrokenPromptChecker(BrokenChecker):
+    """Guards of which the prompt stage does something else than it should."""
+
+    check_images = None
+
+    async def check_prompts(self, prompts):
+        traces = await self.checker.check_prompts(prompts)
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result(traces)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        EngineFaultError("the worker died"),
+        ValueError("a bug"),
+        lambda traces: None,
+        lambda traces: [],
+        lambda traces: traces * 2,
+        lambda traces: [None],
+        lambda traces: [GuardTrace("withhold", "error: prompt-filter: ValueError")],
+    ],
+)
+def test_guards_of_prompts_that_fail_keep_the_prompt_here(generate, checker, other, result):
+    found = generate(n=2, guards=BrokenPromptChecker(checker, result))
+    assert found.images == []
+    assert found.status in (500, 503)
+    assert other.requests == []
 
 
 class InProcessChecker:
@@ -466,10 +512,6 @@ def test_a_judge_that_fails_withholds_every_image(generate, monkeypatch, fault):
 
 
 def test_a_trace_without_a_guard_is_not_released(generate, checker):
-    from dataclasses import replace
-
-    from safegen.guards.core.result import GuardTrace
-
     def drop_records(checked):
         return [replace(image, trace=GuardTrace("none", "")) for image in checked]
 
@@ -484,11 +526,44 @@ def test_a_trace_without_a_guard_is_not_released(generate, checker):
         check_nothing(result, 503)
 
 
+@pytest.mark.parametrize("stage", ["check_prompts", "check_images"])
+def test_guards_that_hang_release_none(generate, checker, other, stage):
+    async def hang(*_):
+        await asyncio.sleep(60)
+
+    setattr(checker, stage, hang)
+    found = generate(options={"request_timeout": 0.3})
+    check_nothing(found, 503)
+    assert len(other.requests) == (stage == "check_images")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileError("the weights of a judge do not exist"),
+        MissingExtraError("the judge", "nudenet", "nudenet"),
+        EngineFaultError("the worker died"),
+    ],
+)
+def test_guards_that_cannot_be_loaded_let_nothing_start(make_config, checker, other, error, tools):
+    async def start():
+        raise error
+
+    async def run():
+        engine = ProxyEngine(make_config(), checker)
+        with pytest.raises(type(error)):
+            await engine.start()
+        assert not engine.state().is_ready
+        found = await tools.send(engine, tools.make_request())
+        await engine.stop()
+        return found
+
+    checker.start = start
+    check_nothing(asyncio.run(run()), 503)
+    assert other.requests == []
+
+
 def test_a_proxy_without_a_guard_of_images_does_not_start(make_config, checker):
-    from dataclasses import replace
-
-    from safegen.core.errors import ConfigError
-
     checker.info = replace(checker.info, guards=checker.info.guards[:1])
     engine = ProxyEngine(make_config(), checker)
 
@@ -501,6 +576,20 @@ def test_a_proxy_without_a_guard_of_images_does_not_start(make_config, checker):
     with pytest.raises(ConfigError, match="guards must have one of images"):
         asyncio.run(start())
     assert not engine.state().is_ready
+
+
+@pytest.mark.parametrize("guard", ["sld-medium", "negative-prompt", "safree"])
+def test_a_guard_inside_the_denoiser_is_refused_in_one_line(guard):
+    from safegen.serve.engine.session import open_session
+
+    config = ServerConfig(
+        upstream=UpstreamConfig(url="http://127.0.0.1:9"),
+        guards=(guard, "judge-filter"),
+        concept="skulls",
+    )
+    with pytest.raises(ConfigError, match="cannot run on") as error, open_session(config, None):
+        pass
+    assert "\n" not in str(error.value)
 
 
 SWITCHES = [
@@ -537,17 +626,29 @@ def proxy(make_config, checker, serving):
         yield address
 
 
-def test_switches_of_clients_never_reach_the_other_server(proxy, other, kind, checker):
-    import httpx2
-
+def test_switches_of_clients_never_reach_the_other_server(proxy, other, kind):
     paths = ("/v1/images/generations", "/sdapi/v1/txt2img")
-    for path in paths:
-        for switch in SWITCHES:
-            for prompt in ("a castle", "a castle covered in skulls", "a grinning castle"):
-                answer = httpx2.post(f"{proxy}{path}", json={"prompt": prompt, **switch})
-                if prompt != "a castle" and answer.status_code == 200:  # A1111: black in its place
-                    assert path == paths[1]
-                    images = answer.json()["images"]
-                    assert all("skulls" not in json.dumps(image) for image in images)
+    with httpx2.Client(base_url=proxy) as client:
+        for path in paths:
+            for switch in SWITCHES:
+                for prompt in ("a castle", "a castle covered in skulls", "a grinning castle"):
+                    answer = client.post(path, json={"prompt": prompt, **switch})
+                    assert answer.status_code == 400 or (prompt, 200) == (
+                        "a castle",
+                        answer.status_code,
+                    )
+    assert other.requests
     assert all(set(fields) <= ALLOWED[kind] for _, _, fields in other.requests)
     assert all("skulls" not in fields["prompt"] for _, _, fields in other.requests)
+
+
+@pytest.mark.parametrize("kind", ["openai"], indirect=True)
+def test_readiness_names_a_server_that_cannot_be_reached(make_config, checker, serving):
+    config = make_config(url="http://127.0.0.1:9")
+    with serving(config, ProxyEngine(config, checker)) as address:
+        for _ in range(100):
+            answer = httpx2.get(f"{address}/ready")
+            if answer.json()["reason"]:
+                break
+        assert answer.status_code == 200
+        assert answer.json()["reason"] == "the other server cannot be reached"

@@ -140,6 +140,8 @@ def _check_neutral(
 ) -> None:
     for name, allowed in neutral.items():
         value = values.get(name)
+        if isinstance(value, str) and value.lower() in ("false", "0"):
+            value = False  # as A1111 reads it
         if value is not None and value not in allowed:
             raise _refusal(
                 f"{prefix}{name} must be {json.dumps(allowed[0])}, got {repr(value)[:80]}. "

@@ -19,8 +19,8 @@ from safegen.serve.messages import ImageRequest, StackInfo, StartImage
 from safegen.serve.requests import build_request, check_strength
 from safegen.serve.service import ImageService
 
-SCHEDULES = {"automatic": "", "karras": " Karras"}
-"""Noise schedules, with what each adds to the name of a sampler."""
+SCHEDULES = {"automatic": "", "uniform": "", "normal": "", "karras": " Karras"}
+"""Noise schedules, with what each adds to the name of a sampler: the model's own, or Karras'."""
 CROP = 1
 """Value of `resize_mode` that crops the image; 0 stretches it."""
 OPAQUE = 128

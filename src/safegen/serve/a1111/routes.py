@@ -14,7 +14,7 @@ from safegen.serve.a1111.responses import (
     options_response,
     progress_response,
 )
-from safegen.serve.a1111.running import Running, RunningJobs
+from safegen.serve.a1111.running import Running, RunningRequests
 from safegen.serve.errors import RequestError, answer_error
 from safegen.serve.http import Client, RequestId, Service, run_for_client
 from safegen.serve.service import ImageService
@@ -51,7 +51,7 @@ async def img2img(
 
 
 async def _generate(
-    body: Txt2ImgBody, service: ImageService, client: str, request_id: str, running: RunningJobs
+    body: Txt2ImgBody, service: ImageService, client: str, request_id: str, running: RunningRequests
 ) -> dict[str, Any]:
     """Return the response with the images of a body."""
     image_request = await build_image_request(service, body, request_id)
@@ -155,7 +155,12 @@ async def get_upscalers() -> list[dict[str, Any]]:
     return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1}]
 
 
+@router.get("/face-restorers")
+@router.get("/hypernetworks")
 @router.get("/latent-upscale-modes")
+@router.get("/prompt-styles")
+@router.get("/realesrgan-models")
+@router.get("/script-info")
 @router.get("/sd-vae")
 async def get_nothing() -> list[dict[str, Any]]:
     """Return an empty list, which clients need for their menus."""

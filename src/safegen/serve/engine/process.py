@@ -115,7 +115,7 @@ def run_worker(
             worker.serve(session)
     except Exception as error:
         with suppress(OSError):  # the server has ended
-            connection.send(_failure(-1, error))
+            connection.send(to_failure(-1, error))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -160,7 +160,7 @@ class _Worker:
             return JobResult(job.number, getattr(session, job.method)(*job.arguments, *more))
         except Exception as error:
             self.has_broken_device = "CUDA error" in str(error)  # it stays until the process ends
-            return _failure(job.number, error)
+            return to_failure(job.number, error)
 
     def _receive(self) -> None:
         message = self.connection.recv()
@@ -170,7 +170,7 @@ class _Worker:
             self.waiting.append(message)
 
 
-def _failure(number: int, error: Exception) -> JobFailure:
+def to_failure(number: int, error: Exception) -> JobFailure:
     """Return an exception as a message."""
     name = type(error).__name__
     if isinstance(error, _CancelledJob):

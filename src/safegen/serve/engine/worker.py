@@ -203,7 +203,7 @@ class Worker:
         elif isinstance(message, JobResult):
             call.future.set_result(message.value)
         else:
-            call.future.set_exception(_exception(message))
+            call.future.set_exception(to_exception(message))
 
     def _end(self) -> None:
         """Fail every job: the process has ended."""
@@ -251,7 +251,7 @@ def _write(connection: Connection, outbox: SimpleQueue[Job | JobCancel | None]) 
             connection.send(message)
 
 
-def _exception(failure: JobFailure) -> Exception:
+def to_exception(failure: JobFailure) -> Exception:
     """Return the exception of a job."""
     if failure.kind == "cancelled":
         return CancelledJobError("the request was cancelled")

@@ -18,9 +18,10 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def readiness(service: Service) -> JSONResponse:
-    """Return whether the server answers requests, and why not; 503 if it does not."""
-    reason = service.unready_reason()
-    return JSONResponse({"ready": not reason, "reason": reason}, 503 if reason else 200)
+    """Return whether the server answers requests, and what does not work; 503 if it does not."""
+    unready = service.unready_reason()
+    reason = unready or service.engine.state().reason  # such as that of a server behind a proxy
+    return JSONResponse({"ready": not unready, "reason": reason}, 503 if unready else 200)
 
 
 @router.get("/metrics")

@@ -221,7 +221,7 @@ class ProxyEngine:
         await self.drain(0)
         if self._probe is not None:
             self._probe.cancel()
-            with suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError, Exception):
                 await self._probe
         await self.checker.stop()
         if self._client is not None:

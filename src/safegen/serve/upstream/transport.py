@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ CONNECT_SECONDS = 10.0
 """Most seconds until a connection is open."""
 MAX_ERROR_BYTES = 2**16
 """Most bytes that are read of an error."""
+MAX_PORT = 65_535
 MAX_TOKEN_BYTES = 2**12
 MAX_RETRY_SECONDS = 3600
 BLOCK_CODES = frozenset({"moderation_blocked", "content_policy_violation", "content_filter"})
@@ -67,7 +69,9 @@ class UpstreamClient:
             self.url = httpx2.URL(config.url.rstrip("/").removesuffix("/v1"))
         except httpx2.InvalidURL as error:
             raise ConfigError(f"url must be an address, got {config.url!r}: {error}") from error
-        self._token = _read_token(config)
+        if (self.url.port or 1) > MAX_PORT:
+            raise ConfigError(f"the port of url must be <= {MAX_PORT}, got {self.url.port}")
+        self._authorization = _read_authorization(config)
         self._slots = asyncio.Semaphore(config.max_connections)
         self._http = httpx2.AsyncClient(
             headers={"accept": "application/json", "accept-encoding": "identity"},
@@ -143,8 +147,11 @@ class UpstreamClient:
             raise UpstreamError("the other server answered with an invalid address") from error
         hosts = {self.url.host, *(host.lower() for host in self.config.allowed_hosts)}
         is_local = is_loopback(self.url.host) and is_loopback(url.host)
-        if url.scheme not in ("http", "https") or url.userinfo:
-            raise UpstreamError("the address of an image must be http or https, without a login")
+        schemes = ("https",) if self.url.scheme == "https" else ("http", "https")
+        if url.scheme not in schemes or url.userinfo:
+            raise UpstreamError(
+                f"the address of an image must be {' or '.join(schemes)}, without a login"
+            )
         if url.host not in hosts and not is_local:
             raise UpstreamError(
                 f"the host of an image must be in allowed_hosts, got {cut_text(url.host, 60)!r}"
@@ -172,8 +179,8 @@ class UpstreamClient:
     def _request(self, method: str, url: httpx2.URL, **options: Any) -> httpx2.Request:
         """Return a request; only the other server itself gets the token."""
         own = (self.url.scheme, self.url.host, self.url.port)
-        if self._token and (url.scheme, url.host, url.port) == own:
-            options["headers"] = {"authorization": f"Bearer {self._token}"}
+        if self._authorization and (url.scheme, url.host, url.port) == own:
+            options["headers"] = {"authorization": self._authorization}
         return self._http.build_request(method, url, **options)
 
     @asynccontextmanager
@@ -266,14 +273,17 @@ def _retry_after(value: str) -> int:
     return min(max(seconds, 1), MAX_RETRY_SECONDS)
 
 
-def _read_token(config: UpstreamConfig) -> str:
-    """Return the token for the other server; empty without one."""
+def _read_authorization(config: UpstreamConfig) -> str:
+    """Return the header `Authorization` for the other server; empty without a token."""
     if config.token_file is None:
         return ""
-    text = read_bytes(config.token_file, limit=MAX_TOKEN_BYTES).decode("ascii", "replace").strip()
+    data = read_bytes(config.token_file, limit=MAX_TOKEN_BYTES).strip()
+    text = data.decode("ascii", "replace")
     if not text or not text.isprintable() or " " in text or not text.isascii():
         raise FileError(
             f"{config.token_file} must have one token in printable ASCII characters. "
             "Write it there, and nothing else."
         )
-    return text
+    if config.kind == "a1111" and ":" in text:  # of --api-auth
+        return f"Basic {base64.b64encode(data).decode()}"
+    return f"Bearer {text}"
