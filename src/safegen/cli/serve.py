@@ -104,12 +104,11 @@ def serve(
         raise ConfigError("--stack, --upstream or --config must be given")
     settings = dict(read_config(config)) if config else {}
     server_config = ServerConfig(**(settings | given))
-    run = run_server
     if server_config.engine == "ray":
         from safegen.serve.ray.server import run_ray
 
-        run = run_ray
-    raise typer.Exit(run(server_config, on_ready=_print_address))
+        raise typer.Exit(run_ray(server_config, on_ready=_print_address))
+    raise typer.Exit(run_server(server_config, on_ready=_print_address))
 
 
 def _print_address(address: str) -> None:
