@@ -104,10 +104,6 @@ def serve(
         raise ConfigError("--stack, --upstream or --config must be given")
     settings = dict(read_config(config)) if config else {}
     server_config = ServerConfig(**(settings | given))
-    if server_config.engine == "ray":
-        from safegen.serve.ray.server import run_ray
-
-        raise typer.Exit(run_ray(server_config, on_ready=_print_address))
     raise typer.Exit(run_server(server_config, on_ready=_print_address))
 
 
