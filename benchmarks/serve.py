@@ -46,7 +46,7 @@ from safegen.models.model import Model
 from safegen.serve.config import ServerConfig
 
 CLIENTS, BATCH, STEPS, SCALE = 64, 8, 10, 5.0
-ROUNDS = 3
+ROUNDS = 2
 TOLERANCE = 2
 """Most levels of 255 by which an image may differ from the one made alone."""
 PATH = "/v1/images/generations"
@@ -66,10 +66,10 @@ def images_alone(model: Model) -> list[np.ndarray]:
     return [np.asarray(image, dtype=np.int16) for image in generate(model, samples, config)]
 
 
-def plain_loop(model: Model) -> float:
-    """Return images per second of a loop over the pipeline's own call."""
+def plain_loop(model: Model) -> tuple[float, float]:
+    """Return images per second of a loop over the pipeline's own call, and its CPU ms per image."""
     texts = [prompt for prompt, _ in requests()]
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     for first in range(0, CLIENTS, BATCH):
         model.pipeline(
             prompt=texts[first : first + BATCH],
@@ -77,7 +77,8 @@ def plain_loop(model: Model) -> float:
             guidance_scale=SCALE,
             generator=[torch.Generator("cpu").manual_seed(first + i) for i in range(BATCH)],
         )
-    return CLIENTS / (time.perf_counter() - started)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return CLIENTS / seconds, 1000 * cpu / CLIENTS
 
 
 class Server:
@@ -122,6 +123,13 @@ class Server:
         assert self.address, "the server did not start"
         self.peak = {"server": 0, "workers": 0}
 
+    def cpu_seconds(self) -> tuple[float, float]:
+        """Return the CPU seconds of the server itself, and of its workers."""
+        own = psutil.Process(self.process.pid)
+        times = [p.cpu_times() for p in (own, *own.children())]
+        first, *others = [t.user + t.system for t in times]
+        return first, sum(others)
+
     def measure(self) -> None:
         """Note the memory of the server, and of its largest worker."""
         own = psutil.Process(self.process.pid)
@@ -162,7 +170,7 @@ async def load_round(
         if hostile:
             others += hostile_clients(server, stop, found)
             await asyncio.sleep(1)
-        started = time.perf_counter()
+        started, before = time.perf_counter(), server.cpu_seconds()
 
         async def run(index: int) -> None:
             for _ in range(repeats):
@@ -170,6 +178,7 @@ async def load_round(
 
         await asyncio.gather(*(run(i) for i in range(CLIENTS)))
         found["total"] = time.perf_counter() - started
+        found["cpu"] = [b - a for a, b in zip(before, server.cpu_seconds(), strict=True)]
         stop.set()
         await asyncio.gather(*others)
         found["ready"] = (await http.get("/ready")).status_code == 200
@@ -279,13 +288,19 @@ def summarize(name: str, found: dict[str, Any], repeats: int) -> dict[str, Any]:
         "images/s": round(len(seconds) / found["total"], 2),
         "p50, s": round(seconds[len(seconds) // 2], 2),
         "p95, s": round(seconds[int(0.95 * len(seconds))], 2),
+        "server, CPU ms": round(1000 * found["cpu"][0] / len(seconds), 1),
+        "worker, CPU ms": round(1000 * found["cpu"][1] / len(seconds), 1),
         "ready": found["ready"],
         **({"hostile": found["hostile"]} if "hostile" in found else {}),
     }
 
 
-def measure(folder: Path, repeats: int) -> tuple[list[dict[str, Any]], list[float], dict[str, int]]:
-    """Return the figures of each round, images per second of the plain loop, and peak memory."""
+Loops = list[tuple[float, float]]
+"""Images per second and CPU ms per image of each plain loop."""
+
+
+def measure(folder: Path, repeats: int) -> tuple[list[dict[str, Any]], Loops, dict[str, int]]:
+    """Return the figures of each round, those of the plain loops, and peak memory."""
     torch.set_num_threads(1)
     model = load("mini", device="cpu")
     alone, loops, rounds = images_alone(model), [plain_loop(model)], []
@@ -295,9 +310,11 @@ def measure(folder: Path, repeats: int) -> tuple[list[dict[str, Any]], list[floa
             for stack in ("base", "guarded"):
                 found = asyncio.run(load_round(server, stack, alone, repeats=repeats))
                 rounds.append(summarize(f"{stack} {number + 1}", found, repeats))
+                print(rounds[-1], flush=True)
             loops.append(plain_loop(model))
         found = asyncio.run(load_round(server, "guarded", alone, repeats=repeats, hostile=True))
         rounds.append(summarize("guarded, hostile clients", found, repeats))
+        print(rounds[-1], loops, flush=True)
         lines = server.audit.read_text(encoding="utf-8").splitlines()
         assert all(json.loads(line) for line in lines)
     finally:
@@ -308,14 +325,20 @@ def measure(folder: Path, repeats: int) -> tuple[list[dict[str, Any]], list[floa
 
 
 def write_page(
-    path: Path, rounds: list[dict[str, Any]], loops: list[float], peak: dict[str, int]
+    path: Path, rounds: list[dict[str, Any]], loops: Loops, peak: dict[str, int]
 ) -> None:
     """Write the figures and their table."""
-    plain = median(loops)
-    speed = {
-        stack: median(r["images/s"] for r in rounds if r["round"].startswith(f"{stack} "))
-        for stack in ("base", "guarded")
-    }
+
+    def middle(stack: str, name: str) -> float:
+        return median(r[name] for r in rounds if r["round"].startswith(f"{stack} "))
+
+    plain, plain_cpu = (median(values) for values in zip(*loops, strict=True))
+    speeds: list[list[Any]] = [["plain loop", round(plain, 2), 1.0, round(plain_cpu, 1), 1.0, 0]]
+    for stack, title in (("base", "server, no guards"), ("guarded", "server, guards")):
+        speed, cpu = middle(stack, "images/s"), middle(stack, "worker, CPU ms")
+        ratios = round(speed / plain, 3), round(plain_cpu / cpu, 3)
+        own = middle(stack, "server, CPU ms")
+        speeds.append([title, speed, ratios[0], cpu, ratios[1], own])
     columns = ["round", "images/s", "p50, s", "p95, s", "requests", "lost", "swapped"]
     table = [[r[c] for c in columns] for r in rounds]
     page = {
@@ -334,12 +357,15 @@ def write_page(
                 "text": f"{STEPS} steps, 64 pixels, at most {BATCH} images per batch; medians of "
                 "rounds that alternate. The plain loop is the pipeline's own call, without a "
                 "server. Guards: a word list and the bundled judge.",
-                "columns": ["", "images/s", "of the plain loop"],
-                "rows": [
-                    ["plain loop", round(plain, 2), 1.0],
-                    ["server, no guards", speed["base"], round(speed["base"] / plain, 3)],
-                    ["server, guards", speed["guarded"], round(speed["guarded"] / plain, 3)],
+                "columns": [
+                    "",
+                    "images/s",
+                    "of the plain loop",
+                    "worker, CPU ms per image",
+                    "plain loop's of it",
+                    "server, CPU ms per image",
                 ],
+                "rows": speeds,
             },
             {
                 "title": "Rounds",
@@ -362,7 +388,7 @@ def write_page(
             "The clients run on the same cores as the server.",
         ],
         "rounds": rounds,
-        "plain_loop": [round(each, 2) for each in loops],
+        "plain_loop": [[round(value, 2) for value in each] for each in loops],
     }
     path.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -371,7 +397,7 @@ def main() -> None:
     """Run the rounds and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results/serve.json"))
-    parser.add_argument("--repeats", type=int, default=2, help="Requests per client and round.")
+    parser.add_argument("--repeats", type=int, default=1, help="Requests per client and round.")
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
         rounds, loops, peak = measure(Path(folder), args.repeats)
