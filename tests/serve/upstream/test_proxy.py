@@ -287,3 +287,19 @@ def test_the_queue_is_bounded(make_config, checker, other, tools):
         await engine.stop()
 
     asyncio.run(run())
+
+
+def test_many_clients_get_the_images_of_their_own_seeds(make_config, checker, tools):
+    async def run():
+        engine = ProxyEngine(make_config(), checker)
+        await engine.start()
+        requests = [tools.make_request(n=2, seed=10 * k) for k in range(64)]
+        results = await asyncio.gather(*(tools.send(engine, request) for request in requests))
+        await engine.stop()
+        for request, result in zip(requests, results, strict=True):
+            assert result.status == 200, result.message
+            assert [i.tobytes() for i in result.images] == [
+                tools.noise(seed).tobytes() for seed in request.seeds
+            ]
+
+    asyncio.run(run())

@@ -17,10 +17,11 @@ import pytest
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from PIL import Image
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, FileError, MissingExtraError
 from safegen.guards.core.result import GuardTrace
 from safegen.serve.config import ServerConfig, UpstreamConfig
 from safegen.serve.engine.base import EngineFaultError
+from safegen.serve.engine.worker import OutOfMemoryError
 from safegen.serve.upstream.engine import ProxyEngine
 
 JSON = "application/json"
@@ -389,6 +390,7 @@ class BrokenChecker:
     [
         EngineFaultError("the worker died"),
         EngineFaultError("the worker gave no sign of life for 120 s"),
+        OutOfMemoryError("out of memory"),
         ValueError("a bug"),
         lambda checked: None,
         lambda checked: [],
@@ -522,6 +524,43 @@ def test_a_trace_without_a_guard_is_not_released(generate, checker):
     for change in (drop_records, drop_calls):
         result = generate(n=2, guards=BrokenChecker(checker, change))
         check_nothing(result, 503)
+
+
+@pytest.mark.parametrize("stage", ["check_prompts", "check_images"])
+def test_guards_that_hang_release_none(generate, checker, other, stage):
+    async def hang(*_):
+        await asyncio.sleep(60)
+
+    setattr(checker, stage, hang)
+    found = generate(options={"request_timeout": 0.3})
+    check_nothing(found, 503)
+    assert len(other.requests) == (stage == "check_images")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileError("the weights of a judge do not exist"),
+        MissingExtraError("the judge", "nudenet", "nudenet"),
+        EngineFaultError("the worker died"),
+    ],
+)
+def test_guards_that_cannot_be_loaded_let_nothing_start(make_config, checker, other, error, tools):
+    async def start():
+        raise error
+
+    async def run():
+        engine = ProxyEngine(make_config(), checker)
+        with pytest.raises(type(error)):
+            await engine.start()
+        assert not engine.state().is_ready
+        found = await tools.send(engine, tools.make_request())
+        await engine.stop()
+        return found
+
+    checker.start = start
+    check_nothing(asyncio.run(run()), 503)
+    assert other.requests == []
 
 
 def test_a_proxy_without_a_guard_of_images_does_not_start(make_config, checker):
