@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import threading
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -15,8 +18,11 @@ from PIL import Image
 
 openai = pytest.importorskip("openai")
 
+from safegen.core.errors import ConfigError  # noqa: E402
 from safegen.serve.config import RequestLimits, ServerConfig  # noqa: E402
 from safegen.serve.messages import StackInfo  # noqa: E402
+from safegen.serve.openai import responses  # noqa: E402
+from safegen.serve.openai.store import ImageStore  # noqa: E402
 from tests.serve.conftest import STACK, FakeEngine, picture, serving  # noqa: E402
 
 OTHER = StackInfo("other", "mini", "c" * 64, guards=STACK.guards, size=(64, 64))
@@ -291,7 +297,74 @@ def test_an_image_larger_than_the_store_is_refused(images):
         images.generate(prompt="a castle", size="128x128", n=2, response_format="url")
 
 
+def test_a_stored_image_expires():
+    now = [0.0]
+    store = ImageStore(100, 10, clock=lambda: now[0])
+    first, second = store.add(b"1" * 40, "image/png"), store.add(b"2" * 40, "image/png")
+    assert first != second
+    assert store.get(first).data == b"1" * 40
+    assert store.get("") is None
+    third = store.add(b"3" * 40, "image/png")  # takes the place of the first
+    assert [store.get(name) is None for name in (first, second, third)] == [True, False, False]
+    now[0] = 10.0
+    assert [store.get(name) for name in (second, third)] == [None, None]
+    assert store.num_bytes == 0
+    store.add(b"4" * 100, "image/png")
+    with pytest.raises(ConfigError, match=r"of 101 bytes, got 'url'\. The server stores 100 bytes"):
+        store.add(b"5" * 101, "image/png")
+    assert store.num_bytes == 100
+
+
 def test_models_are_the_stacks(client):
     assert [model.id for model in client.models.list()] == ["safe", "other"]
     found = client.models.retrieve("other")
     assert (found.id, found.object, found.owned_by) == ("other", "model", "safegen")
+
+
+def test_the_server_answers_others_while_it_encodes(images, address, monkeypatch):
+    encode = responses.encode_outcome
+    encoding, may_end = threading.Event(), threading.Event()
+
+    def encode_slowly(*arguments):
+        encoding.set()
+        assert may_end.wait(20)
+        return encode(*arguments)
+
+    monkeypatch.setattr(responses, "encode_outcome", encode_slowly)
+    work = threading.Thread(target=images.generate, kwargs={"prompt": "a castle"})
+    work.start()
+    try:
+        assert encoding.wait(10)
+        assert httpx2.get(f"{address}/health", timeout=10).status_code == 200
+    finally:
+        may_end.set()
+        work.join(10)
+
+
+def test_a_stored_image_needs_no_token_and_nothing_else_does_without(tmp_path):
+    tokens, token = tmp_path / "tokens.toml", "alice-" + "a" * 20
+    tokens.write_text(f'[alice]\ntoken = "{token}"\nstacks = ["safe"]\n')
+    tokens.chmod(0o600)
+    config = ServerConfig(stacks=("fake",), token_file=tokens)
+    with (
+        serving(config, FakeEngine((STACK, OTHER))) as address,
+        openai.OpenAI(api_key=token, base_url=f"{address}/v1", max_retries=0, timeout=20) as client,
+    ):
+        assert [model.id for model in client.models.list()] == ["safe"]  # the client's own
+        with refusal(openai.NotFoundError, 404, code="model_not_found"):
+            client.images.generate(prompt="a castle", model="other")
+        url = client.images.generate(prompt="a castle", response_format="url").data[0].url
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert answer.status == 200
+        for path in ("/v1/models", "/v1/images/files", "/v1/images/generations"):
+            assert httpx2.get(address + path).status_code == 401
+
+
+def test_the_example_of_the_page_runs(address, tmp_path, monkeypatch):
+    page = Path(__file__).parents[3] / "docs" / "how-to" / "serve-openai.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("http://127.0.0.1:8188", address), {})
+    for i, seed in enumerate((7, 8)):
+        image = Image.open(io.BytesIO(Path(f"{i}.png").read_bytes()))
+        assert (pixels(image) == pixels(picture(seed))).all()
