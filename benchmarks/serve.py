@@ -348,7 +348,7 @@ def write_page(
         "its seed.",
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, one thread per worker, fp32",
-        "command": "`python benchmarks/serve.py`",
+        "command": "`python benchmarks/serve.py --out FILE`",
         "n": f"{CLIENTS} clients, {ROUNDS} rounds per stack, {sum(r['requests'] for r in rounds)} "
         "requests",
         "tables": [
@@ -396,7 +396,7 @@ def write_page(
 def main() -> None:
     """Run the rounds and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/serve.json"))
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=1, help="Requests per client and round.")
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
