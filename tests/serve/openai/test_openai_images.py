@@ -310,7 +310,7 @@ def test_a_stored_image_expires():
     assert [store.get(name) for name in (second, third)] == [None, None]
     assert store.num_bytes == 0
     store.add(b"4" * 100, "image/png")
-    with pytest.raises(ConfigError, match="of 101 bytes, got 'url'. The server stores 100 bytes"):
+    with pytest.raises(ConfigError, match=r"of 101 bytes, got 'url'\. The server stores 100 bytes"):
         store.add(b"5" * 101, "image/png")
     assert store.num_bytes == 100
 

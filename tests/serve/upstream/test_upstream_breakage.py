@@ -631,12 +631,12 @@ def test_switches_of_clients_never_reach_the_other_server(proxy, other, kind):
     with httpx2.Client(base_url=proxy) as client:
         for path in paths:
             for switch in SWITCHES:
-                for prompt in ("a castle", "a castle covered in skulls", "a grinning castle"):
-                    answer = client.post(path, json={"prompt": prompt, **switch})
-                    assert answer.status_code == 400 or (prompt, 200) == (
-                        "a castle",
-                        answer.status_code,
-                    )
+                answer = client.post(path, json={"prompt": "a castle", **switch})
+                assert answer.status_code in (200, 400)
+            for prompt in ("a castle covered in skulls", "a grinning castle"):
+                switches = {"moderation": "low", "lora": {"path": "/x"}}  # accepted without effect
+                answer = client.post(path, json={"prompt": prompt, **switches})
+                assert answer.status_code == 400
     assert other.requests
     assert all(set(fields) <= ALLOWED[kind] for _, _, fields in other.requests)
     assert all("skulls" not in fields["prompt"] for _, _, fields in other.requests)

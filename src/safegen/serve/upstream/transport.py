@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -21,6 +23,8 @@ from safegen.serve.messages import Stage
 
 CONNECT_SECONDS = 10.0
 """Most seconds until a connection is open."""
+KEEP_ALIVE_SECONDS = 2.0
+"""Seconds for which an unused connection stays open; uvicorn closes its own after 5."""
 MAX_ERROR_BYTES = 2**16
 """Most bytes that are read of an error."""
 MAX_PORT = 65_535
@@ -76,8 +80,12 @@ class UpstreamClient:
         self._http = httpx2.AsyncClient(
             headers={"accept": "application/json", "accept-encoding": "identity"},
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            verify=_tls_context(config.ca_file),
             timeout=httpx2.Timeout(config.timeout, connect=min(CONNECT_SECONDS, config.timeout)),
-            limits=httpx2.Limits(max_connections=config.max_connections + 1),  # one for the probe
+            limits=httpx2.Limits(
+                max_connections=config.max_connections + 1,  # one for the probe
+                keepalive_expiry=KEEP_ALIVE_SECONDS,
+            ),
             follow_redirects=False,
             trust_env=False,
         )
@@ -271,6 +279,21 @@ def _retry_after(value: str) -> int:
     """Return the seconds of a Retry-After header; 5 for a date or nonsense."""
     seconds = int(value) if value.isascii() and value.isdigit() and len(value) < 8 else 5
     return min(max(seconds, 1), MAX_RETRY_SECONDS)
+
+
+def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    """Return the context that verifies certificates: by those of a file, or of the system.
+
+    Raises:
+        FileError: the file has none.
+    """
+    if ca_file is None:
+        return httpx2.create_ssl_context(trust_env=False)
+    try:
+        text = read_bytes(ca_file).decode("ascii")
+        return ssl.create_default_context(cadata=text)
+    except (ssl.SSLError, ValueError) as error:
+        raise FileError(f"{ca_file} must have certificates in PEM, got none") from error
 
 
 def _read_authorization(config: UpstreamConfig) -> str:
