@@ -45,8 +45,7 @@ from safegen.models.loading import load
 from safegen.models.model import Model
 from safegen.serve.config import ServerConfig
 
-CLIENTS, BATCH, STEPS, SCALE = 64, 8, 10, 5.0
-ROUNDS = 2
+CLIENTS, BATCH, STEPS, SCALE = 64, 8, 8, 5.0
 TOLERANCE = 2
 """Most levels of 255 by which an image may differ from the one made alone."""
 PATH = "/v1/images/generations"
@@ -299,14 +298,17 @@ Loops = list[tuple[float, float]]
 """Images per second and CPU ms per image of each plain loop."""
 
 
-def measure(folder: Path, repeats: int) -> tuple[list[dict[str, Any]], Loops, dict[str, int]]:
+def measure(
+    folder: Path, count: int, repeats: int
+) -> tuple[list[dict[str, Any]], Loops, dict[str, int]]:
     """Return the figures of each round, those of the plain loops, and peak memory."""
     torch.set_num_threads(1)
     model = load("mini", device="cpu")
     alone, loops, rounds = images_alone(model), [plain_loop(model)], []
+    print(loops, flush=True)
     server = Server(folder)
     try:
-        for number in range(ROUNDS):
+        for number in range(count):
             for stack in ("base", "guarded"):
                 found = asyncio.run(load_round(server, stack, alone, repeats=repeats))
                 rounds.append(summarize(f"{stack} {number + 1}", found, repeats))
@@ -349,8 +351,8 @@ def write_page(
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, one thread per worker, fp32",
         "command": "`python benchmarks/serve.py --out FILE`",
-        "n": f"{CLIENTS} clients, {ROUNDS} rounds per stack, {sum(r['requests'] for r in rounds)} "
-        "requests",
+        "n": f"{CLIENTS} clients, {len(loops) - 1} rounds per stack, "
+        f"{sum(r['requests'] for r in rounds)} requests",
         "tables": [
             {
                 "title": "Throughput",
@@ -397,10 +399,11 @@ def main() -> None:
     """Run the rounds and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3, help="Rounds per stack.")
     parser.add_argument("--repeats", type=int, default=1, help="Requests per client and round.")
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
-        rounds, loops, peak = measure(Path(folder), args.repeats)
+        rounds, loops, peak = measure(Path(folder), args.rounds, args.repeats)
     write_page(args.out, rounds, loops, peak)
 
 
