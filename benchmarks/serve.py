@@ -5,8 +5,8 @@
 A server with the miniature runs in a process of its own, its worker with one thread. Clients in
 this process ask for images, each with its own prompt and seed, and compare each image with the one
 that the model makes alone. Rounds of a plain loop over the same diffusers pipeline, with the same
-thread count, steps and batch size, stand between the rounds of the server. In the last round,
-hostile clients do what they can: slow readers, headers that never end, bodies of 50 MB, floods of
+thread count, steps and batch size, stand between the rounds of the server. In one round, hostile
+clients do what they can: slow readers, headers that never end, bodies of 50 MB, floods of
 headers, and requests that are cancelled.
 """
 
@@ -129,201 +129,32 @@ class Server:
         first, *others = [t.user + t.system for t in times]
         return first, sum(others)
 
-    def measure(self) -> None:
-        """Note the memory of the server, and of its largest worker."""
-        own = psutil.Process(self.process.pid)
-        sizes = [child.memory_info().rss for child in own.children()]
-        found = {"server": own.memory_info().rss, "workers": max(sizes, default=0)}
-        self.peak = {name: max(size, found[name]) for name, size in self.peak.items()}
-
-
-async def client(
-    http: httpx2.AsyncClient, index: int, stack: str, alone: np.ndarray, found: dict[str, Any]
-) -> None:
-    """Ask for the image of one client, and compare it."""
-    prompt, seed = requests()[index]
-    body = {"prompt": prompt, "model": stack, "safegen": {"seed": seed}}
-    started = time.perf_counter()
-    answer = await http.post(PATH, json=body)
-    found["seconds"].append(time.perf_counter() - started)
-    if answer.status_code != 200:
-        code = answer.json()["error"]["code"]
-        found["codes"][code] = found["codes"].get(code, 0) + 1
-        return
-    data = base64.b64decode(answer.json()["data"][0]["b64_json"])
-    image = np.asarray(Image.open(io.BytesIO(data)), dtype=np.int16)
-    found["differences"].append(int(np.abs(image - alone).max()))
-
-
-async def load_round(
-    server: Server, stack: str, alone: list[np.ndarray], *, repeats: int, hostile: bool = False
-) -> dict[str, Any]:
-    """Run all clients at the same time, and return what they got and how long it took."""
-    found: dict[str, Any] = {"seconds": [], "differences": [], "codes": {}}
-    limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(
-        base_url=server.address, timeout=300, limits=limits, trust_env=False
-    ) as http:
-        stop = asyncio.Event()
-        others = [asyncio.create_task(watch(server, stop))]
-        if hostile:
-            others += hostile_clients(server, stop, found)
-            await asyncio.sleep(1)
-        started, before = time.perf_counter(), server.cpu_seconds()
-
-        async def run(index: int) -> None:
-            for _ in range(repeats):
-                await client(http, index, stack, alone[index], found)
-
-        await asyncio.gather(*(run(i) for i in range(CLIENTS)))
-        found["total"] = time.perf_counter() - started
-        found["cpu"] = [b - a for a, b in zip(before, server.cpu_seconds(), strict=True)]
-        stop.set()
-        await asyncio.gather(*others)
-        found["ready"] = (await http.get("/ready")).status_code == 200
-    return found
-
-
-async def watch(server: Server, stop: asyncio.Event) -> None:
-    """Measure memory until the end of a round."""
-    while not stop.is_set():
-        server.measure()
-        await asyncio.sleep(0.1)
-
-
-def hostile_clients(
-    server: Server, stop: asyncio.Event, found: dict[str, Any]
-) -> list[asyncio.Task[None]]:
-    """Start clients that misuse the server, until the end of a round."""
-    kinds = {"slow_header": 24, "slow_reader": 16, "large_body": 4, "header_flood": 4, "cancel": 8}
-    found["hostile"] = dict.fromkeys(kinds, 0)
-
-    async def repeat(kind: str) -> None:
-        parts = urlsplit(server.address)
-        while not stop.is_set():
-            writer = None
-            with suppress(OSError, asyncio.IncompleteReadError):
-                reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-                await globals()[kind](reader, writer, stop)
-            found["hostile"][kind] += 1
-            if writer is not None:
-                writer.transport.abort()
-            await asyncio.sleep(0.2)
-
-    return [asyncio.create_task(repeat(kind)) for kind, n in kinds.items() for _ in range(n)]
-
-
-async def send(writer: asyncio.StreamWriter, data: bytes) -> None:
-    writer.write(data)
-    await writer.drain()
-
-
-def head(length: int, more: str = "") -> bytes:
-    lines = (f"POST {PATH} HTTP/1.1", "Host: localhost", "Content-Type: application/json")
-    return ("\r\n".join((*lines, f"Content-Length: {length}")) + f"\r\n{more}\r\n").encode()
-
-
-async def slow_header(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: asyncio.Event
-) -> None:
-    """Send a header byte by byte."""
-    for byte in head(10, "X-Pad: " + "x" * 2000):
-        if stop.is_set():
-            return
-        await send(writer, bytes([byte]))
-        await asyncio.sleep(0.5)
-
-
-async def slow_reader(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: asyncio.Event
-) -> None:
-    """Ask for the schema, and read a byte of it at a time."""
-    await send(writer, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
-    while not stop.is_set() and await reader.read(1):
-        await asyncio.sleep(0.2)
-
-
-async def large_body(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: asyncio.Event
-) -> None:
-    """Send a body of 50 MB."""
-    await send(writer, head(50 * 10**6))
-    for _ in range(50):
-        await send(writer, b" " * 10**6)
-    await reader.read(64)
-
-
-async def header_flood(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: asyncio.Event
-) -> None:
-    """Send headers without an end."""
-    await send(writer, b"GET / HTTP/1.1\r\n")
-    while not stop.is_set():
-        await send(writer, b"X-Flood: " + b"x" * 4000 + b"\r\n")
-
-
-async def cancel(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: asyncio.Event
-) -> None:
-    """Ask for images, and leave."""
-    body = json.dumps({"prompt": "a castle", "n": 2, "safegen": {"steps": 20}}).encode()
-    await send(writer, head(len(body)) + body)
-    await asyncio.sleep(random.uniform(0, 0.5))
-
-
-def summarize(name: str, found: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Return the figures of a round; each client must have the image of its seed."""
-    wrong = sum(each > TOLERANCE for each in found["differences"])
-    seconds = sorted(found["seconds"])
-    answered = len(found["differences"]) + sum(found["codes"].values())
-    return {
-        "round": name,
-        "requests": CLIENTS * repeats,
-        "lost": CLIENTS * repeats - answered,
-        "released": len(found["differences"]),
-        "swapped": wrong,
-        "largest difference": max(found["differences"], default=0),
-        "refused": found["codes"],
-        "images/s": round(len(seconds) / found["total"], 2),
-        "p50, s": round(seconds[len(seconds) // 2], 2),
-        "p95, s": round(seconds[int(0.95 * len(seconds))], 2),
-        "server, CPU ms": round(1000 * found["cpu"][0] / len(seconds), 1),
-        "worker, CPU ms": round(1000 * found["cpu"][1] / len(seconds), 1),
-        "ready": found["ready"],
-        **({"hostile": found["hostile"]} if "hostile" in found else {}),
-    }
-
-
-Loops = list[tuple[float, float]]
-"""Images per second and CPU ms per image of each plain loop."""
-
-
-def measure(
-    folder: Path, count: int, repeats: int
-) -> tuple[list[dict[str, Any]], Loops, dict[str, int]]:
-    """Return the figures of each round, those of the plain loops, and peak memory."""
+    def measure(folder: Path, out: Path, count: int, repeats: int) -> None:
+    """Run the rounds; the figures so far are written after each turn of them."""
     torch.set_num_threads(1)
     model = load("mini", device="cpu")
-    alone, loops, rounds = images_alone(model), [plain_loop(model)], []
-    print(loops, flush=True)
+    alone, loops, rounds = images_alone(model), [plain_loop(model)], list[dict[str, Any]]()
     server = Server(folder)
+
+    def run(name: str, stack: str, *, hostile: bool = False) -> None:
+        work = load_round(server, stack, alone, repeats=repeats, hostile=hostile)
+        rounds.append(summarize(name, asyncio.run(work), repeats))
+        print(rounds[-1], flush=True)
+
     try:
-        for number in range(count):
-            for stack in ("base", "guarded"):
-                found = asyncio.run(load_round(server, stack, alone, repeats=repeats))
-                rounds.append(summarize(f"{stack} {number + 1}", found, repeats))
-                print(rounds[-1], flush=True)
+        for number in range(1, count + 1):
+            run(f"base {number}", "base")
+            run(f"guarded {number}", "guarded")
             loops.append(plain_loop(model))
-        found = asyncio.run(load_round(server, "guarded", alone, repeats=repeats, hostile=True))
-        rounds.append(summarize("guarded, hostile clients", found, repeats))
-        print(rounds[-1], loops, flush=True)
+            if number == 1:
+                run("guarded, hostile clients", "guarded", hostile=True)
+            write_page(out, rounds, loops, server.peak)
         lines = server.audit.read_text(encoding="utf-8").splitlines()
         assert all(json.loads(line) for line in lines)
     finally:
         server.process.terminate()
         status = server.process.wait(60)
     assert status == 0, status
-    return rounds, loops, server.peak
 
 
 def write_page(
@@ -403,8 +234,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="Requests per client and round.")
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
-        rounds, loops, peak = measure(Path(folder), args.rounds, args.repeats)
-    write_page(args.out, rounds, loops, peak)
+        measure(Path(folder), args.out, args.rounds, args.repeats)
 
 
 if __name__ == "__main__":
