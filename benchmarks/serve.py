@@ -129,7 +129,176 @@ class Server:
         first, *others = [t.user + t.system for t in times]
         return first, sum(others)
 
-    def measure(folder: Path, out: Path, count: int, repeats: int) -> None:
+    def measure(self) -> None:
+        """Note the memory of the server, and of its largest worker."""
+        own = psutil.Process(self.process.pid)
+        sizes = [child.memory_info().rss for child in own.children()]
+        found = {"server": own.memory_info().rss, "workers": max(sizes, default=0)}
+        self.peak = {name: max(size, found[name]) for name, size in self.peak.items()}
+
+
+async def client(
+    http: httpx2.AsyncClient, index: int, stack: str, alone: np.ndarray, found: dict[str, Any]
+) -> None:
+    """Ask for the image of one client, and compare it."""
+    prompt, seed = requests()[index]
+    body = {"prompt": prompt, "model": stack, "safegen": {"seed": seed}}
+    started = time.perf_counter()
+    answer = await http.post(PATH, json=body)
+    found["seconds"].append(time.perf_counter() - started)
+    if answer.status_code != 200:
+        code = answer.json()["error"]["code"]
+        found["codes"][code] = found["codes"].get(code, 0) + 1
+        return
+    data = base64.b64decode(answer.json()["data"][0]["b64_json"])
+    image = np.asarray(Image.open(io.BytesIO(data)), dtype=np.int16)
+    found["differences"].append(int(np.abs(image - alone).max()))
+
+
+async def load_round(
+    server: Server, stack: str, alone: list[np.ndarray], *, repeats: int, hostile: bool = False
+) -> dict[str, Any]:
+    """Run all clients at the same time, and return what they got and how long it took."""
+    found: dict[str, Any] = {"seconds": [], "differences": [], "codes": {}}
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(
+        base_url=server.address, timeout=300, limits=limits, trust_env=False
+    ) as http:
+        stop = asyncio.Event()
+        others = [asyncio.create_task(watch(server, stop))]
+        if hostile:
+            others += hostile_clients(server, stop, found)
+            await asyncio.sleep(1)
+        started, before = time.perf_counter(), server.cpu_seconds()
+
+        async def run(index: int) -> None:
+            for _ in range(repeats):
+                await client(http, index, stack, alone[index], found)
+
+        await asyncio.gather(*(run(i) for i in range(CLIENTS)))
+        found["total"] = time.perf_counter() - started
+        found["cpu"] = [b - a for a, b in zip(before, server.cpu_seconds(), strict=True)]
+        stop.set()
+        await asyncio.gather(*others)
+        found["ready"] = (await http.get("/ready")).status_code == 200
+    return found
+
+
+async def watch(server: Server, stop: asyncio.Event) -> None:
+    """Measure memory until the end of a round."""
+    while not stop.is_set():
+        server.measure()
+        await asyncio.sleep(0.1)
+
+
+def hostile_clients(
+    server: Server, stop: asyncio.Event, found: dict[str, Any]
+) -> list[asyncio.Task[None]]:
+    """Start clients that misuse the server, until the end of a round."""
+    kinds = {"slow_header": 24, "slow_reader": 16, "large_body": 4, "header_flood": 4, "cancel": 8}
+    found["hostile"] = dict.fromkeys(kinds, 0)
+
+    async def repeat(kind: str) -> None:
+        parts = urlsplit(server.address)
+        while not stop.is_set():
+            writer = None
+            with suppress(OSError, asyncio.IncompleteReadError):
+                reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+                await globals()[kind](reader, writer, stop)
+            found["hostile"][kind] += 1
+            if writer is not None:
+                writer.transport.abort()
+            await asyncio.sleep(0.2)
+
+    return [asyncio.create_task(repeat(kind)) for kind, n in kinds.items() for _ in range(n)]
+
+
+async def send(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(data)
+    await writer.drain()
+
+
+def head(length: int, more: str = "") -> bytes:
+    lines = (f"POST {PATH} HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+    return ("\r\n".join((*lines, f"Content-Length: {length}")) + f"\r\n{more}\r\n").encode()
+
+
+async def slow_header(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: asyncio.Event
+) -> None:
+    """Send a header byte by byte."""
+    for byte in head(10, "X-Pad: " + "x" * 2000):
+        if stop.is_set():
+            return
+        await send(writer, bytes([byte]))
+        await asyncio.sleep(0.5)
+
+
+async def slow_reader(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: asyncio.Event
+) -> None:
+    """Ask for the schema, and read a byte of it at a time."""
+    await send(writer, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
+    while not stop.is_set() and await reader.read(1):
+        await asyncio.sleep(0.2)
+
+
+async def large_body(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: asyncio.Event
+) -> None:
+    """Send a body of 50 MB."""
+    await send(writer, head(50 * 10**6))
+    for _ in range(50):
+        await send(writer, b" " * 10**6)
+    await reader.read(64)
+
+
+async def header_flood(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: asyncio.Event
+) -> None:
+    """Send headers without an end."""
+    await send(writer, b"GET / HTTP/1.1\r\n")
+    while not stop.is_set():
+        await send(writer, b"X-Flood: " + b"x" * 4000 + b"\r\n")
+
+
+async def cancel(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stop: asyncio.Event
+) -> None:
+    """Ask for images, and leave."""
+    body = json.dumps({"prompt": "a castle", "n": 2, "safegen": {"steps": 20}}).encode()
+    await send(writer, head(len(body)) + body)
+    await asyncio.sleep(random.uniform(0, 0.5))
+
+
+def summarize(name: str, found: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Return the figures of a round; each client must have the image of its seed."""
+    wrong = sum(each > TOLERANCE for each in found["differences"])
+    seconds = sorted(found["seconds"])
+    answered = len(found["differences"]) + sum(found["codes"].values())
+    return {
+        "round": name,
+        "requests": CLIENTS * repeats,
+        "lost": CLIENTS * repeats - answered,
+        "released": len(found["differences"]),
+        "swapped": wrong,
+        "largest difference": max(found["differences"], default=0),
+        "refused": found["codes"],
+        "images/s": round(len(seconds) / found["total"], 2),
+        "p50, s": round(seconds[len(seconds) // 2], 2),
+        "p95, s": round(seconds[int(0.95 * len(seconds))], 2),
+        "server, CPU ms": round(1000 * found["cpu"][0] / len(seconds), 1),
+        "worker, CPU ms": round(1000 * found["cpu"][1] / len(seconds), 1),
+        "ready": found["ready"],
+        **({"hostile": found["hostile"]} if "hostile" in found else {}),
+    }
+
+
+Loops = list[tuple[float, float]]
+"""Images per second and CPU ms per image of each plain loop."""
+
+
+def measure(folder: Path, out: Path, count: int, repeats: int) -> None:
     """Run the rounds; the figures so far are written after each turn of them."""
     torch.set_num_threads(1)
     model = load("mini", device="cpu")
