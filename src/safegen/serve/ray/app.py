@@ -22,6 +22,8 @@ from safegen.serve.service import ImageService
 
 INGRESS = "ingress"
 """Name of the deployment that runs the app."""
+ATTEMPTS = 2
+"""Attempts to load a stack before the start fails."""
 IMPORT_PATH = "safegen.serve.ray.app:build_from_file"
 """Where the configuration file of Ray Serve finds the application."""
 
@@ -82,7 +84,9 @@ def check_address(config: ServerConfig) -> None:
 def build_application(config: ServerConfig) -> Application:
     """Return the application of a server, for `ray.serve.run`."""
     stacks = [
-        serve.deployment(StackReplica, name=name, **options).bind(config, spec)
+        serve.deployment(
+            StackReplica, name=name, max_constructor_retry_count=ATTEMPTS, **options
+        ).bind(config, spec)
         for (name, options), spec in zip(stack_options(config).items(), config.stacks, strict=True)
     ]
     ingress = serve.deployment(serve.ingress()(Ingress), name=INGRESS, **ingress_options(config))

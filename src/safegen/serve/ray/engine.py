@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from ray.exceptions import TaskCancelledError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
@@ -24,6 +25,8 @@ from safegen.serve.ray.replica import Reply
 
 logger = logging.getLogger(__name__)
 CountReplicas = Callable[[], Mapping[str, int]]
+CANCEL_SECONDS = 0.5
+"""Seconds within which the cancellation of a request follows that of its calls."""
 STATUS_SECONDS = 1.0
 """Seconds between two looks at the state of the replicas."""
 
@@ -182,6 +185,10 @@ class RayEngine:
             raise EngineFaultError("Ray has cancelled the request") from error
         except BackPressureError as error:
             raise QueueFullError(self.config.max_queue, self._retry_after()) from error
+        except TaskCancelledError as error:
+            # If the client left, Ray cancels its calls first, and the request itself after them.
+            await asyncio.sleep(CANCEL_SECONDS)
+            raise EngineFaultError("Ray has cancelled the request") from error
         except Exception as error:
             logger.warning("a replica failed: %s", type(error).__name__)
             raise EngineFaultError(f"the replica failed: {type(error).__name__}") from error
