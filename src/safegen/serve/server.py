@@ -24,13 +24,15 @@ from safegen.serve.engine.local import LocalEngine
 from safegen.serve.engine.pool import OnBatch
 from safegen.serve.operations.logs import log_config
 from safegen.serve.operations.metrics import Metrics
-from safegen.serve.operations.protocol import GRACE, KEEP_ALIVE, build_protocol
+from safegen.serve.operations.protocol import KEEP_ALIVE, build_protocol
 from safegen.serve.service import ImageService
 
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 BACKLOG_SECONDS = 0.05
 """Seconds to accept the connections that wait when the server stops."""
+WRITE_SECONDS = 5.0
+"""Seconds after the drain in which the last answers are written."""
 OnReady = Callable[[str], None]
 """Called with the address once requests are answered."""
 
@@ -132,9 +134,7 @@ class ImageServer(uvicorn.Server):
                 server_header=False,
                 h11_max_incomplete_event_size=limits.header_bytes,
                 timeout_keep_alive=math.ceil(KEEP_ALIVE),
-                timeout_graceful_shutdown=math.ceil(
-                    config.drain_timeout + limits.write_seconds + 2 * GRACE
-                ),
+                timeout_graceful_shutdown=math.ceil(config.drain_timeout + WRITE_SECONDS),
             )
         )
         self.settings, self._on_ready = config, on_ready

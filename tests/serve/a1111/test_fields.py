@@ -180,7 +180,7 @@ INFO = {
     "is_using_inpainting_conditioning": bool,
     "version": str,
 }
-"""Names and types in A1111's `Processed.js`, which strict clients such as sd-backend-client need."""
+"""Names and types in A1111's `Processed.js`, which sd-backend-client checks."""
 
 
 def test_info_has_the_names_and_types_of_a1111(client):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import socket
+import time
 
 import httpx2
 import numpy as np
@@ -152,6 +154,24 @@ def test_a_form_without_its_fields_is_refused(address, request_settings):
     answer = httpx2.post(f"{address}/v1/images/edits", **request_settings)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_in_its_upload_is_no_fault_of_the_server(address, caplog):
+    head = (
+        "POST /v1/images/edits HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+        '--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nabc'
+    )
+    with caplog.at_level("INFO", "safegen.serve"):
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as channel:
+            channel.sendall(head.encode())
+            time.sleep(0.1)
+        until = time.monotonic() + 5
+        while "request" not in caplog.messages and time.monotonic() < until:
+            time.sleep(0.02)
+    (record,) = [r for r in caplog.records if r.name.startswith("safegen.serve")]
+    assert record.fields["status"] == 499
+    assert httpx2.get(f"{address}/health").status_code == 200
 
 
 def test_brackets_make_objects():

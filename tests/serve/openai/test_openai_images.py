@@ -5,8 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import threading
+import time
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -17,6 +21,7 @@ openai = pytest.importorskip("openai")
 
 from safegen.serve.config import RequestLimits, ServerConfig  # noqa: E402
 from safegen.serve.messages import StackInfo  # noqa: E402
+from safegen.serve.openai import responses  # noqa: E402
 from tests.serve.conftest import STACK, FakeEngine, picture, serving  # noqa: E402
 
 OTHER = StackInfo("other", "mini", "c" * 64, guards=STACK.guards, size=(64, 64))
@@ -295,3 +300,51 @@ def test_models_are_the_stacks(client):
     assert [model.id for model in client.models.list()] == ["safe", "other"]
     found = client.models.retrieve("other")
     assert (found.id, found.object, found.owned_by) == ("other", "model", "safegen")
+
+
+def test_the_server_answers_others_while_it_encodes(images, address, monkeypatch):
+    encode = responses.encode_outcome
+    encoding = threading.Event()
+
+    def encode_slowly(*arguments):
+        encoding.set()
+        time.sleep(1)
+        return encode(*arguments)
+
+    monkeypatch.setattr(responses, "encode_outcome", encode_slowly)
+    work = threading.Thread(target=images.generate, kwargs={"prompt": "a castle"})
+    work.start()
+    assert encoding.wait(10)
+    started = time.monotonic()
+    assert httpx2.get(f"{address}/health").status_code == 200
+    assert time.monotonic() - started < 0.7
+    work.join(10)
+
+
+def test_a_stored_image_needs_no_token_and_nothing_else_does_without(tmp_path):
+    tokens, token = tmp_path / "tokens.toml", "alice-" + "a" * 20
+    tokens.write_text(f'[alice]\ntoken = "{token}"\nstacks = ["safe"]\n')
+    tokens.chmod(0o600)
+    config = ServerConfig(stacks=("fake",), token_file=tokens)
+    with (
+        serving(config, FakeEngine((STACK, OTHER))) as address,
+        openai.OpenAI(api_key=token, base_url=f"{address}/v1", max_retries=0, timeout=20) as client,
+    ):
+        assert [model.id for model in client.models.list()] == ["safe"]  # the client's own
+        with refusal(openai.NotFoundError, 404, code="model_not_found"):
+            client.images.generate(prompt="a castle", model="other")
+        url = client.images.generate(prompt="a castle", response_format="url").data[0].url
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert answer.status == 200
+        for path in ("/v1/models", "/v1/images/files", "/v1/images/generations"):
+            assert httpx2.get(address + path).status_code == 401
+
+
+def test_the_example_of_the_page_runs(address, tmp_path, monkeypatch):
+    page = Path(__file__).parents[3] / "docs" / "how-to" / "serve-openai.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("http://127.0.0.1:8188", address), {})
+    for i, seed in enumerate((7, 8)):
+        image = Image.open(io.BytesIO(Path(f"{i}.png").read_bytes()))
+        assert (pixels(image) == pixels(picture(seed))).all()

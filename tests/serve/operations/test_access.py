@@ -102,6 +102,15 @@ def test_a_client_gets_only_its_own_stacks(guarded):
     assert ["second" in str(model) for model in models] == [True]
 
 
+def test_the_address_of_an_image_is_its_token(guarded):
+    answer = generate(guarded, bearer(ALICE), response_format="url").json()
+    url = answer["data"][0]["url"]
+    assert len(url.rpartition("/")[2]) >= 22  # 128 random bits
+    assert httpx2.get(url).headers["content-type"] == "image/png"
+    assert httpx2.get(url[:-1]).status_code == 404
+    assert httpx2.post(url).status_code == 401
+
+
 def test_requests_and_images_beyond_the_limit_get_429_with_the_time_to_wait(guarded):
     assert generate(guarded, bearer(BOB), n=4).status_code == 400  # never possible
     assert generate(guarded, bearer(BOB), n=3).status_code == 200

@@ -219,10 +219,11 @@ def test_a_reader_names_the_line_that_is_damaged(path):
     assert read_audit_log(path) == [{"n": 1}]
 
 
-def test_every_line_parses_after_kills_while_it_is_written(path):
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_every_line_parses_after_kills_while_it_is_written(path, kills):
     command = [sys.executable, "-c", WRITER, str(path)]
     rng, counts = random.Random(1), []
-    for _ in range(6):
+    for _ in range(kills):
         writer = subprocess.Popen(
             command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}
         )

@@ -91,13 +91,15 @@ def test_what_is_not_done_when_the_time_is_over_is_answered_with_503():
 
 def test_the_second_signal_stops_at_once():
     with process(slow_seconds=30) as (server, address):
-        post_slow(address, 3)
+        threads, _ = post_slow(address, 3)
         time.sleep(0.3)
         server.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         assert server.poll() is None
         server.send_signal(signal.SIGTERM)
         assert server.wait(3) == 128 + signal.SIGTERM
+        for thread in threads:
+            thread.join()
 
 
 class SlowStart(FakeEngine):

@@ -91,8 +91,8 @@ def test_a_wrong_token_file_is_explained_in_one_line_that_quotes_no_token(tmp_pa
 
 
 def test_a_file_that_others_can_read_gives_a_warning(tmp_path):
-    path = write(tmp_path / "t.toml", f'[alice]\ntoken = "{TOKEN}"\n', 0o640)
-    with pytest.warns(SafegenWarning, match="can be read by other users. Run: chmod 600"):
+    path = write(tmp_path / "t.toml", f'[alice]\ntoken = "{TOKEN}"\n', 0o644)
+    with pytest.warns(SafegenWarning, match="can be read by every user. Run: chmod o="):
         read_token_file(path)
 
 

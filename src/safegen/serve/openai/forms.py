@@ -10,8 +10,10 @@ from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
 
 from safegen.core.errors import ConfigError
+from safegen.serve.http import ClientLeftError
 from safegen.serve.images import flatten, mask_from_alpha, read_upload, to_png
 from safegen.serve.messages import StartImage
 
@@ -67,15 +69,19 @@ async def read_form(request: Request) -> EditForm:
     Raises:
         HTTPException: it is no valid form, or has too many fields.
         ConfigError: a field is both a value and an object.
+        ClientLeftError: the client left.
     """
     found = EditForm()
-    async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                data = await value.read()
-                found.files.setdefault(name.removesuffix("[]"), []).append(data)
-            elif value or name == "prompt":
-                add_field(found.fields, name, value)
+    try:
+        async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    data = await value.read()
+                    found.files.setdefault(name.removesuffix("[]"), []).append(data)
+                elif value or name == "prompt":
+                    add_field(found.fields, name, value)
+    except ClientDisconnect as error:
+        raise ClientLeftError from error
     return found
 
 

@@ -78,7 +78,7 @@ class Clients:
 
 
 def read_token_file(path: Path) -> Clients:
-    """Return the clients of a token file. A file that other users can read gives a warning.
+    """Return the clients of a token file. A file that everybody can read gives a warning.
 
     Raises:
         FileError: the file is missing or invalid. The message quotes no token.
@@ -86,9 +86,9 @@ def read_token_file(path: Path) -> Clients:
     tables = read_toml(path)
     if not tables:
         raise FileError(f"{str(path)!r} must have a table per client, got none")
-    if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+    if path.stat().st_mode & stat.S_IROTH:
         warnings.warn(
-            f"{str(path)!r} can be read by other users. Run: chmod 600 {path}",
+            f"{str(path)!r} can be read by every user. Run: chmod o= {path}",
             SafegenWarning,
             stacklevel=2,
         )
