@@ -17,7 +17,7 @@ from safegen.serve.app import build_app
 from safegen.serve.config import ServerConfig, is_loopback, read_config
 from safegen.serve.operations.logs import log_config
 from safegen.serve.ray.engine import RayEngine
-from safegen.serve.ray.replica import StackReplica
+from safegen.serve.ray.replica import CONCURRENT_BATCHES, StackReplica
 from safegen.serve.service import ImageService
 
 INGRESS = "ingress"
@@ -114,7 +114,7 @@ def stack_options(config: ServerConfig) -> dict[str, dict[str, Any]]:
     else:
         options["num_replicas"] = config.workers
     options |= {
-        "max_ongoing_requests": 2 * config.max_batch_size,  # one batch runs, the next one gathers
+        "max_ongoing_requests": CONCURRENT_BATCHES * config.max_batch_size,
         "max_queued_requests": config.max_queue,
         "ray_actor_options": {"num_cpus": ray.num_cpus, "num_gpus": ray.num_gpus},
     }
