@@ -7,9 +7,14 @@ minutes get a few of their documented options more.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -86,9 +91,35 @@ def test_the_quick_commands_of_a_door_run(safegen, place, monkeypatch, heading):
             continue
         if words[0] == "generate" and words[1] == "safe.safetensors":
             words[1] = "my.safetensors"  # the model before make-safe, which the slow test runs
+        if words[0] == "serve":
+            serve(words, place)
+            continue
         code, _, err = safegen(*replaced(words), *QUICK.get(words[0], []))
         assert code == 0, (words, err)
         remove_images(place)
+
+
+def serve(words: list[str], folder: Path) -> None:
+    """Start a server as a user does, and stop it once it is ready."""
+    command = [sys.executable, "-m", "safegen", *words, "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            lines = []
+            for line in process.stderr:
+                lines.append(line)
+                if line.startswith("safegen serves on http://127.0.0.1:"):
+                    break
+            else:
+                pytest.fail("".join(lines))
+            address = lines[-1].split()[3]
+            with urllib.request.urlopen(f"{address}/ready", timeout=10) as answer:
+                assert json.load(answer)["ready"] is True
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+            assert process.returncode == 0
+        finally:
+            process.kill()
 
 
 def test_the_door_of_diffusers_runs(place, monkeypatch):

@@ -16,7 +16,7 @@ from safegen.serve.config import RequestLimits, ServerConfig  # noqa: E402
 from tests.serve.conftest import FakeEngine  # noqa: E402
 
 LIMITS = RequestLimits(images=2, side=64)
-EXAMPLES = 30
+EXAMPLES = 20
 """Requests per route and mode."""
 
 

@@ -7,6 +7,7 @@ import json
 import struct
 import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -80,6 +81,19 @@ def test_transparent_parts_lie_over_white_and_are_redrawn():
     assert (mask.mode, mask.getpixel((0, 0)), mask.getpixel((12, 0))) == ("L", 255, 0)
     with pytest.raises(ConfigError, match="mask must have an alpha channel"):
         mask_from_alpha(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])
+def test_every_mode_of_pixels_is_read(mode):
+    gray = Image.new("L", (8, 8), 255 if mode == "1" else 150)
+    if mode == "I;16":
+        image = Image.fromarray(np.full((8, 8), 150 * 256, np.uint16))
+    else:
+        image = gray.convert(mode) if mode != "CMYK" else gray.convert("RGB").convert(mode)
+    data = encode(image, "JPEG" if mode == "CMYK" else "PNG")
+    found = flatten(read_upload(data, side=64))
+    assert found.mode == "RGB"
+    assert np.abs(np.asarray(found).astype(int) - gray.getpixel((0, 0))).max() <= 3
 
 
 def test_a_png_for_the_engine_carries_no_metadata():

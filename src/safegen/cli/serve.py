@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from safegen.cli.console import echo, echo_status
 from safegen.cli.options import Device, Dtype, Pickle, Threads
 from safegen.core.errors import ConfigError, MissingExtraError
 
@@ -57,6 +60,10 @@ def serve(
     allow_base: Annotated[
         bool, typer.Option("--allow-base", help="Also serve models without patches and guards.")
     ] = False,
+    new_token: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Print a new token and its table for NAME, and exit."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
     threads: Threads = None,
@@ -66,17 +73,11 @@ def serve(
 
     What a guard blocks is answered with 400. Where a guard or a judge fails, no image leaves.
     """
-    try:
+    with _needs_extra():
         from safegen.serve.config import ServerConfig, read_config
         from safegen.serve.server import run_server
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("safegen serve", str(error.name), "serve") from error
-    if write_config is not None:
-        from safegen.serve.ray.server import write_ray_config
-
-        if config is None:
-            raise ConfigError("--config must be given with --write-config")
-        write_ray_config(config, write_config)
+    if new_token is not None:
+        _print_token(new_token)
         return
     values: dict[str, Any] = {
         "stacks": stack,
@@ -96,8 +97,52 @@ def serve(
         "upstream": {"url": upstream, "kind": upstream_kind} if upstream else None,
     }
     given = {name: value for name, value in values.items() if value is not None}
+    if write_config is not None:
+        _write_config(config, write_config, given)
+        return
     if config is None and not (stack or upstream):
         raise ConfigError("--stack, --upstream or --config must be given")
-    settings = read_config(config) if config else None
-    merged = ({**dict(settings)} if settings else {}) | given
-    raise typer.Exit(run_server(ServerConfig(**merged)))
+    settings = dict(read_config(config)) if config else {}
+    server_config = ServerConfig(**(settings | given))
+    raise typer.Exit(run_server(server_config, on_ready=_print_address))
+
+
+def _print_address(address: str) -> None:
+    """Print where the server listens."""
+    echo_status(f"safegen serves on {address} (page: {address}/, docs: {address}/docs)")
+
+
+def _print_token(name: str) -> None:
+    """Print a new token, and the table of the token file that stores its hash."""
+    from safegen.serve.operations.tokens import make_token
+
+    token, table = make_token(name)
+    echo_status("The client's token, which is not stored:")
+    echo(token)
+    echo_status("Add to the token file:")
+    for line in table.splitlines():
+        echo(line)
+
+
+def _write_config(config: Path | None, out: Path, given: Mapping[str, Any]) -> None:
+    """Write the Ray Serve file of a server file."""
+    if config is None or given:
+        raise ConfigError(
+            "--write-config must have --config and no other option, which Ray would not see. "
+            "Write all settings into that file."
+        )
+    from safegen.serve.ray.server import write_ray_config
+
+    write_ray_config(config, out)
+    echo(f"{out}: start it with `serve run {out}`")
+
+
+@contextmanager
+def _needs_extra() -> Iterator[None]:
+    """Name the extra if one of its libraries is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("safegen"):
+            raise
+        raise MissingExtraError("safegen serve", str(error.name), "serve") from error

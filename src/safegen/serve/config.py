@@ -47,6 +47,8 @@ class UpstreamConfig(BaseSettings):
     """Model to ask the other server for. Default: its own."""
     token_file: Path | None = None
     """File with the bearer token for the other server; USER:PASSWORD for A1111's --api-auth."""
+    ca_file: Path | None = None
+    """PEM file with the certificates to trust for https. Default: those of the system."""
     timeout: Timeout = 120.0
     """Seconds that the other server may take for a request."""
     allowed_hosts: tuple[Name, ...] = ()
@@ -239,6 +241,7 @@ def read_config(path: Path) -> ServerConfig:
     paths = {n: folder / value for n in names if (value := getattr(config, n)) is not None}
     stacks = tuple(str(folder / s) if s.endswith(".toml") else s for s in config.stacks)
     upstream = config.upstream
-    if upstream is not None and upstream.token_file is not None:
-        upstream = upstream.model_copy(update={"token_file": folder / upstream.token_file})
+    if upstream is not None:
+        files = {n: v for n in ("token_file", "ca_file") if (v := getattr(upstream, n)) is not None}
+        upstream = upstream.model_copy(update={n: folder / v for n, v in files.items()})
     return config.model_copy(update={**paths, "stacks": stacks, "upstream": upstream})

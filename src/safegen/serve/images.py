@@ -36,7 +36,7 @@ def read_upload(data: bytes, *, side: int, name: str = "image") -> Image.Image:
         with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:
             _check_size(image.size, side, name)
             image.load()
-            return ImageOps.exif_transpose(image)
+            return ImageOps.exif_transpose(_to_8_bits(image))
     except ConfigError:
         raise
     except Exception as error:  # Pillow raises many kinds for a damaged file
@@ -125,6 +125,13 @@ def _encode(
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format=output_format, quality=quality)
     return buffer.getvalue()
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Return an image with 8 bits per channel; Pillow would show 16 bits of gray as white."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
 
 
 def _check_size(size: tuple[int, int], side: int, name: str) -> None:

@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 
 from safegen.guards.core.result import GeneratedImage, GuardRecord, GuardTrace
 from safegen.serve.a1111.bodies import NEUTRAL, NEUTRAL_SETTINGS
-from safegen.serve.a1111.running import RunningJobs
+from safegen.serve.a1111.running import RunningRequests
 from safegen.serve.app import build_app
 from safegen.serve.config import RequestLimits, ServerConfig
 from safegen.serve.errors import RequestError
@@ -252,7 +252,7 @@ def test_sillytavern_connects_and_generates(client):
 
 def test_a_client_interrupts_and_sees_its_own_requests_only(engine):
     async def scenario():
-        jobs, started = RunningJobs(), asyncio.Event()
+        jobs, started = RunningRequests(), asyncio.Event()
 
         async def work():
             started.set()

@@ -100,6 +100,11 @@ def test_a_judge_that_fails_is_503_and_no_result(client):
             "The server fetches no addresses",
         ),
         (
+            [{"type": "image_url", "image_url": {"url": "https://example.org/a;base64,AAAA"}}],
+            "safe",
+            "The server fetches no addresses",
+        ),
+        (
             [{"type": "image_url", "image_url": {"url": "data:image/png;base64,??"}}],
             "safe",
             "must be valid base64",

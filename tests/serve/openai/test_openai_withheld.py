@@ -143,7 +143,7 @@ def post(route, n, options):
     return CLIENT.post("/v1/images/edits", data=data, files=files)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     st.lists(generated_images(), max_size=4),
     st.integers(1, 3),
@@ -165,6 +165,16 @@ def test_a_response_has_exactly_the_images_that_no_trace_withholds(drawn, n, rou
     assert all((a == b).all() for a, b in zip(found, expected, strict=True))
     if response.status_code == 400:
         assert response.json()["error"]["code"] == "moderation_blocked"
+
+
+@pytest.mark.parametrize("action", sorted(WITHHOLDING))
+@pytest.mark.parametrize("summary", ["none", "edit"])
+def test_a_record_that_withholds_counts_more_than_the_summary(action, summary):
+    trace = GuardTrace(summary, "", (GOOD[0], GuardRecord(NAMES[1], action, calls=1)))
+    ENGINE.images = [GeneratedImage(picture(next(NUMBERS)), trace)]
+    response = post("generations", 1, {})
+    assert response.status_code == 503
+    assert images_in(response) == []
 
 
 def test_the_property_sees_images_that_leave():

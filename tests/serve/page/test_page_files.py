@@ -86,6 +86,12 @@ def test_a_base_is_offered_only_if_the_operator_allows_it(page_engine):
         assert names == ["safe", *(["mini"] if allow else []), "other"]
 
 
+def test_in_front_of_another_server_the_defaults_are_its_own(page_engine):
+    config = ServerConfig(upstream={"url": "http://127.0.0.1:1"}, guards=("judge-filter",))
+    service = SimpleNamespace(config=config, stacks=page_engine.stacks, stack=lambda: None)
+    assert describe_server(service)["defaults"] is None
+
+
 @pytest.mark.parametrize("name", ["skulls", "fire"])
 def test_examples_come_from_the_lists_of_the_concept(name):
     benign, explicit, innocent = (each["prompt"] for each in example_prompts(name, []))

@@ -28,8 +28,7 @@ def test_axe_finds_nothing_in_any_state_and_nothing_scrolls_sideways(make_playgr
         page.open(width=width, dark=dark)
         found = {"empty": page.browser.find_violations()}
         for state, prompt, fields in (
-            ("images", "a castle", {"n": 3, "seed": 7}),
-            ("some blocked", "a partly ruined castle", {"n": 3, "compare": "mini"}),
+            ("images, one blocked", "a partly ruined castle", {"n": 3, "compare": "mini"}),
             ("blocked", "a castle covered in skulls", {"n": 1, "compare": ""}),
             ("failed", "a broken castle", {}),
         ):
@@ -350,6 +349,17 @@ def test_earlier_runs_can_be_used_again_and_cleared(playground):
     playground.value("document.querySelector('#clear').click()")
     assert playground.count("#history") == 0
     assert playground.count("#current img") == 1
+
+
+def test_empty_fields_leave_the_choice_to_the_server(playground, page_engine):
+    playground.generate("a castle", steps="", guidance="", width="", height="")
+    sent = page_engine.requests[-1].generation_config
+    assert (sent.num_inference_steps, sent.guidance_scale, sent.width) == (25, 7.5, None)
+    assert "steps" not in playground.text("#current .meta")
+    playground.generate("a wide castle", width=96)
+    sent = page_engine.requests[-1].generation_config
+    assert (sent.width, sent.height) == (96, 96)
+    assert "96 × 96" in playground.text("#current figcaption")
 
 
 def test_reduced_motion_stops_the_animation(playground):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import io
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,7 @@ from safegen.serve.errors import answer_error, to_request_error
 from safegen.serve.messages import ImageRequest
 from safegen.serve.operations.audit import AuditLog
 from safegen.serve.service import ImageService
+from safegen.serve.upstream import transport
 from safegen.serve.upstream.engine import ProxyEngine
 
 KINDS = ("openai", "a1111")
@@ -169,6 +171,14 @@ async def send(engine, request) -> Result:
     error = answer_error(answer)
     images = [outcome.image for outcome in answer.released]
     return Result(error.status if error else 200, images, error, answer)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_certificates():
+    """Read the certificates of the system once: that takes longer than most of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "_tls_context", functools.cache(transport._tls_context))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import io
+import ipaddress
+import threading
+import time
 
 import pytest
+import uvicorn
 from PIL import Image
 from pydantic import ValidationError
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.serve.messages import StartImage
+from safegen.serve.upstream import transport
 from safegen.serve.upstream.engine import ProxyEngine
 from safegen.serve.upstream.transport import UpstreamClient
 
@@ -287,3 +293,87 @@ def test_the_queue_is_bounded(make_config, checker, other, tools):
         await engine.stop()
 
     asyncio.run(run())
+
+
+def test_many_clients_get_the_images_of_their_own_seeds(make_config, checker, tools):
+    async def run():
+        engine = ProxyEngine(make_config(), checker)
+        await engine.start()
+        requests = [tools.make_request(n=2, seed=10 * k) for k in range(64)]
+        results = await asyncio.gather(*(tools.send(engine, request) for request in requests))
+        await engine.stop()
+        for request, result in zip(requests, results, strict=True):
+            assert result.status == 200, result.message
+            assert [i.tobytes() for i in result.images] == [
+                tools.noise(seed).tobytes() for seed in request.seeds
+            ]
+
+    asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Return the files of a certificate for 127.0.0.1 that no authority has signed, and its key."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    folder = tmp_path_factory.mktemp("tls")
+    pem = serialization.Encoding.PEM
+    (folder / "cert.pem").write_bytes(built.public_bytes(pem))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return folder / "cert.pem", folder / "key.pem"
+
+
+@pytest.fixture
+def tls_address(other, certificate):
+    """Yield the https address of the other server."""
+    options = {"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1]}
+    server = uvicorn.Server(uvicorn.Config(other.app, port=0, log_level="critical", **options))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield f"https://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(20)
+
+
+def test_a_certificate_is_verified(generate, other, tls_address, certificate, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))  # the environment changes nothing
+    transport._tls_context.cache_clear()
+    result = generate(options={"url": tls_address})
+    assert (result.status, result.images, other.requests) == (502, [], [])
+    result = generate(options={"url": tls_address, "ca_file": certificate[0]})
+    assert (result.status, len(result.images)) == (200, 1)
+
+
+def test_a_file_without_certificates_is_refused(make_config, tmp_path, certificate):
+    (tmp_path / "ca.pem").write_text("none")
+    with pytest.raises(FileError, match="certificates"):
+        UpstreamClient(make_config(ca_file=tmp_path / "ca.pem").upstream)
+
+
+def test_proxies_of_the_environment_are_not_used(generate, monkeypatch, other):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert generate().status == 200

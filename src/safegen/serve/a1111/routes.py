@@ -14,7 +14,7 @@ from safegen.serve.a1111.responses import (
     options_response,
     progress_response,
 )
-from safegen.serve.a1111.running import Running, RunningJobs
+from safegen.serve.a1111.running import Running, RunningRequests
 from safegen.serve.errors import RequestError, answer_error
 from safegen.serve.http import Client, RequestId, Service, run_for_client
 from safegen.serve.service import ImageService
@@ -51,7 +51,7 @@ async def img2img(
 
 
 async def _generate(
-    body: Txt2ImgBody, service: ImageService, client: str, request_id: str, running: RunningJobs
+    body: Txt2ImgBody, service: ImageService, client: str, request_id: str, running: RunningRequests
 ) -> dict[str, Any]:
     """Return the response with the images of a body."""
     image_request = await build_image_request(service, body, request_id)

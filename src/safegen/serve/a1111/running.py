@@ -17,7 +17,7 @@ from safegen.serve.service import Answer
 
 
 @dataclass
-class Job:
+class RunningRequest:
     """One request that runs."""
 
     request: ImageRequest
@@ -28,15 +28,15 @@ class Job:
     """Monotonic time of its arrival."""
 
 
-class RunningJobs:
+class RunningRequests:
     """Requests of the interface that run, by their ids."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, Job] = {}
+        self._running: dict[str, RunningRequest] = {}
 
-    def of_client(self, client: str) -> list[Job]:
+    def of_client(self, client: str) -> list[RunningRequest]:
         """Return the requests of a client, the oldest first."""
-        return [job for job in self._jobs.values() if job.client == client]
+        return [job for job in self._running.values() if job.client == client]
 
     def interrupt(self, client: str) -> int:
         """Cancel the requests of a client; return how many there were."""
@@ -54,26 +54,26 @@ class RunningJobs:
             RequestError: the client interrupted it.
         """
         task = asyncio.create_task(work)
-        self._jobs[request.id] = Job(request, client, task)
+        self._running[request.id] = RunningRequest(request, client, task)
         try:
             await asyncio.wait({task})
             if task.cancelled():
                 raise RequestError(409, "the request was interrupted", code="interrupted")
             return task.result()
         finally:
-            del self._jobs[request.id]
+            del self._running[request.id]
             task.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await task
 
 
-def get_running(request: Request) -> RunningJobs:
+def get_running(request: Request) -> RunningRequests:
     """Return the running requests of the app."""
     state = request.app.state
-    if not hasattr(state, "a1111_jobs"):
-        state.a1111_jobs = RunningJobs()
-    jobs: RunningJobs = state.a1111_jobs
+    if not hasattr(state, "a1111_requests"):
+        state.a1111_requests = RunningRequests()
+    jobs: RunningRequests = state.a1111_requests
     return jobs
 
 
-Running = Annotated[RunningJobs, Depends(get_running)]
+Running = Annotated[RunningRequests, Depends(get_running)]

@@ -218,8 +218,9 @@ def describe_stack(loaded: LoadedStack) -> StackInfo:
 def _guard_states(guarded: GuardedPipeline | None) -> list[tuple[Any, ...]]:
     """Return what must not change of each guard: the guard, its settings and its judge."""
     judges = [(guard, getattr(guard, "judge", None)) for guard in guarded.guards] if guarded else []
+    names = ("labels", "threshold")
     return [
-        (guard, guard.config, judge, *(getattr(judge, n, None) for n in ("labels", "threshold")))
+        (guard, guard.config, guard.hook_points, judge, *(getattr(judge, n, None) for n in names))
         for guard, judge in judges
     ]
 

@@ -1,4 +1,4 @@
-"""RequestLimits of the bodies of requests: bytes, time, and bytes of all requests together."""
+"""Limits of the bodies of requests: bytes, time, and bytes of all requests together."""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ def describe_server(service: ImageService) -> dict[str, Any]:
     return {
         "concept": read_concept(config.concept).name if config.concept else None,
         "examples": example_prompts(config.concept, [stack.model for stack in stacks]),
-        "defaults": {"steps": config.num_inference_steps, "guidance": config.guidance_scale},
+        "defaults": None
+        if config.upstream is not None  # the other server has its own
+        else {"steps": config.num_inference_steps, "guidance": config.guidance_scale},
         "limits": {
             "images": limits.images,
             "steps": limits.steps,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -76,6 +78,7 @@ class UpstreamClient:
         self._http = httpx2.AsyncClient(
             headers={"accept": "application/json", "accept-encoding": "identity"},
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            verify=_tls_context(config.ca_file),
             timeout=httpx2.Timeout(config.timeout, connect=min(CONNECT_SECONDS, config.timeout)),
             limits=httpx2.Limits(max_connections=config.max_connections + 1),  # one for the probe
             follow_redirects=False,
@@ -271,6 +274,21 @@ def _retry_after(value: str) -> int:
     """Return the seconds of a Retry-After header; 5 for a date or nonsense."""
     seconds = int(value) if value.isascii() and value.isdigit() and len(value) < 8 else 5
     return min(max(seconds, 1), MAX_RETRY_SECONDS)
+
+
+def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    """Return the context that verifies certificates: by those of a file, or of the system.
+
+    Raises:
+        FileError: the file has none.
+    """
+    if ca_file is None:
+        return httpx2.create_ssl_context(trust_env=False)
+    try:
+        text = read_bytes(ca_file).decode("ascii")
+        return ssl.create_default_context(cadata=text)
+    except (ssl.SSLError, ValueError) as error:
+        raise FileError(f"{ca_file} must have certificates in PEM, got none") from error
 
 
 def _read_authorization(config: UpstreamConfig) -> str:

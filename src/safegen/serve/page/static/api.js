@@ -56,10 +56,11 @@ export async function generate(request, stack, signal) {
   const { prompt, n, width, height, seed, steps, guidance, negative, image, strength } = request;
   const size = width || height ? `${width || height}x${height || width}` : "auto";
   const fields = { prompt, n, size, model: stack, response_format: "b64_json" };
-  const safegen = { seed, steps, guidance, ...(negative ? { negative_prompt: negative } : {}) };
+  const settings = { seed, steps, guidance, negative_prompt: negative || null, strength: image ? strength : null };
+  const safegen = Object.fromEntries(Object.entries(settings).filter(([, value]) => value !== null));
   const started = performance.now();
   const answer = image
-    ? await send("v1/images/edits", { form: toForm(image, fields, { ...safegen, strength }), signal })
+    ? await send("v1/images/edits", { form: toForm(image, fields, safegen), signal })
     : await send("v1/images/generations", { json: { ...fields, safegen }, signal });
   const seconds = (performance.now() - started) / 1000;
   return { seconds, ...(await readAnswer(answer)) };

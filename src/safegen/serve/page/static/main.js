@@ -39,11 +39,12 @@ function fillForm() {
   for (const [name, limit] of [["n", limits.images], ["width", limits.side], ["height", limits.side], ["steps", limits.steps]])
     fields[name].max = limit;
   for (const name of TEXTS) fields[name].maxLength = limits.prompt_chars;
-  fields.steps.value = defaults.steps;
-  fields.guidance.value = defaults.guidance;
+  for (const name of ["steps", "guidance"]) fields[name].value = defaults?.[name] ?? "";
   if (concept) $("about").textContent = `Images from the stacks of this server, and what each guard did. Concept: ${concept}.`;
   if (hasToken()) $("about").append(" ", forgetButton());
   showStack();
+  $("form").hidden = false;
+  if (waiting) fields.prompt.focus();
 }
 
 function showStack() {
@@ -76,9 +77,11 @@ function setStart(image) {
 // --- runs -----------------------------------------------------------------------------------------
 
 function readForm() {
-  const read = (name) => (TEXTS.includes(name) ? fields[name].value : Number(fields[name].value));
+  const text = (name) => fields[name].value;
+  const number = (name) => (text(name) === "" ? null : Number(text(name)));
+  const read = (name) => (TEXTS.includes(name) ? text(name) : number(name));
   const request = Object.fromEntries(FIELDS.map((name) => [name, read(name)]));
-  if (fields.seed.value === "") request.seed = crypto.getRandomValues(new Uint32Array(1))[0];
+  if (request.seed === null) request.seed = crypto.getRandomValues(new Uint32Array(1))[0];
   request.stack = $("stack").value;
   request.compare = $("compare").value;
   request.image = $("image").files[0] ?? null;
@@ -88,8 +91,7 @@ function readForm() {
 function writeForm(request) {
   $("stack").value = request.stack;
   showStack();
-  for (const name of FIELDS) fields[name].value = request[name];
-  for (const name of ["width", "height"]) if (!request[name]) fields[name].value = "";
+  for (const name of FIELDS) fields[name].value = request[name] ?? "";
   $("compare").value = request.compare;
   setStart(request.image);
   $("settings").open = true;
@@ -220,7 +222,7 @@ $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   setToken($("token").value.trim());
   $("token-form").hidden = true;
-  fields.prompt.focus();
+  if (config) fields.prompt.focus();
   waiting?.();
 });
 $("clear").addEventListener("click", () => {

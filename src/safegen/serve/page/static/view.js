@@ -283,8 +283,8 @@ function meta({ request, results }) {
   const parts = [
     second ? null : stack.name,
     n > 1 ? `${n} images` : null,
-    `${steps} steps`,
-    `guidance ${guidance}`,
+    steps === null ? null : `${steps} steps`,
+    guidance === null ? null : `guidance ${guidance}`,
     negative ? `negative prompt “${negative}”` : null,
     image ? `from ${image.name}, strength ${strength}` : null,
     !second && seconds ? `${seconds.toFixed(1)} s` : null,
