@@ -177,18 +177,16 @@ class RayEngine:
         """
         try:
             return await response
-        except asyncio.CancelledError as error:
+        except (asyncio.CancelledError, TaskCancelledError) as error:
             response.cancel()
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            raise EngineFaultError("Ray has cancelled the request") from error
-        except BackPressureError as error:
-            raise QueueFullError(self.config.max_queue, self._retry_after()) from error
-        except TaskCancelledError as error:
             # If the client left, Ray cancels its calls first, and the request itself after them.
             await asyncio.sleep(CANCEL_SECONDS)
             raise EngineFaultError("Ray has cancelled the request") from error
+        except BackPressureError as error:
+            raise QueueFullError(self.config.max_queue, self._retry_after()) from error
         except Exception as error:
             logger.warning("a replica failed: %s", type(error).__name__)
             raise EngineFaultError(f"the replica failed: {type(error).__name__}") from error
