@@ -1,6 +1,6 @@
 """Measure `safegen serve` by engine and replicas: throughput and latency at 16 clients.
 
-    python benchmarks/serve_ray.py --out serve_ray.json    # about 5 minutes on two quiet cores
+    python benchmarks/serve_ray.py --out serve_ray.json    # about 4 minutes on two quiet cores
 
 The miniature behind its judge, one thread per replica. Each server is started anew, answers a
 round that is not counted, and then a round in which every client sends its requests one after the
@@ -124,25 +124,50 @@ def memory(process: subprocess.Popen[bytes]) -> int:
     return sum(p.memory_full_info().pss for p in [parent, *parent.children(recursive=True)])
 
 
+def describe(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the runs as a page of results."""
+    columns = {
+        "engine": "engine",
+        "replicas": "workers or replicas",
+        "images_per_second": "images/s",
+        "p50_seconds": "p50, s",
+        "p95_seconds": "p95, s",
+        "busy": "CPU time in use",
+        "megabytes": "memory, MB",
+        "start_seconds": "start, s",
+    }
+    return {
+        "title": "Engines of the server",
+        "summary": "`safegen serve` with worker processes and with replicas of Ray: the miniature "
+        f"behind its judge, {STEPS} steps, one thread per worker, {CLIENTS} clients that send one "
+        "request after the other.",
+        "date": date.today().isoformat(),
+        "machine": f"CPU, {os.cpu_count()} cores, which also run the clients; fp32",
+        "command": "`python benchmarks/serve_ray.py`",
+        "n": f"{CLIENTS * REQUESTS} requests of one image per row",
+        "tables": [
+            {
+                "title": "Throughput and latency",
+                "text": "CPU time is that of all programs on the machine during the requests; "
+                "memory counts shared pages once.",
+                "columns": list(columns.values()),
+                "rows": [[run[name] for name in columns] for run in runs],
+            }
+        ],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--runs", default="ray:1,ray:2,ray:2,ray:1,local:1,local:2")
+    parser.add_argument("--runs", default="ray:1,local:1,ray:2,local:2")
     arguments = parser.parse_args()
     runs = []
     for run in arguments.runs.split(","):
         engine, _, replicas = run.partition(":")
         runs.append(measure(engine, int(replicas)))
         print(json.dumps(runs[-1]), flush=True)
-        document = {
-            "command": "python benchmarks/serve_ray.py",
-            "date": date.today().isoformat(),
-            "cpus": os.cpu_count(),
-            "clients": CLIENTS,
-            "steps": STEPS,
-            "runs": runs,
-        }
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(describe(runs), indent=1) + "\n")
 
 
 if __name__ == "__main__":
