@@ -183,6 +183,7 @@ class ImageServer(uvicorn.Server):
         tasks = [asyncio.create_task(self._abort_at_second_signal())]
         if has_started:
             timeout = self.settings.drain_timeout
+            logger.info("draining", extra={"fields": {"seconds": timeout}})
             tasks.append(asyncio.create_task(self.service.engine.drain(timeout)))
         try:
             await super().shutdown(sockets)

@@ -67,7 +67,7 @@ def test_a_signal_under_load_answers_every_accepted_request():
 
 def test_what_is_not_done_when_the_time_is_over_is_answered_with_503():
     with process(slow_seconds=30, drain_timeout=0.5) as (server, address):
-        kept = connect(address)
+        kept, probe = connect(address), connect(address)
         kept.sendall(b"GET /ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b'"ready":true' in read_until(kept, b"}")
         threads, found = post_slow(address, 12)
@@ -80,6 +80,9 @@ def test_what_is_not_done_when_the_time_is_over_is_answered_with_503():
         kept.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert b'"code":"draining"' in read_all(kept)
         kept.close()
+        probe.sendall(b"GET /ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"the server is being stopped" in read_all(probe)
+        probe.close()
         for thread in threads:
             thread.join()
         assert server.wait(10) == 0

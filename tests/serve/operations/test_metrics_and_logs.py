@@ -100,6 +100,7 @@ def test_the_log_is_json_lines_that_quote_a_prompt_only_if_the_operator_says_so(
         server.wait(10)
         reader.join(10)
     records = [json.loads(line) for line in lines]
+    assert [r["message"] for r in records if r["message"] != "request"] == ["ready", "draining"]
     ready = next(record for record in records if record["message"] == "ready")
     assert ready["address"] == address
     requests = [record for record in records if record["message"] == "request"]

@@ -136,6 +136,12 @@ def test_a_large_body_is_refused_by_its_length_before_it_is_sent(address):
         assert body["detail"] == "the body must have at most 1048576 bytes, got 50000000"
 
 
+def test_a_large_body_without_a_length_is_refused_when_it_becomes_too_large(address):
+    answer = httpx2.post(address + PATH, content=iter([b" " * 2**16] * 20), timeout=20)
+    assert answer.status_code == 413
+    assert answer.headers["connection"] == "close"
+
+
 def test_bodies_of_many_requests_are_limited_together(address, engine):
     def post(found, size):
         answer = httpx2.post(address + PATH, json={"prompt": "slow " * (size // 5)}, timeout=20)

@@ -43,7 +43,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def log_config(*, log_prompts: bool = False, level: str = "INFO") -> dict[str, Any]:
+def log_config(*, log_prompts: bool = False) -> dict[str, Any]:
     """Return the settings of `logging.config` that send all logs to stderr as JSON lines."""
     return {
         "version": 1,
@@ -57,5 +57,5 @@ def log_config(*, log_prompts: bool = False, level: str = "INFO") -> dict[str, A
             }
         },
         "root": {"handlers": ["stderr"], "level": "WARNING"},
-        "loggers": {name: {"level": level} for name in ("safegen", "uvicorn")},
+        "loggers": {"safegen": {"level": "INFO"}, "uvicorn": {"level": "WARNING"}},
     }

@@ -33,6 +33,8 @@ PIECE = 256 * 2**10
 """Most bytes of a response that are written at a time."""
 MAX_ID = 64
 """Most characters of a client's own request id that are logged."""
+PROBES = ("/health", "/ready", "/metrics")
+"""Routes that programs call all the time: their answers are logged only if they are not 200."""
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; "
     "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -88,7 +90,9 @@ class RequestMiddleware:
             seconds = time.monotonic() - started
             route, method = name_route(scope), scope["method"]
             self.service.metrics.count_request(route, method, response.status, seconds)
-            access_logger.info("request", extra={"fields": _log(scope, context, response, seconds)})
+            level = logging.DEBUG if route in PROBES and response.status == 200 else logging.INFO
+            fields = _log(scope, context, response, seconds)
+            access_logger.log(level, "request", extra={"fields": fields})
             CONTEXT.reset(reset)
 
     async def _run(self, scope: Scope, receive: Receive, response: _Response) -> None:

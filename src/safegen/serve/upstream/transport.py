@@ -23,6 +23,8 @@ from safegen.serve.messages import Stage
 
 CONNECT_SECONDS = 10.0
 """Most seconds until a connection is open."""
+KEEP_ALIVE_SECONDS = 2.0
+"""Seconds for which an unused connection stays open; uvicorn closes its own after 5."""
 MAX_ERROR_BYTES = 2**16
 """Most bytes that are read of an error."""
 MAX_PORT = 65_535
@@ -80,7 +82,10 @@ class UpstreamClient:
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             verify=_tls_context(config.ca_file),
             timeout=httpx2.Timeout(config.timeout, connect=min(CONNECT_SECONDS, config.timeout)),
-            limits=httpx2.Limits(max_connections=config.max_connections + 1),  # one for the probe
+            limits=httpx2.Limits(
+                max_connections=config.max_connections + 1,  # one for the probe
+                keepalive_expiry=KEEP_ALIVE_SECONDS,
+            ),
             follow_redirects=False,
             trust_env=False,
         )
