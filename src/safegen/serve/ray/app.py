@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from ray import serve
-from ray.serve import Application
-from ray.serve.handle import DeploymentHandle
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, MissingExtraError
 from safegen.serve.app import build_app
 from safegen.serve.config import ServerConfig, is_loopback, read_config
 from safegen.serve.operations.logs import log_config
 from safegen.serve.ray.engine import RayEngine
 from safegen.serve.ray.replica import CONCURRENT_BATCHES, StackReplica
 from safegen.serve.service import ImageService
+
+try:
+    from ray import serve
+    from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle
+except ImportError as error:
+    raise MissingExtraError("engine ray", "ray", "ray") from error
 
 INGRESS = "ingress"
 """Name of the deployment that runs the app."""

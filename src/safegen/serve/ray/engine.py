@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
-from ray.exceptions import TaskCancelledError
-from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, MissingExtraError
 from safegen.guards.core.result import GeneratedImage, GuardTrace
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import DrainingError, EngineFaultError, EngineState, QueueFullError
@@ -22,6 +19,13 @@ from safegen.serve.engine.process import JobFailure
 from safegen.serve.engine.worker import to_exception
 from safegen.serve.messages import ImageRequest, StackInfo
 from safegen.serve.ray.replica import Reply
+
+try:
+    from ray.exceptions import TaskCancelledError
+    from ray.serve.exceptions import BackPressureError
+    from ray.serve.handle import DeploymentHandle
+except ImportError as error:
+    raise MissingExtraError("engine ray", "ray", "ray") from error
 
 logger = logging.getLogger(__name__)
 CountReplicas = Callable[[], Mapping[str, int]]

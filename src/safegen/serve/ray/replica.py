@@ -11,12 +11,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ray import serve
-
+from safegen.core.errors import MissingExtraError
 from safegen.guards.core.result import GeneratedImage
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.process import JobFailure, open_stack, to_failure
 from safegen.serve.messages import ImageRequest, StackInfo
+
+try:
+    from ray import serve
+except ImportError as error:
+    raise MissingExtraError("engine ray", "ray", "ray") from error
 
 if TYPE_CHECKING:
     from PIL import Image
