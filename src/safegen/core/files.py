@@ -320,7 +320,11 @@ def display_name(name: str) -> str:
 
 
 def encode_image(
-    image: Image.Image, metadata: Mapping[str, Any], parameters: str | None = None
+    image: Image.Image,
+    metadata: Mapping[str, Any],
+    parameters: str | None = None,
+    *,
+    compress_level: int = 6,
 ) -> bytes:
     """Return a PNG with metadata under the text key `safegen`. Equal inputs give equal bytes.
 
@@ -328,6 +332,7 @@ def encode_image(
         image: the image.
         metadata: plain values.
         parameters: text for the key `parameters`, which web UIs read; see `parameters_text`.
+        compress_level: effort of the compression, in [0, 9].
     """
     from PIL.PngImagePlugin import PngInfo
 
@@ -335,5 +340,5 @@ def encode_image(
     info.add_text("safegen", json.dumps(metadata, sort_keys=True))
     if parameters is not None:
         info.add_text("parameters", parameters)
-    image.save(buffer, format="PNG", pnginfo=info)
+    image.save(buffer, format="PNG", pnginfo=info, compress_level=compress_level)
     return buffer.getvalue()

@@ -17,6 +17,8 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats of uploads, as Pillow names them."""
 BLACK, WHITE = 0, 255
+COMPRESS_LEVEL = 3
+"""Effort of the compression of PNGs: a third of the time of Pillow's 6, for a tenth more bytes."""
 
 
 def read_upload(data: bytes, *, side: int, name: str = "image") -> Image.Image:
@@ -121,7 +123,7 @@ def _encode(
             "request_id": answer.request.id,
             "seed": outcome.seed,
         }
-        return encode_image(image, metadata, parameters)
+        return encode_image(image, metadata, parameters, compress_level=COMPRESS_LEVEL)
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format=output_format, quality=quality)
     return buffer.getvalue()

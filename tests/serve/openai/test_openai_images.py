@@ -88,6 +88,13 @@ def test_images_come_in_the_order_of_their_seeds(images):
     assert response.created > 1.7e9
 
 
+def test_a_seed_beside_the_prompt_is_the_seed_as_other_servers_take_it(images):
+    response = images.generate(prompt="a castle", extra_body={"seed": 5})
+    assert response.safegen["images"][0]["seed"] == 5
+    with pytest.raises(openai.BadRequestError, match="must be the same"):
+        images.generate(prompt="a castle", extra_body={"seed": 5, "safegen": {"seed": 6}})
+
+
 def test_one_image_has_the_bytes_of_its_seed_in_a_batch(images):
     both = images.generate(prompt="a castle", n=2, extra_body={"safegen": {"seed": 1}})
     single = images.generate(prompt="a castle", extra_body={"safegen": {"seed": 2}})

@@ -252,6 +252,16 @@ def test_an_answer_that_does_not_account_for_its_images_shows_none(playground, b
     assert playground.count("#current img") == 0
 
 
+def test_an_image_in_the_body_of_an_error_is_never_shown(playground):
+    error = {"message": "the worker died", "code": "engine_failed"}
+    text = json.dumps({"error": error, "data": [PNG], "safegen": {"images": [ENTRY, None]}})
+    answer = f"new Response({json.dumps(text)}, {{status: 500}})"
+    playground.value(f"window.fetch = async () => {answer}; 0")
+    playground.generate("a castle")
+    assert "the worker died" in playground.text("#current").lower()
+    assert playground.count("#current img") == 0
+
+
 def test_the_image_of_such_an_answer_shows_once_it_is_accounted_for(playground):
     text = json.dumps(json.dumps({"data": [PNG], "safegen": {"images": [BLOCK, ENTRY]}}))
     playground.value(f"window.fetch = async () => new Response({text}); 0")

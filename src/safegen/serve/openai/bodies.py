@@ -92,6 +92,8 @@ class ImageBody(BaseModel):
     """Accepted without effect."""
     safety_identifier: str | None = None
     """Accepted without effect."""
+    seed: Seed | None = None
+    """`safegen.seed`, as vLLM-Omni and SGLang name it."""
     safegen: SafegenFields | None = None
     """Settings that OpenAI has no names for."""
 
@@ -115,6 +117,12 @@ class ImageBody(BaseModel):
         if self.stream and self.response_format == "url":
             text = "response_format must be b64_json with stream, got 'url'"
             raise invalid_field("response_format", text)
+        if None not in (self.seed, self.extras.seed) and self.seed != self.extras.seed:
+            raise invalid_field(
+                "seed",
+                f"seed and safegen.seed must be the same, got {self.seed} and {self.extras.seed}. "
+                "Leave one out.",
+            )
         if self.model and self.extras.stack and self.model != self.extras.stack:
             raise invalid_field(
                 "model",
@@ -127,6 +135,11 @@ class ImageBody(BaseModel):
     def extras(self) -> SafegenFields:
         """The object `safegen`; an empty one if it is left out."""
         return self.safegen or SafegenFields()
+
+    @property
+    def first_seed(self) -> int | None:
+        """Seed of the first image; None for a random one."""
+        return self.seed if self.extras.seed is None else self.extras.seed
 
     @property
     def stack(self) -> str | None:

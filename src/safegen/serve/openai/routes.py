@@ -130,7 +130,7 @@ def build_image_request(
         prompt=body.prompt,
         stack=body.stack,
         n=1 if body.n is None else body.n,
-        seed=extras.seed,
+        seed=body.first_seed,
         steps=extras.steps,
         guidance=extras.guidance,
         width=width,

@@ -21,6 +21,8 @@ TYPES = {
     "main.js": "text/javascript; charset=utf-8",
     "api.js": "text/javascript; charset=utf-8",
     "view.js": "text/javascript; charset=utf-8",
+    "refusal.js": "text/javascript; charset=utf-8",
+    "elements.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
 """Content types of the files of the page."""

@@ -1,7 +1,8 @@
 // The playground: the form, one run at a time, and the earlier runs.
 
 import { generate, getConfig, hasToken, setToken } from "./api.js";
-import { el, emptyState, finishedRun, pendingRun, stackPath, summarize } from "./view.js";
+import { el } from "./elements.js";
+import { emptyState, finishedRun, pendingRun, stackPath, summarize } from "./view.js";
 
 const KEEP = 40; // earlier runs, and so images, in memory
 const TEXTS = ["prompt", "negative"];
@@ -13,7 +14,7 @@ const fields = Object.fromEntries(FIELDS.map((name) => [name, $(name)]));
 
 let config = null;
 let current = null; // the finished run that the page shows as the answer
-let running = null; // {controller} of the run in progress
+let running = null; // AbortController of the run in progress
 let waiting = null; // what to do once there is a token
 const earlier = [];
 
@@ -27,7 +28,8 @@ async function start() {
     showNotice(body?.error?.message ?? "The server is not ready.");
     return setTimeout(start, 2000);
   }
-  if (status !== 200) return showNotice("The server does not answer.", start);
+  if (status !== 200)
+    return showNotice(body?.error?.message ?? "The server does not answer.", start);
   config = body;
   fillForm();
   showEmpty();
@@ -36,11 +38,18 @@ async function start() {
 function fillForm() {
   const { stacks, limits, defaults, concept } = config;
   $("stack").replaceChildren(...stacks.map(({ name }) => el("option", { value: name }, name)));
-  for (const [name, limit] of [["n", limits.images], ["width", limits.side], ["height", limits.side], ["steps", limits.steps]])
+  for (const [name, limit] of [
+    ["n", limits.images],
+    ["width", limits.side],
+    ["height", limits.side],
+    ["steps", limits.steps],
+  ])
     fields[name].max = limit;
   for (const name of TEXTS) fields[name].maxLength = limits.prompt_chars;
   for (const name of ["steps", "guidance"]) fields[name].value = defaults?.[name] ?? "";
-  if (concept) $("about").textContent = `Images from the stacks of this server, and what each guard did. Concept: ${concept}.`;
+  if (concept)
+    $("about").textContent =
+      `Images from the stacks of this server, and what each guard did. Concept: ${concept}.`;
   if (hasToken()) $("about").append(" ", forgetButton());
   showStack();
   $("form").hidden = false;
@@ -51,7 +60,8 @@ function showStack() {
   const stack = stackByName($("stack").value);
   $("path").replaceChildren(...stackPath(stack));
   const others = config.stacks.filter((each) => each !== stack && each.model === stack.model);
-  const option = ({ name, is_base }) => el("option", { value: name }, is_base ? `${name} (base model)` : name);
+  const option = ({ name, is_base }) =>
+    el("option", { value: name }, is_base ? `${name} (base model)` : name);
   $("compare").replaceChildren(el("option", { value: "" }, "nothing"), ...others.map(option));
   $("compare-field").hidden = others.length === 0;
   for (const [k, name] of ["width", "height"].entries()) fields[name].value = stack.size[k] || "";
@@ -74,7 +84,7 @@ function setStart(image) {
   showStart();
 }
 
-// --- runs -----------------------------------------------------------------------------------------
+// --- runs ------------------------------------------------------------------------------------
 
 function readForm() {
   const text = (name) => fields[name].value;
@@ -124,8 +134,15 @@ async function ask(request, stack, signal) {
   } catch (error) {
     const known = error.name === "AbortError";
     if (!known) console.error(error);
-    const message = known ? "You cancelled this request. No image of it is displayed." : "This page failed.";
-    return { stack, seconds: 0, tiles: [], error: { status: null, code: known ? "cancelled" : "page", message } };
+    const message = known
+      ? "You cancelled this request. No image of it is displayed."
+      : "This page failed.";
+    return {
+      stack,
+      seconds: 0,
+      tiles: [],
+      error: { status: null, code: known ? "cancelled" : "page", message },
+    };
   }
 }
 
@@ -153,13 +170,17 @@ function retire() {
 }
 
 function forget({ run: old, node }) {
-  for (const { tiles } of old.results) for (const { url } of tiles) if (url) URL.revokeObjectURL(url);
+  for (const { tiles } of old.results)
+    for (const { url } of tiles) if (url) URL.revokeObjectURL(url);
   node.remove();
 }
 
 function startClock(node) {
   const from = performance.now();
-  const timer = setInterval(() => (node.textContent = `${((performance.now() - from) / 1000).toFixed(1)} s`), 100);
+  const timer = setInterval(
+    () => (node.textContent = `${((performance.now() - from) / 1000).toFixed(1)} s`),
+    100,
+  );
   return () => clearInterval(timer);
 }
 
@@ -170,7 +191,7 @@ function bringIntoView() {
     $("current").scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
 }
 
-// --- other states -----------------------------------------------------------------------------------
+// --- other states ----------------------------------------------------------------------------
 
 function showEmpty() {
   const onTry = (prompt) => {
@@ -205,7 +226,7 @@ function forgetButton() {
   return button;
 }
 
-// --- events -----------------------------------------------------------------------------------------
+// --- events ----------------------------------------------------------------------------------
 
 $("stack").addEventListener("change", showStack);
 $("image").addEventListener("change", showStart);
@@ -237,7 +258,6 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   $("form").requestSubmit();
 });
-addEventListener("beforeunload", () => running?.abort());
 
 showStart();
 $("settings").open = matchMedia("(min-width: 900px)").matches;

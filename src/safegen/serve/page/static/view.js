@@ -1,6 +1,9 @@
-// What the page shows of runs. A run is one request to one or two stacks. All text goes in as text, never as HTML.
+// What the page shows: the way of a request, runs and images.
+// A run is one request to one or two stacks.
 
-const SVG = "http://www.w3.org/2000/svg";
+import { counted, el, icon, shorten } from "./elements.js";
+import { canRetry, describeRefusal, errorTitle, refusalCard } from "./refusal.js";
+
 const ACTIONS = {
   none: "let it pass",
   edit: "steered the generation",
@@ -12,32 +15,14 @@ const ACTIONS = {
   withhold: "could not decide",
 };
 
-/** Return an element with properties, attributes (with a dash) and children. */
-export function el(tag, properties = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (value === undefined || value === null) continue;
-    if (name.includes("-")) node.setAttribute(name, value);
-    else node[name] = value;
-  }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
-  return node;
-}
-
-export function icon(name) {
-  const svg = document.createElementNS(SVG, "svg");
-  const use = document.createElementNS(SVG, "use");
-  use.setAttribute("href", `#icon-${name}`);
-  svg.setAttribute("class", "icon");
-  svg.setAttribute("aria-hidden", "true");
-  svg.append(use);
-  return svg;
-}
-
 /** Return the steps between a prompt and its image, as list items. */
 export function stackPath(stack) {
-  const step = (text, kind, note) => el("li", { className: kind }, text, note ? el("small", {}, note) : null);
-  const changes = [counted(stack.patches, "patch", "patches"), counted(stack.loras.length, "LoRA", "LoRAs")];
+  const step = (text, kind, note) =>
+    el("li", { className: kind }, text, note ? el("small", {}, note) : null);
+  const changes = [
+    counted(stack.patches, "patch", "patches"),
+    counted(stack.loras.length, "LoRA", "LoRAs"),
+  ];
   const edits = changes.filter(Boolean).join(", ") || (stack.is_base ? "as published" : "no edits");
   const reads = (test) => stack.guards.filter(test);
   const steering = reads((g) => !g.reads_prompts && !g.reads_images);
@@ -50,7 +35,9 @@ export function stackPath(stack) {
       step(g.name, "guard", `reads the image${g.judge ? ` with ${shorten(g.judge)}` : ""}`),
     ),
     step("image", "end"),
-    stack.guards.length ? null : el("li", { className: "warning" }, "No guard reads prompts or images here."),
+    stack.guards.some((g) => g.reads_prompts || g.reads_images)
+      ? null
+      : el("li", { className: "warning" }, "No guard reads prompts or images here."),
   ].filter(Boolean);
 }
 
@@ -76,10 +63,11 @@ export function pendingRun(run, onCancel) {
   const clock = el("span", { className: "clock", "aria-hidden": "true" }, "0.0 s");
   const cancel = el("button", { type: "button", id: "cancel" }, "Cancel");
   cancel.addEventListener("click", onCancel);
+  const { n, width, height } = run.request;
   const places = run.stacks.map((stack) => {
-    const tiles = Array.from({ length: run.request.n }, () => {
+    const tiles = Array.from({ length: n }, () => {
       const place = el("div", { className: "place" });
-      place.style.aspectRatio = `${run.request.width || 1} / ${run.request.height || run.request.width || 1}`;
+      place.style.aspectRatio = width && height ? `${width} / ${height}` : "1";
       return place;
     });
     return column(stack, tiles, { named: run.stacks.length > 1, level: 3 });
@@ -101,16 +89,27 @@ export function finishedRun(run, { small = false, onReuse, onRetry }) {
   const columns = run.results.map((result) => {
     const { stack, seconds } = result;
     const own = { level: level + 1 + Number(compare), onReuse };
-    return column(stack, tiles(run, result, tile, own), { named: compare, level: level + 1, seconds });
+    return column(stack, tiles(run, result, tile, own), {
+      named: compare,
+      level: level + 1,
+      seconds,
+    });
   });
   const again = el("button", { type: "button" }, "Use again");
   again.addEventListener("click", () => onReuse(run.request));
-  const retry = run.results.some((result) => canRetry(result.error)) ? el("button", { type: "button" }, "Try again") : null;
+  const retry = run.results.some((result) => canRetry(result.error))
+    ? el("button", { type: "button" }, "Try again")
+    : null;
   retry?.addEventListener("click", () => onRetry(run.request));
   return el(
     "article",
     { className: small ? "run small" : "run" },
-    el("div", { className: "bar" }, el(`h${level}`, {}, run.request.prompt), el("div", { className: "row" }, small ? null : retry, again)),
+    el(
+      "div",
+      { className: "bar" },
+      el(`h${level}`, {}, run.request.prompt),
+      el("div", { className: "row" }, small ? null : retry, again),
+    ),
     el("p", { className: "soft meta" }, meta(run)),
     layout(columns, run.request),
   );
@@ -122,7 +121,11 @@ export function summarize(run) {
     .map((result) => {
       const of = (status) => result.tiles.filter((tile) => tile.status === status).length;
       const [released, blocked, failed] = [of("released"), of("blocked"), of("fault")];
-      const parts = [counted(released, "image", "images"), blocked && `${blocked} blocked`, failed && `${failed} failed`];
+      const parts = [
+        counted(released, "image", "images"),
+        blocked && `${blocked} blocked`,
+        failed && `${failed} failed`,
+      ];
       const known = parts.filter(Boolean).join(", ");
       const text = known || `${errorTitle(result.error)}: ${result.error.message}`;
       return run.results.length > 1 ? `${result.stack.name}: ${text}` : text;
@@ -145,7 +148,10 @@ function column(stack, children, { named, level, seconds = 0 }) {
 function layout(columns, request) {
   const compare = columns.length > 1;
   const box = el("div", { className: compare ? "columns compare" : "columns" }, columns);
-  box.style.setProperty("--rows", String(1 + Math.max(...columns.map((c) => c.children.length - 1))));
+  box.style.setProperty(
+    "--rows",
+    String(1 + Math.max(...columns.map((c) => c.children.length - 1))),
+  );
   box.dataset.images = String(compare ? 2 : request.n);
   return box;
 }
@@ -154,15 +160,23 @@ function layout(columns, request) {
 function tiles(run, result, make, options) {
   const context = { ...options, run, result };
   if (!result.error) return result.tiles.map((entry) => make(entry, context));
-  const entry = result.tiles.find((tile) => tile.status === "fault") ?? result.tiles[0] ?? { status: "error" };
+  const entry = result.tiles.find((tile) => tile.status === "fault") ??
+    result.tiles[0] ?? { status: "error" };
   return [make({ ...entry, all: result.tiles }, context)];
 }
 
 function largeTile(entry, { run, result, level, onReuse }) {
-  if (entry.status !== "released") return problemCard(entry, result, level);
+  if (entry.status !== "released") return refusalCard(entry, result, level);
   const { request } = run;
-  const save = el("a", { href: entry.url, download: fileName(request, result.stack, entry) }, "Download");
-  save.setAttribute("aria-label", `Download the image with seed ${entry.seed} from ${result.stack.name}`);
+  const save = el(
+    "a",
+    { href: entry.url, download: fileName(request, result.stack, entry) },
+    "Download",
+  );
+  save.setAttribute(
+    "aria-label",
+    `Download the image with seed ${entry.seed} from ${result.stack.name}`,
+  );
   const reuse = el("button", { type: "button", className: "plain" }, "Use this seed");
   reuse.setAttribute("aria-label", `Use seed ${entry.seed}`);
   reuse.addEventListener("click", () => onReuse({ ...request, seed: entry.seed, n: 1 }));
@@ -173,7 +187,12 @@ function largeTile(entry, { run, result, level, onReuse }) {
     el(
       "figcaption",
       {},
-      el("p", {}, el("b", {}, `seed ${entry.seed}`), el("span", { className: "soft" }, ` ${entry.width} × ${entry.height}`)),
+      el(
+        "p",
+        {},
+        el("b", {}, `seed ${entry.seed}`),
+        el("span", { className: "soft" }, ` ${entry.width} × ${entry.height}`),
+      ),
       el("ul", { className: "guards" }, guardLines(entry, result.stack)),
       el("p", { className: "links" }, save, " ", reuse),
     ),
@@ -182,11 +201,17 @@ function largeTile(entry, { run, result, level, onReuse }) {
 
 function smallTile(entry, { run, result }) {
   if (entry.status !== "released") {
-    const { kind, title } = problem(entry, result);
-    if (entry.all) return el("p", { className: `tile note ${kind}` }, icon(kind), el("span", {}, title));
+    const { kind, title } = describeRefusal(entry, result);
+    if (entry.all)
+      return el("p", { className: `tile note ${kind}` }, icon(kind), el("span", {}, title));
     const word = entry.status === "blocked" ? "blocked" : "failed";
     const box = el("div", { className: `box ${kind}` }, icon(kind));
-    return el("figure", { className: "tile" }, box, el("figcaption", {}, `seed ${entry.seed} ${word}`));
+    return el(
+      "figure",
+      { className: "tile" },
+      box,
+      el("figcaption", {}, `seed ${entry.seed} ${word}`),
+    );
   }
   const name = fileName(run.request, result.stack, entry);
   const image = picture(entry, run, result);
@@ -197,84 +222,19 @@ function smallTile(entry, { run, result }) {
 function picture(entry, { request }, { stack }) {
   const alt = `${request.prompt}, ${stack.name}, seed ${entry.seed}`;
   const { width, height } = entry;
-  return el("img", { src: entry.url, alt, width, height, className: Math.max(width, height) < 256 ? "tiny" : "" });
+  return el("img", {
+    src: entry.url,
+    alt,
+    width,
+    height,
+    className: Math.max(width, height) < 256 ? "tiny" : "",
+  });
 }
 
 function guardLines(entry, stack) {
   const records = entry.guards ?? stack.guards.map(({ name }) => ({ guard: name, action: "none" }));
   if (records.length === 0) return [el("li", { className: "warning" }, "no guards")];
   return records.map(({ guard, action }) => el("li", {}, `${guard} ${ACTIONS[action] ?? action}`));
-}
-
-function problemCard(entry, result, level) {
-  const { kind, title, text } = problem(entry, result);
-  const all = entry.all ?? [entry];
-  const several = all.length > 1 && all.some((each) => typeof each.score === "number");
-  const rows = [
-    ["Stage", { input: "before generation", output: "after generation" }[entry.stage]],
-    ["Guard", entry.guard],
-    ["Judge", entry.judge && shorten(entry.judge)],
-    ["Reason", entry.reason],
-    ["Categories", entry.categories?.join(", ")],
-    ["Seed", all.length > 1 || entry.status === "error" ? null : entry.seed],
-    ["Code", entry.status === "error" ? result.error?.code : null],
-    ["Request", result.requestId],
-  ];
-  const pair = ([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)));
-  return el(
-    "div",
-    { className: `tile problem ${kind}${entry.all ? " whole" : ""}` },
-    el(`h${level}`, {}, icon(kind), title),
-    el("p", {}, text),
-    several ? all.map((each) => scoreBar(each, `seed ${each.seed}: `)) : scoreBar(entry, ""),
-    el("dl", {}, rows.filter(([, value]) => value !== null && value !== undefined && value !== "").map(pair)),
-  );
-}
-
-/** Return the kind, the title and the text of an image, or of a request, that is not released. */
-function problem(entry, { error }) {
-  const { status, stage, guard, all } = entry;
-  const many = all?.length > 1;
-  const by = guard ?? "a guard";
-  if (status === "blocked" && stage === "input" && entry.action !== "block")
-    return { kind: "blocked", title: "Start image blocked", text: `${by} judged the start image. Nothing was generated.` };
-  if (status === "blocked" && stage === "input")
-    return { kind: "blocked", title: "Prompt blocked", text: `${by} stopped the request. Nothing was generated.` };
-  if (status === "blocked") {
-    const title = many ? `${all.length} images blocked` : "Image blocked";
-    return { kind: "blocked", title, text: `${by} judged ${many ? "them" : "it"} after generation. Nothing is released.` };
-  }
-  if (status === "fault") {
-    const title = many ? "Images withheld: a check failed" : "Image withheld: a check failed";
-    return { kind: "failed", title, text: "No image is released unless every guard has judged it." };
-  }
-  return { kind: "failed", title: errorTitle(error), text: sentence(error?.message ?? "") };
-}
-
-function errorTitle(error) {
-  if (error?.status === 0) return "No answer";
-  if (error?.code === "cancelled") return "Cancelled";
-  const titles = { 401: "Token needed", 403: "Not allowed", 413: "Request too large", 429: "Too many requests" };
-  return titles[error?.status] ?? (error?.status < 500 && error?.status >= 400 ? "Request refused" : "Failed");
-}
-
-function canRetry(error) {
-  return Boolean(error) && (error.status === 0 || error.status === 429 || error.status >= 500 || error.code === "cancelled");
-}
-
-function scoreBar({ score, threshold }, name) {
-  if (typeof score !== "number") return null;
-  const known = typeof threshold === "number";
-  const text = `${name}score ${format(score)}${known ? `, blocked from ${format(threshold)}` : ""}`;
-  const top = Math.max(1, score, known ? threshold : 0);
-  if (score < 0 || (known && threshold < 0)) return el("p", { className: "score" }, text);
-  const bar = el("div", { className: "track", role: "img", "aria-label": text }, el("i", { className: "fill" }));
-  bar.style.setProperty("--score", `${(100 * score) / top}%`);
-  if (known) {
-    bar.append(el("i", { className: "tick" }));
-    bar.style.setProperty("--threshold", `${(100 * threshold) / top}%`);
-  }
-  return el("div", { className: "score" }, bar, el("span", { "aria-hidden": "true" }, text));
 }
 
 function meta({ request, results }) {
@@ -300,23 +260,10 @@ export function fileName(request, stack, entry) {
 
 function slug(text, length) {
   const plain = text.normalize("NFKD").replace(/[\u0300-\u036f]/g, "");
-  return plain.toLowerCase().replace(/[^a-z0-9.]+/g, "-").replace(/^[-.]+/, "").slice(0, length).replace(/[-.]+$/, "");
-}
-
-function counted(number, one, many) {
-  return number ? `${number} ${number === 1 ? one : many}` : null;
-}
-
-function format(number) {
-  return Number(number.toPrecision(3)).toString();
-}
-
-function sentence(text) {
-  const start = text.charAt(0).toUpperCase() + text.slice(1);
-  return /[.!?]$/.test(start) ? start : `${start}.`;
-}
-
-/** Shorten the hash at the end of a judge's id. */
-function shorten(id) {
-  return id.replace(/([0-9a-f]{8})[0-9a-f]{8,}/g, "$1…");
+  return plain
+    .toLowerCase()
+    .replace(/[^a-z0-9.]+/g, "-")
+    .replace(/^[-.]+/, "")
+    .slice(0, length)
+    .replace(/[-.]+$/, "");
 }
