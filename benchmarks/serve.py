@@ -5,8 +5,8 @@
 A server with the miniature runs in a process of its own, its worker with one thread. Clients in
 this process ask for images, each with its own prompt and seed, and compare each image with the one
 that the model makes alone. Rounds of a plain loop over the same diffusers pipeline, with the same
-thread count, steps and batch size, stand between the rounds of the server. In the last round,
-hostile clients do what they can: slow readers, headers that never end, bodies of 50 MB, floods of
+thread count, steps and batch size, stand between the rounds of the server. In one round, hostile
+clients do what they can: slow readers, headers that never end, bodies of 50 MB, floods of
 headers, and requests that are cancelled.
 """
 
@@ -45,8 +45,7 @@ from safegen.models.loading import load
 from safegen.models.model import Model
 from safegen.serve.config import ServerConfig
 
-CLIENTS, BATCH, STEPS, SCALE = 64, 8, 10, 5.0
-ROUNDS = 2
+CLIENTS, BATCH, STEPS, SCALE = 64, 8, 8, 5.0
 TOLERANCE = 2
 """Most levels of 255 by which an image may differ from the one made alone."""
 PATH = "/v1/images/generations"
@@ -299,29 +298,32 @@ Loops = list[tuple[float, float]]
 """Images per second and CPU ms per image of each plain loop."""
 
 
-def measure(folder: Path, repeats: int) -> tuple[list[dict[str, Any]], Loops, dict[str, int]]:
-    """Return the figures of each round, those of the plain loops, and peak memory."""
+def measure(folder: Path, out: Path, count: int, repeats: int) -> None:
+    """Run the rounds; the figures so far are written after each turn of them."""
     torch.set_num_threads(1)
     model = load("mini", device="cpu")
-    alone, loops, rounds = images_alone(model), [plain_loop(model)], []
+    alone, loops, rounds = images_alone(model), [plain_loop(model)], list[dict[str, Any]]()
     server = Server(folder)
+
+    def run(name: str, stack: str, *, hostile: bool = False) -> None:
+        work = load_round(server, stack, alone, repeats=repeats, hostile=hostile)
+        rounds.append(summarize(name, asyncio.run(work), repeats))
+        print(rounds[-1], flush=True)
+
     try:
-        for number in range(ROUNDS):
-            for stack in ("base", "guarded"):
-                found = asyncio.run(load_round(server, stack, alone, repeats=repeats))
-                rounds.append(summarize(f"{stack} {number + 1}", found, repeats))
-                print(rounds[-1], flush=True)
+        for number in range(1, count + 1):
+            run(f"base {number}", "base")
+            run(f"guarded {number}", "guarded")
             loops.append(plain_loop(model))
-        found = asyncio.run(load_round(server, "guarded", alone, repeats=repeats, hostile=True))
-        rounds.append(summarize("guarded, hostile clients", found, repeats))
-        print(rounds[-1], loops, flush=True)
+            if number == 1:
+                run("guarded, hostile clients", "guarded", hostile=True)
+            write_page(out, rounds, loops, server.peak)
         lines = server.audit.read_text(encoding="utf-8").splitlines()
         assert all(json.loads(line) for line in lines)
     finally:
         server.process.terminate()
         status = server.process.wait(60)
     assert status == 0, status
-    return rounds, loops, server.peak
 
 
 def write_page(
@@ -349,8 +351,8 @@ def write_page(
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, one thread per worker, fp32",
         "command": "`python benchmarks/serve.py --out FILE`",
-        "n": f"{CLIENTS} clients, {ROUNDS} rounds per stack, {sum(r['requests'] for r in rounds)} "
-        "requests",
+        "n": f"{CLIENTS} clients, {len(loops) - 1} rounds per stack, "
+        f"{sum(r['requests'] for r in rounds)} requests",
         "tables": [
             {
                 "title": "Throughput",
@@ -397,11 +399,11 @@ def main() -> None:
     """Run the rounds and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3, help="Rounds per stack.")
     parser.add_argument("--repeats", type=int, default=1, help="Requests per client and round.")
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
-        rounds, loops, peak = measure(Path(folder), args.repeats)
-    write_page(args.out, rounds, loops, peak)
+        measure(Path(folder), args.out, args.rounds, args.repeats)
 
 
 if __name__ == "__main__":
