@@ -90,6 +90,9 @@ class RequestLimits(BaseSettings):
     """Most bytes of a request's body."""
     total_body_bytes: int = Field(default=256 * 2**20, ge=1024, le=2**40)
     """Most bytes of the bodies of all requests at a time; further requests get 503."""
+    json_values: int = Field(default=200_000, ge=1000, le=10_000_000)
+    """Most values of a JSON body, counted by its commas and brackets: each takes far more memory
+    than its bytes."""
     header_bytes: int = Field(default=16 * 2**10, ge=1024, le=2**20)
     """Most bytes of a request's headers."""
     read_seconds: Timeout = 30.0

@@ -146,11 +146,17 @@ def to_request_error(error: Exception) -> RequestError:
 
 def to_response(error: RequestError) -> JSONResponse:
     """Return an error as a response: OpenAI's `error`, A1111's `detail`, and `safegen`."""
-    body = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
-    content: dict[str, Any] = {"error": body | error.more, "detail": str(error)}
+    text, param = _encodable(str(error)), error.param and _encodable(error.param)
+    body = {"message": text, "type": error.type, "param": param, "code": error.code}
+    content: dict[str, Any] = {"error": body | error.more, "detail": text}
     if error.extension:
         content["safegen"] = error.extension
     return JSONResponse(content, error.status, headers=error.headers)
+
+
+def _encodable(text: str) -> str:
+    """Return a text with escapes for halves of surrogate pairs, which a client's names may have."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def explain_validation(error: RequestValidationError) -> RequestError:

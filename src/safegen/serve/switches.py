@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safegen.core.errors import ConfigError
+from safegen.core.text import cut_text
 
 GUARD_SWITCHES = frozenset(
     {
@@ -50,6 +51,8 @@ BYPASS_SWITCHES = frozenset(
 """Fields that turn a guard off if they are true."""
 OFF = frozenset({"false", "off", "no", "none", "disable", "disabled", "0", "[]", "{}"})
 """Texts that mean false."""
+MAX_PATH = 80
+"""Most characters of the path of a field in an error."""
 MAX_DEPTH = 8
 """Deepest objects of a request in which switches are looked for."""
 
@@ -64,14 +67,15 @@ def check_switches(fields: Mapping[str, Any]) -> None:
     """
     for path, value in _values(fields):
         name = path.rpartition(".")[2].lower().replace("-", "_")
+        shown = cut_text(path, MAX_PATH)
         if name in GUARD_SWITCHES and value is not None and _is_off(value):
             raise ConfigError(
-                f"{path} must not turn a guard off, got {value!r}. Only the operator of the server "
-                "chooses its guards. Leave it out."
+                f"{shown} must not turn a guard off, got {value!r}. Only the operator of "
+                "the server chooses its guards. Leave it out."
             )
         if name in BYPASS_SWITCHES and value is not None and not _is_off(value):
             raise ConfigError(
-                f"{path} must not turn a guard off, got {str(value)[:40]!r}. Only the operator of "
+                f"{shown} must not turn a guard off, got {str(value)[:40]!r}. Only the operator of "
                 "the server chooses its guards. Leave it out."
             )
 

@@ -254,11 +254,29 @@ def test_a_field_beyond_its_rule_is_refused_in_one_line(images, engine, settings
     assert len(engine.requests) == before
 
 
-@pytest.mark.parametrize("name", ["prompt", "size", "model", "user", "quality", "\ud800"])
-def test_half_a_surrogate_pair_is_no_fault_of_the_server(address, name):
-    body = json.dumps({"prompt": "a castle"} | {name: "a \ud800"}).encode()
-    answer = httpx2.post(f"{address}/v1/images/generations", content=body)
-    assert answer.status_code == 400, answer.text
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"prompt": "a \ud800"}, 400),
+        ({"size": "\ud800"}, 400),
+        ({"model": "\ud800"}, 404),
+        ({"user": "\ud800"}, 200),
+        ({"safegen": {"\ud800": 1}}, 400),
+        ({"\ud800": {"guardrails": False}}, 400),
+    ],
+)
+def test_half_a_surrogate_pair_is_no_fault_of_the_server(address, fields, status):
+    body = json.dumps({"prompt": "a castle", **fields}).encode()
+    headers = {"content-type": "application/json"}
+    url = f"{address}/v1/images/generations"
+    answer = httpx2.post(url, content=body, headers=headers, timeout=20)
+    assert answer.status_code == status, answer.text
+
+
+def test_a_switch_under_a_long_name_is_refused_in_a_short_line(images):
+    with refusal(message="...") as caught:
+        images.generate(prompt="a castle", extra_body={"x" * 10_000: {"guardrails": False}})
+    assert len(caught.value.body["message"]) < 300
 
 
 def test_fields_of_other_servers_that_turn_nothing_off_are_ignored(images):

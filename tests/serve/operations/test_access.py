@@ -133,10 +133,11 @@ def test_another_site_cannot_call_the_server(server, engine, name):
 
 
 @pytest.mark.parametrize(
-    "origin", ["null", "http://127.0.0.1", "file://", "http://127.0.0.1:1", ""]
+    "origin",
+    ["null", "http://127.0.0.1", "file://", "http://127.0.0.1:1", "", "http://[::1", "\xff"],
 )
 def test_an_origin_that_only_looks_like_the_server_is_refused(server, engine, origin):
-    assert generate(server, {"origin": origin}).status_code == 403
+    assert generate(server, {"origin": origin.encode("latin-1")}).status_code == 403
     assert engine.requests == []
 
 

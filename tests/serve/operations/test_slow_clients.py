@@ -19,6 +19,7 @@ LIMITS = RequestLimits(
     write_seconds=0.5,
     body_bytes=2**20,
     header_bytes=4096,
+    json_values=5000,
     total_body_bytes=2 * 2**20,
     connections=8,
     prompt_chars=1_000_000,
@@ -140,6 +141,31 @@ def test_a_large_body_without_a_length_is_refused_when_it_becomes_too_large(addr
     answer = httpx2.post(address + PATH, content=iter([b" " * 2**16] * 20), timeout=20)
     assert answer.status_code == 413
     assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"0"])
+def test_json_of_many_values_is_refused_before_it_is_parsed(address, value):
+    content = b'{"prompt": "a castle", "more": [%s]}' % b",".join([value] * LIMITS.json_values)
+    headers = {"content-type": "application/json"}
+    answer = httpx2.post(address + PATH, content=content, headers=headers, timeout=20)
+    assert answer.status_code == 413
+    assert answer.json()["detail"] == "the body must have at most 5000 commas and brackets"
+    answer = httpx2.post(address + PATH, json={"prompt": "a, " * 4900}, timeout=20)
+    assert answer.status_code == 200
+
+
+def test_a_body_of_two_lengths_is_refused_and_what_follows_it_is_no_request(address, engine):
+    before = len(engine.requests)
+    with connect(address) as connection:
+        lengths = b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n"
+        body = b'{"prompt": "a"}'
+        connection.sendall(HEAD + lengths + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        connection.sendall(HEAD + b"Content-Length: 15\r\n\r\n" + body)
+        status, headers, answer = status_of(read_all(connection))
+    assert status == 400
+    assert headers["connection"] == "close"
+    assert answer["error"]["code"] == "invalid_http"
+    assert len(engine.requests) == before
 
 
 def test_bodies_of_many_requests_are_limited_together(address, engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import pytest
@@ -113,3 +114,13 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray.serve", None)
     with pytest.raises(MissingExtraError, match=r"safegen\[ray\]"):
         import_ray()
+
+
+@pytest.mark.parametrize("module", ["app", "engine", "replica"])
+def test_a_module_without_ray_names_the_extra(monkeypatch, module):
+    name = f"safegen.serve.ray.{module}"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    for missing in [found for found in sys.modules if found.split(".")[0] == "ray"]:
+        monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(MissingExtraError, match=r"safegen\[ray\]"):
+        importlib.import_module(name)

@@ -50,9 +50,9 @@ class OriginMiddleware:
         )
         if len(hosts) > 1 or not all(map(self.is_own, hosts)):
             return "the host must be a name of this server. Add it to allowed_hosts"
+        own = {f"{scheme}://{host.lower()}" for host in hosts for scheme in ("http", "https")}
         for origin in origins:
-            own = hosts and urlsplit(origin).netloc.lower() == hosts[0].lower()
-            if not own and origin.lower() not in self.origins:
+            if origin.lower() not in own | self.origins:
                 return "the origin must be this server. Add it to allowed_origins"
         return ""
 

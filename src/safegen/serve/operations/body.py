@@ -9,12 +9,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from safegen.serve.config import RequestLimits
 from safegen.serve.errors import FAILED, RequestError, to_response
 
+SEPARATORS = (b",", b"[", b"{")
+"""What stands before each value of a JSON document but the first one."""
 LINGER = 1.0
 """Most seconds for which the rest of a refused body is read, so that its client sees the answer."""
 
 
 class BodyMiddleware:
-    """Answers a body that is too large with 413, one that takes too long with 408."""
+    """Answers a body that is too large, or of too many values, with 413; a slow one with 408."""
 
     def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self.app, self.limits = app, limits
@@ -26,7 +28,7 @@ class BodyMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = _Body(self, receive, send)
+        body = _Body(self, receive, send, has_files=is_multipart(scope))
         if (length := read_length(scope)) > self.limits.body_bytes:
             body.error = refuse_size(self.limits, length)
         else:
@@ -44,9 +46,11 @@ class BodyMiddleware:
 class _Body:
     """Body of one request while it is read."""
 
-    def __init__(self, owner: BodyMiddleware, receive: Receive, send: Send) -> None:
-        self.owner, self._receive, self._send = owner, receive, send
-        self.size = 0
+    def __init__(
+        self, owner: BodyMiddleware, receive: Receive, send: Send, *, has_files: bool = False
+    ) -> None:
+        self.owner, self._receive, self._send, self._has_files = owner, receive, send, has_files
+        self.size = self.num_values = 0
         self.error: RequestError | None = None
         self.has_response = self._is_complete = False
         self._deadline = asyncio.get_running_loop().time() + owner.limits.read_seconds
@@ -66,12 +70,25 @@ class _Body:
                 408, f"the body must arrive within {seconds:g} seconds", code="request_timeout"
             )
             return {"type": "http.disconnect"}
-        part = len(message.get("body", b""))
-        self.size += part
-        self.owner.total += part
-        if self.size > self.owner.limits.body_bytes:
-            self.error = refuse_size(self.owner.limits)
-        elif self.owner.total > self.owner.limits.total_body_bytes:
+        self._count(message.get("body", b""))
+        if self.error is not None:
+            return {"type": "http.disconnect"}
+        self._is_complete = not message.get("more_body", False)
+        return message
+
+    def _count(self, part: bytes) -> None:
+        """Count a part of the body, and refuse the body if it is too much."""
+        limits = self.owner.limits
+        self.size += len(part)
+        self.owner.total += len(part)
+        if not self._has_files:
+            self.num_values += sum(map(part.count, SEPARATORS))
+        if self.size > limits.body_bytes:
+            self.error = refuse_size(limits)
+        elif self.num_values > limits.json_values:
+            text = f"the body must have at most {limits.json_values} commas and brackets"
+            self.error = RequestError(413, text, code="body_too_large")
+        elif self.owner.total > limits.total_body_bytes:
             self.error = RequestError(
                 503,
                 "the server holds too many request bodies. Try again later.",
@@ -79,10 +96,6 @@ class _Body:
                 type=FAILED,
                 headers={"Retry-After": "5"},
             )
-        if self.error is not None:
-            return {"type": "http.disconnect"}
-        self._is_complete = not message.get("more_body", False)
-        return message
 
     async def send(self, message: Message) -> None:
         """Send a message of the app unless the body is refused."""
@@ -103,6 +116,12 @@ def read_length(scope: Scope) -> int:
     """Return the length of a body by its header; 0 if it has none, or none that is a number."""
     value = next((v for name, v in scope["headers"] if name == b"content-length"), b"")
     return int(value[:20]) if value.isdigit() else 0
+
+
+def is_multipart(scope: Scope) -> bool:
+    """Return whether a body is a form with files, whose values are limited by their number."""
+    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
+    return len(kinds) == 1 and kinds[0].strip().lower().startswith(b"multipart/form-data")
 
 
 async def send_error(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:

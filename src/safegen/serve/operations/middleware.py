@@ -102,6 +102,10 @@ class RequestMiddleware:
                 text = f"the headers must have at most {most} bytes, got {size}"
                 error = RequestError(431, text, code="headers_too_large")
                 await send_error(error, scope, receive, response.send)
+            elif has_two_lengths(scope):
+                text = "the body must have one length, got content-length and transfer-encoding"
+                error = RequestError(400, text, code="invalid_http")
+                await send_error(error, scope, receive, response.send)
             else:
                 await self.app(scope, receive, response.send)
         except ClientLeftError:
@@ -178,6 +182,14 @@ def count_header_bytes(scope: Scope) -> int:
     """Return the bytes of a request's first line and headers."""
     line = len(scope.get("raw_path") or b"") + len(scope["query_string"])
     return line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+
+
+def has_two_lengths(scope: Scope) -> bool:
+    """Return whether a proxy in front may see another end of the body (request smuggling).
+
+    Source: RFC 9112, section 6.1.
+    """
+    return {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}
 
 
 def name_route(scope: Scope) -> str:

@@ -8,20 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from ray import serve
-from ray.serve import Application
-from ray.serve.handle import DeploymentHandle
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, MissingExtraError
 from safegen.serve.app import build_app
 from safegen.serve.config import ServerConfig, is_loopback, read_config
 from safegen.serve.operations.logs import log_config
 from safegen.serve.ray.engine import RayEngine
-from safegen.serve.ray.replica import StackReplica
+from safegen.serve.ray.replica import CONCURRENT_BATCHES, StackReplica
 from safegen.serve.service import ImageService
+
+try:
+    from ray import serve
+    from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle
+except ImportError as error:
+    raise MissingExtraError("engine ray", "ray", "ray") from error
 
 INGRESS = "ingress"
 """Name of the deployment that runs the app."""
+ATTEMPTS = 2
+"""Attempts to load a stack before the start fails."""
 IMPORT_PATH = "safegen.serve.ray.app:build_from_file"
 """Where the configuration file of Ray Serve finds the application."""
 
@@ -82,7 +88,9 @@ def check_address(config: ServerConfig) -> None:
 def build_application(config: ServerConfig) -> Application:
     """Return the application of a server, for `ray.serve.run`."""
     stacks = [
-        serve.deployment(StackReplica, name=name, **options).bind(config, spec)
+        serve.deployment(
+            StackReplica, name=name, max_constructor_retry_count=ATTEMPTS, **options
+        ).bind(config, spec)
         for (name, options), spec in zip(stack_options(config).items(), config.stacks, strict=True)
     ]
     ingress = serve.deployment(serve.ingress()(Ingress), name=INGRESS, **ingress_options(config))
@@ -110,7 +118,7 @@ def stack_options(config: ServerConfig) -> dict[str, dict[str, Any]]:
     else:
         options["num_replicas"] = config.workers
     options |= {
-        "max_ongoing_requests": 2 * config.max_batch_size,  # one batch runs, the next one gathers
+        "max_ongoing_requests": CONCURRENT_BATCHES * config.max_batch_size,
         "max_queued_requests": config.max_queue,
         "ray_actor_options": {"num_cpus": ray.num_cpus, "num_gpus": ray.num_gpus},
     }

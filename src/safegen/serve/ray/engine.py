@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
-from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, MissingExtraError
 from safegen.guards.core.result import GeneratedImage, GuardTrace
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import DrainingError, EngineFaultError, EngineState, QueueFullError
@@ -22,8 +20,17 @@ from safegen.serve.engine.worker import to_exception
 from safegen.serve.messages import ImageRequest, StackInfo
 from safegen.serve.ray.replica import Reply
 
+try:
+    from ray.exceptions import TaskCancelledError
+    from ray.serve.exceptions import BackPressureError
+    from ray.serve.handle import DeploymentHandle
+except ImportError as error:
+    raise MissingExtraError("engine ray", "ray", "ray") from error
+
 logger = logging.getLogger(__name__)
 CountReplicas = Callable[[], Mapping[str, int]]
+CANCEL_SECONDS = 0.5
+"""Seconds within which the cancellation of a request follows that of its calls."""
 STATUS_SECONDS = 1.0
 """Seconds between two looks at the state of the replicas."""
 
@@ -174,11 +181,13 @@ class RayEngine:
         """
         try:
             return await response
-        except asyncio.CancelledError as error:
+        except (asyncio.CancelledError, TaskCancelledError) as error:
             response.cancel()
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
+            # If the client left, Ray cancels its calls first, and the request itself after them.
+            await asyncio.sleep(CANCEL_SECONDS)
             raise EngineFaultError("Ray has cancelled the request") from error
         except BackPressureError as error:
             raise QueueFullError(self.config.max_queue, self._retry_after()) from error

@@ -11,15 +11,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ray import serve
-
+from safegen.core.errors import MissingExtraError
 from safegen.guards.core.result import GeneratedImage
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.process import JobFailure, open_stack, to_failure
 from safegen.serve.messages import ImageRequest, StackInfo
 
+try:
+    from ray import serve
+except ImportError as error:
+    raise MissingExtraError("engine ray", "ray", "ray") from error
+
 if TYPE_CHECKING:
     from PIL import Image
+
+
+CONCURRENT_BATCHES = 4
+"""Batches of Ray that a replica has at a time: one runs, the others wait to be joined."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,8 @@ class StackReplica:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="session")
         self._running, self._seen = 0, time.monotonic()
         self._has_broken_device = False
+        self._waiting: list[BatchEntry] = []
+        self._lock = asyncio.Lock()
 
     async def describe(self) -> StackInfo:
         """Return the stack."""
@@ -93,15 +103,35 @@ class StackReplica:
         if hangs or self._has_broken_device:
             os._exit(1)  # a request that waits for the session gets 503 at once
 
-    @serve.batch(batch_size_fn=count_images)  # type: ignore[untyped-decorator]
+    @serve.batch(  # type: ignore[untyped-decorator]
+        batch_size_fn=count_images, max_concurrent_batches=CONCURRENT_BATCHES
+    )
     async def _generate_batch(self, entries: list[BatchEntry]) -> list[Reply]:
-        """Answer a batch: requests of equal settings together, the others after them."""
-        groups: dict[Any, list[BatchEntry]] = {}
-        for entry in entries:
-            groups.setdefault(entry.request.batch_key, []).append(entry)
-        for group in groups.values():
-            await self._answer(group)
-        return [self._reply(entry.value) for entry in entries]
+        """Answer requests, together with others that wait.
+
+        Ray forms batches while one runs, from what arrives within the batch window. Such parts are
+        joined here, and requests of other settings are kept apart.
+        """
+        self._waiting += entries
+        async with self._lock:
+            while self._waiting and any(entry.value is None for entry in entries):
+                await self._answer(self._take_group())
+        lost = JobFailure(0, "fault", "LostRequest", "the request was lost")
+        return [self._reply(lost if e.value is None else e.value) for e in entries]
+
+    def _take_group(self) -> list[BatchEntry]:
+        """Return the oldest request that waits and those of equal settings, up to a batch."""
+        first, total = self._waiting[0], 0
+        group: list[BatchEntry] = []
+        for entry in self._waiting:
+            if entry.request.batch_key != first.request.batch_key:
+                continue
+            total += len(entry.request.seeds)
+            if group and total > self.config.max_batch_size:
+                break
+            group.append(entry)
+        self._waiting = [entry for entry in self._waiting if entry not in group]
+        return group
 
     async def _answer(self, group: list[BatchEntry]) -> None:
         """Answer requests of equal settings. One that fails together is repeated one by one."""
