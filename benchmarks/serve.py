@@ -351,7 +351,7 @@ def write_page(
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, one thread per worker, fp32",
         "command": "`python benchmarks/serve.py --out FILE`",
-        "n": f"{CLIENTS} clients, {len(loops) - 1} rounds per stack, "
+        "n": f"{CLIENTS} clients, rounds per stack: {len(loops) - 1}, "
         f"{sum(r['requests'] for r in rounds)} requests",
         "tables": [
             {
@@ -388,6 +388,7 @@ def write_page(
             "Not measured: networks other than loopback, GPUs, models of full size, several "
             "workers.",
             "The clients run on the same cores as the server.",
+            "Other work on the machine changes seconds and images/s, and CPU time per image less.",
         ],
         "rounds": rounds,
         "plain_loop": [[round(value, 2) for value in each] for each in loops],

@@ -42,6 +42,14 @@ SIGNS = {
     "exclusiveMaximum": "<",
     "minLength": "length >=",
 }
+SERVER = {
+    "ServerConfig": "Top level of the file",
+    "RequestLimits": "Table limits",
+    "UpstreamConfig": "Table upstream",
+    "RayConfig": "Table ray",
+    "ClientConfig": "Token file, a table per client",
+}
+"""Headings of the settings of the server, by class."""
 ACCESS = {
     "queries": "images on request",
     "text_encoder": "the text encoder",
@@ -64,6 +72,7 @@ def pages() -> dict[str, Page]:
     out["reference/adversaries.md"] = ("Adversaries", adversaries())
     out["reference/training.md"] = ("Nested settings", training())
     out["reference/judges.md"] = ("Judges", judges())
+    out["reference/server.md"] = ("Server settings", server())
     out["reference/protocols.md"] = ("Protocols", protocols())
     out["reference/dialects.md"] = ("Prompt dialects", dialects())
     out["reference/files.md"] = ("File formats", files())
@@ -345,6 +354,24 @@ def judges() -> str:
         f"given.\n\n{table(('name', 'labels'), rows)}"
     )
     return "\n".join(parts)
+
+
+def server() -> str:
+    """Return the page of the settings of `safegen serve`: those of its file and its token file."""
+    from safegen.serve import config
+
+    about = (
+        "# Server settings\n\nKeys of the TOML file of `safegen serve --config FILE`. Paths in it "
+        "are relative to the file. An option of the [command line](cli.md#serve) replaces its "
+        "setting. [Operate the server](../how-to/operate.md) explains the most important ones.\n"
+    )
+    models = {model.__name__: model for model in models_of(config)}
+    parts = [
+        f"## {title}\n\n{paragraphs(models.pop(name).__doc__)}\n\n{settings(getattr(config, name))}"
+        for name, title in SERVER.items()
+    ]
+    assert not models, f"settings of the server without a heading: {', '.join(models)}"
+    return "\n".join([about, *parts])
 
 
 def protocols() -> str:

@@ -25,6 +25,13 @@ from safegen.evaluation.samples import EvalSample
 from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.checks import check_guard
 from safegen.judges.base import judge_images
+from safegen.serve.config import (
+    ClientConfig,
+    RayConfig,
+    RequestLimits,
+    ServerConfig,
+    UpstreamConfig,
+)
 from test_vocabulary import ARCHAIC
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +76,7 @@ def commands(text: str) -> list[list[str]]:
     return [
         shlex.split(line, comments=True)[1:]
         for block in blocks
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if line.startswith("safegen ")
     ]
 
@@ -167,7 +174,7 @@ def command_problems(words: list[str]) -> list[str]:
         if rest[0] not in group.commands:
             return [rest[0]]
         group, rest = group.commands[rest[0]], rest[1:]
-    known = {option for param in group.params for option in param.opts}
+    known = {"--help"} | {option for param in group.params for option in param.opts}
     return [word for word in rest if word.startswith("--") and word not in known]
 
 
@@ -224,10 +231,17 @@ def test_every_setting_of_the_reference_has_a_sentence(generated):
     rows = [
         (place, row)
         for place, text in generated.items()
-        if any(room in place for room in ("/edits/", "/guards/", "/attacks/", "training"))
+        if any(room in place for room in ("/edits/", "/guards/", "/attacks/", "training", "server"))
         for row in re.findall(r"^\| `\w+` \|.*\| *\|$", text, re.MULTILINE)
     ]
     assert rows == []
+
+
+def test_the_page_of_the_server_has_every_setting(generated):
+    page = generated["docs/reference/server.md"]
+    models = [ServerConfig, RequestLimits, UpstreamConfig, RayConfig, ClientConfig]
+    names = {name for model in models for name in model.model_fields}
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == names
 
 
 def test_the_command_line_page_has_every_command_and_option(generated):

@@ -114,8 +114,14 @@ def block(
 
 
 def fault(trace: GuardTrace, seed: int, reason: str) -> Outcome:
-    """Return the outcome of an image that is withheld because something failed."""
-    return Outcome("fault", trace, seed, guard=trace.reason.partition(":")[0], reason=reason)
+    """Return the outcome of an image that is withheld because something failed.
+
+    Its guard is the one that the trace names, as `GUARD: reason` or `error: GUARD: reason`.
+    """
+    names = {record.guard for record in trace.guards}
+    words = trace.reason.split(":")[:2]
+    guard = next((word.strip() for word in words if word.strip() in names), "")
+    return Outcome("fault", trace, seed, guard=guard, reason=reason)
 
 
 def _missing_guard(trace: GuardTrace, stack: StackInfo) -> str:

@@ -30,7 +30,7 @@ from safegen.serve.service import ImageService
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 BACKLOG_SECONDS = 0.05
-"""Seconds to accept the connections that wait when the server stops."""
+"""Seconds for accepted connections to get their protocol before the port is closed."""
 WRITE_SECONDS = 5.0
 """Seconds after the drain in which the last answers are written."""
 OnReady = Callable[[str], None]
@@ -179,7 +179,7 @@ class ImageServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what was accepted, refuse what is new, and close every connection."""
         has_started, self.service.phase = self.service.phase == "serving", "draining"
-        await asyncio.sleep(BACKLOG_SECONDS)
+        await self._stop_listening()
         tasks = [asyncio.create_task(self._abort_at_second_signal())]
         if has_started:
             timeout = self.settings.drain_timeout
@@ -191,6 +191,28 @@ class ImageServer(uvicorn.Server):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _stop_listening(self) -> None:
+        """Close the port. What waits there is accepted first, and answered 503."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._socket)
+        await asyncio.sleep(BACKLOG_SECONDS)  # what asyncio has accepted gets its protocol
+        accepted = []
+        with suppress(OSError):  # none is left
+            while True:
+                accepted.append(self._socket.accept()[0])
+        for server in self.servers:
+            server.close()
+        for connection in accepted:
+            connection.setblocking(False)
+            with suppress(OSError):  # its client is gone
+                await loop.connect_accepted_socket(self._build_connection, connection)
+
+    def _build_connection(self) -> asyncio.Protocol:
+        """Return the protocol of one connection, as uvicorn builds it."""
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     async def _abort_at_second_signal(self) -> None:
         while not self.force_exit:

@@ -32,7 +32,7 @@ HEAD = (
 
 @pytest.fixture(scope="module")
 def engine():
-    return FakeEngine(slow_seconds=0.5)
+    return FakeEngine(slow_seconds=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,12 @@ def address(engine):
     config = ServerConfig(stacks=("fake",), limits=LIMITS)
     with serving(config, engine) as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def client():
+    with httpx2.Client(timeout=20) as client:
+        yield client
 
 
 def status_of(data):
@@ -168,9 +174,9 @@ def test_a_body_of_two_lengths_is_refused_and_what_follows_it_is_no_request(addr
     assert len(engine.requests) == before
 
 
-def test_bodies_of_many_requests_are_limited_together(address, engine):
+def test_bodies_of_many_requests_are_limited_together(address, client):
     def post(found, size):
-        answer = httpx2.post(address + PATH, json={"prompt": "slow " * (size // 5)}, timeout=20)
+        answer = client.post(address + PATH, json={"prompt": "slow " * (size // 5)})
         found.append(answer.status_code)
 
     found = []
@@ -184,17 +190,17 @@ def test_bodies_of_many_requests_are_limited_together(address, engine):
     assert found[-1] == 200  # what was held is given back
 
 
-def test_more_requests_than_permitted_get_503_and_health_is_still_answered(address):
+def test_more_requests_than_permitted_get_503_and_health_is_still_answered(address, client):
     found = []
 
     def post():
-        found.append(httpx2.post(address + PATH, json={"prompt": "slow"}, timeout=20).status_code)
+        found.append(client.post(address + PATH, json={"prompt": "slow"}).status_code)
 
     threads = [threading.Thread(target=post) for _ in range(10)]
     for thread in threads:
         thread.start()
     time.sleep(0.2)
-    assert httpx2.get(f"{address}/health").status_code == 200
+    assert client.get(f"{address}/health").status_code == 200
     for thread in threads:
         thread.join()
     assert sorted(found) == [200] * 8 + [503] * 2

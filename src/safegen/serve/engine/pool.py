@@ -42,7 +42,7 @@ class Entry:
 
 
 @dataclass(eq=False)
-class Batch:
+class RequestBatch:
     """Requests that a worker answers together."""
 
     worker: Worker
@@ -64,7 +64,7 @@ class StackPool:
     open_session: SessionOpener = open_stack
     info: StackInfo | None = None
     waiting: list[Entry] = field(default_factory=list)
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[RequestBatch] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
     is_draining: bool = False
     fault: str = ""
@@ -173,7 +173,7 @@ class StackPool:
         while True:
             if not self.workers[index].is_ready:
                 await self._replace(index)
-            batch = Batch(self.workers[index], await self._next_batch(self.workers[index]))
+            batch = RequestBatch(self.workers[index], await self._next_batch(self.workers[index]))
             self.batches.append(batch)
             try:
                 await self._answer(batch)
@@ -254,7 +254,7 @@ class StackPool:
         is_check = entries[0].request is None
         return is_check or sum(e.num_images for e in entries) >= self.config.max_batch_size
 
-    async def _answer(self, batch: Batch) -> None:
+    async def _answer(self, batch: RequestBatch) -> None:
         """Answer the requests of a batch. Those that fail together are repeated one by one."""
         entries = [entry for entry in batch.entries if not entry.future.done()]
         if not entries:
@@ -270,7 +270,7 @@ class StackPool:
             if not entry.future.done():
                 _set(entry.future, *await self._call(batch, [entry]))
 
-    async def _call(self, batch: Batch, entries: Sequence[Entry]) -> list[Any]:
+    async def _call(self, batch: RequestBatch, entries: Sequence[Entry]) -> list[Any]:
         """Return the value or the exception of each request."""
         first, loop = entries[0], asyncio.get_running_loop()
 

@@ -119,7 +119,7 @@ def read_length(scope: Scope) -> int:
 
 
 def is_multipart(scope: Scope) -> bool:
-    """Return whether a body is a form with files; the number of its fields is limited already."""
+    """Return whether a body is a form with files."""
     kinds = [value for name, value in scope["headers"] if name == b"content-type"]
     return len(kinds) == 1 and kinds[0].strip().lower().startswith(b"multipart/form-data")
 
