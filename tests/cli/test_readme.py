@@ -116,8 +116,9 @@ def serve(words: list[str], folder: Path) -> None:
             with urllib.request.urlopen(f"{address}/ready", timeout=10) as answer:
                 assert json.load(answer)["ready"] is True
             process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=60)
+            _, rest = process.communicate(timeout=60)
             assert process.returncode == 0
+            assert all(line.startswith("{") for line in rest.splitlines()), rest  # logs only
         finally:
             process.kill()
 

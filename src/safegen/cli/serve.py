@@ -101,9 +101,14 @@ def serve(
         _write_config(config, write_config, given)
         return
     if config is None and not (stack or upstream):
-        raise ConfigError("--stack, --upstream or --config must be given")
+        raise ConfigError(
+            "--stack, --upstream or --config must be given. "
+            "For example: --stack mini --guard judge-filter --concept skulls"
+        )
     settings = dict(read_config(config)) if config else {}
     server_config = ServerConfig(**(settings | given))
+    what = ", ".join(server_config.stacks) or "guards"
+    echo_status(f"loading {what}: the address follows once the guards have passed a self-test")
     raise typer.Exit(run_server(server_config, on_ready=_print_address))
 
 

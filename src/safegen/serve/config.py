@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from safegen.core.documents import read_toml, validate
 from safegen.core.errors import FileError
@@ -39,7 +40,7 @@ UpstreamField = Literal[
 class UpstreamConfig(BaseSettings):
     """Settings of the image server behind a proxy."""
 
-    url: str = Field(pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?$", max_length=2000)
+    url: str = Field(max_length=2000)
     """Address of the other server, without the path of its interface."""
     kind: UpstreamKind = "openai"
     """Interface of the other server."""
@@ -62,6 +63,16 @@ class UpstreamConfig(BaseSettings):
     """Most bytes of an answer, and of an image that is fetched."""
     max_side: int = Field(default=2048, ge=8, le=MAX_SIDE)
     """Most pixels of a side of an image of the other server."""
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", url):
+            raise ValueError(
+                "must start with http:// or https://, and have no user, query or fragment, "
+                f"got {url!r}"
+            )
+        return url
 
 
 class RequestLimits(BaseSettings):
@@ -206,7 +217,10 @@ class ServerConfig(BaseSettings):
         if bool(self.stacks) == (self.upstream is not None):
             raise ValueError("stacks or an upstream must be given, and not both")
         if self.upstream is not None and not self.guards:
-            raise ValueError("guards must be given with an upstream. Without them it is unguarded")
+            raise ValueError(
+                "guards must be given with an upstream, which is unguarded without them. "
+                "For example: --guard judge-filter --concept skulls"
+            )
         if self.engine == "ray" and self.upstream is not None:
             raise ValueError("stacks must be given with the engine 'ray', got an upstream")
         if self.ray.max_replicas is not None and self.ray.max_replicas < self.workers:

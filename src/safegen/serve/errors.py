@@ -20,6 +20,8 @@ from safegen.serve.service import Answer
 logger = logging.getLogger(__name__)
 INVALID, BLOCKED, FAILED = "invalid_request_error", "image_generation_user_error", "server_error"
 """Types of errors in the OpenAI interface."""
+ROUTES = "The OpenAI interface is below /v1, that of A1111 below /sdapi/v1; /docs lists the routes."
+"""What a client of a route that does not exist is told."""
 
 
 class RequestError(Exception):
@@ -72,7 +74,8 @@ def answer_error(answer: Answer) -> RequestError | None:
             type=FAILED,
         )
     else:
-        source = "prompt or image" if outcome.stage == "input" else "generated image"
+        given = "prompt" if request.start is None else "prompt or start image"
+        source = given if outcome.stage == "input" else "generated image"
         names = ", ".join(outcome.categories)
         error = RequestError(
             400,
@@ -184,10 +187,10 @@ def add_handlers(app: FastAPI) -> None:
     async def handle_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        headers = dict(error.headers or {})
-        return to_response(
-            RequestError(error.status_code, str(error.detail), code=code, headers=headers)
-        )
+        text, headers = str(error.detail), dict(error.headers or {})
+        if text == "Not Found":
+            text = f"no route {request.url.path[:100]!r}. {ROUTES}"
+        return to_response(RequestError(error.status_code, text, code=code, headers=headers))
 
     known = (RequestError, UserError, QueueFullError, RateLimitError, DrainingError)
     for kind in (*known, EngineFaultError, Exception):

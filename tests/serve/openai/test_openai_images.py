@@ -170,7 +170,10 @@ def test_moderation_low_lowers_nothing(images):
 
 def test_a_prompt_that_is_blocked_raises_with_its_stage_and_categories(images):
     with refusal(
-        code="moderation_blocked", type="image_generation_user_error", param="prompt"
+        code="moderation_blocked",
+        type="image_generation_user_error",
+        param="prompt",
+        message="the prompt was blocked",
     ) as e:
         images.generate(prompt="skulls", n=2)
     details = e.value.body["moderation_details"]
@@ -215,6 +218,12 @@ def test_an_unknown_model_is_404_with_the_nearest_name(images, client):
             images.generate(prompt="a castle", **settings)
     with refusal(openai.NotFoundError, 404, code="model_not_found", param="model"):
         client.models.retrieve("gpt-image-2")
+
+
+def test_a_wrong_base_address_is_404_with_the_right_one(address, client):
+    wrong = client.with_options(base_url=address)
+    with refusal(openai.NotFoundError, 404, code="not_found", message="OpenAI interface is below"):
+        wrong.images.generate(prompt="a castle")
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,12 @@ class _CancelledJob(Exception):  # noqa: N818
 @contextmanager
 def open_stack(config: ServerConfig, spec: str | None) -> Iterator[Any]:
     """Yield the session of a stack; see `safegen.serve.engine.session.open_session`."""
+    import tqdm
+
     from safegen.core.quiet import silence_libraries
 
+    # its default lock is a named semaphore, which stays behind when the worker is killed
+    tqdm.tqdm.set_lock(threading.RLock())
     with silence_libraries():
         from safegen.serve.engine.session import open_session
     with silence_libraries(), open_session(config, spec) as session:

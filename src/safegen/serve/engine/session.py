@@ -167,7 +167,8 @@ def open_session(config: ServerConfig, spec: str | None) -> Iterator[Session]:
     if stack.is_base and not config.allow_base:
         raise ConfigError(
             f"a stack must have a patch, a LoRA or a guard to be served, got the model "
-            f"{stack.model!r} alone. Add one, or set allow_base."
+            f"{stack.model!r} alone. Add one, such as --guard judge-filter --concept skulls, "
+            "or set allow_base."
         )
     loader = StackLoader(device=config.device, dtype=config.dtype, allow_pickle=config.allow_pickle)
     with loader.open(stack) as loaded:

@@ -1,0 +1,32 @@
+"""Wrong calls of `safegen serve`: each is answered before anything is loaded, with a way out."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+GUARD = ("--guard", "judge-filter", "--concept", "skulls")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "--stack, --upstream or --config must be given. For example: --stack mini --guard"),
+        (("--upstream", "localhost:7860", *GUARD), "must start with http:// or https://"),
+        (("--upstream", "http://127.0.0.1:7860"), "guards must be given with an upstream"),
+        (("--upstream", "http://127.0.0.1:7860", "--stack", "mini", *GUARD), "and not both"),
+        (("--config", "missing.toml"), "the server file 'missing.toml' does not exist"),
+        (
+            ("--stack", "mini", *GUARD, "--host", "0.0.0.0"),
+            "Make a token with: safegen serve --new-token NAME",
+        ),
+    ],
+)
+def test_a_wrong_call_is_refused_with_a_way_out(safegen, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = safegen("serve", *words)
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if not line.startswith("loading")]
+    assert len(lines) == 1
+    assert message in lines[0]
