@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 from contextlib import suppress
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,7 +17,7 @@ from safegen.core.generation import GenerationConfig
 from safegen.serve.config import UpstreamConfig, is_loopback
 from safegen.serve.engine.base import UpstreamError
 from safegen.serve.messages import ImageRequest
-from safegen.serve.upstream.a1111 import A1111Upstream, split_seeds
+from safegen.serve.upstream.a1111 import A1111Upstream, read_answer, read_blocks, split_seeds
 from safegen.serve.upstream.images import decode_image
 from safegen.serve.upstream.openai import OpenAIUpstream
 from safegen.serve.upstream.transport import UpstreamClient, _parse
@@ -52,6 +54,46 @@ def test_any_json_gives_one_file_per_seed_or_an_error(answer):
             files = asyncio.run(adapter(client).generate(REQUEST))
             assert len(files) == 2
             assert all(isinstance(file, bytes) for file in files)
+
+
+def released_and(status, **more):
+    """Return the `info` of a safegen that releases the first of two images."""
+    entries = [{"status": "released", "stage": None}, {"status": status, **more}]
+    return {"safegen": {"images": entries}}
+
+
+@pytest.mark.parametrize(
+    ("info", "stages"),
+    [
+        (released_and("blocked", stage="output"), [None, "output"]),
+        (released_and("blocked", stage="input"), [None, "input"]),
+        (released_and("released"), [None, None]),
+        ({"extra_generation_params": {"nsfw": [True, False]}}, ["output", None]),
+        ({"extra_generation_params": {"NSFW": True}}, ["output", "output"]),
+        ({"extra_generation_params": {"NSFW": False}}, [None, None]),
+        ({"extra_generation_params": {"nsfw": [True]}}, ["output", "output"]),
+        ({"seed": 1}, [None, None]),
+    ],
+)
+def test_images_that_another_server_has_replaced_are_blocks(info, stages):
+    files = read_answer({"images": ["AAAA", "AAAA"], "info": json.dumps(info)}, 2)
+    assert [getattr(file, "stage", None) for file in files] == stages
+    assert all(file == b"\0\0\0" for file, stage in zip(files, stages, strict=True) if not stage)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        released_and("fault"),
+        released_and("something new"),
+        {"safegen": {"images": []}},
+        {"safegen": None},
+        {"safegen": {"images": [None, None]}},
+    ],
+)
+def test_an_image_of_another_safegen_without_a_state_is_an_error(info):
+    with pytest.raises(UpstreamError, match="the other server"):
+        read_blocks(json.dumps(info), 2)
 
 
 SHARED = UpstreamClient(UpstreamConfig(url="http://127.0.0.1:9"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from typing import Any
 
 from safegen.serve.engine.base import UpstreamError
@@ -39,13 +40,63 @@ class A1111Upstream:
             except UpstreamBlockError as block:
                 files += [block] * n
                 continue
-            images = content.get("images")
-            if not isinstance(images, list):
-                raise UpstreamError("the other server answered without a list of images")
-            if len(images) != n:
-                raise UpstreamError(f"the other server answered with {len(images)} images for {n}")
-            files += [await asyncio.to_thread(decode_base64, image) for image in images]
+            files += await asyncio.to_thread(read_answer, content, n)
         return files
+
+
+def read_answer(content: dict[str, Any], n: int) -> list[bytes | UpstreamBlockError]:
+    """Return one image file, or the block of the other server, per image. Takes a thread.
+
+    Raises:
+        UpstreamError: it has another number of images, or a check there could not run.
+    """
+    images = content.get("images")
+    if not isinstance(images, list):
+        raise UpstreamError("the other server answered without a list of images")
+    if len(images) != n:
+        raise UpstreamError(f"the other server answered with {len(images)} images for {n}")
+    blocks = read_blocks(content.get("info"), n)
+    return [b or decode_base64(image) for b, image in zip(blocks, images, strict=True)]
+
+
+def read_blocks(info: object, n: int) -> list[UpstreamBlockError | None]:
+    """Return the block of each image that the other server has replaced; None for the others.
+
+    A server that covers an image answers with 200, and says so in `info` at most: safegen under
+    `safegen`, filters of A1111 and SD.Next as `nsfw` among `extra_generation_params`.
+
+    Raises:
+        UpstreamError: a check of the other server could not run, or it does not list each image.
+    """
+    try:
+        values = json.loads(info) if isinstance(info, str) else info
+    except (ValueError, RecursionError):
+        return [None] * n
+    if not isinstance(values, dict):
+        return [None] * n
+    extra = values.get("extra_generation_params")
+    found = [v for k, v in extra.items() if k.lower() == "nsfw"] if isinstance(extra, dict) else []
+    flags: list[object] = [False] * n
+    for value in found:
+        flags = value if isinstance(value, list) and len(value) == n else [value] * n
+    blocks = [UpstreamBlockError("output") if flag else None for flag in flags]
+    if "safegen" not in values:
+        return blocks
+    own = values["safegen"]
+    entries = own.get("images") if isinstance(own, dict) else None
+    if not isinstance(entries, list) or len(entries) != n:
+        raise UpstreamError("the other server answered without the state of each image")
+    return [_read_block(entry) or block for entry, block in zip(entries, blocks, strict=True)]
+
+
+def _read_block(entry: object) -> UpstreamBlockError | None:
+    """Return the block of an image that another safegen lists; None if it is released."""
+    values = entry if isinstance(entry, dict) else {}
+    if values.get("status") == "released":
+        return None
+    if values.get("status") != "blocked":
+        raise UpstreamError("the other server withheld an image, since a check could not run")
+    return UpstreamBlockError("input" if values.get("stage") == "input" else "output")
 
 
 def split_seeds(seeds: tuple[int, ...]) -> list[tuple[int, int]]:
