@@ -48,6 +48,13 @@ def stopped(words, *prompts):
         ("skull", "skull_throne", True),
         ("red cube", "best_quality, red_cube", True),
         ("red_cube", "a red cube", True),
+        ("skull", "skull2", True),
+        ("skull", "1skull", True),
+        ("b2", "b20", False),
+        ("b2", "ab2", False),
+        *[("skull", f"sk{hidden}ull", True) for hidden in "\0\x1b\x1c\x7f\u200b\ue000\uffff"],
+        *[("skull", f"a{hidden}skull", True) for hidden in "\0\x0b\x1c\u200b\ue000"],
+        ("skull", "s\u200bkullcap", False),
     ],
 )
 def test_whole_words_match_in_any_case_and_width(word, text, hit):

@@ -91,7 +91,7 @@ class PromptFilterGuard(Guard):
     def _result(self, prompt: str, score: float | None) -> GuardResult:
         threshold = self.config.threshold
         reason = ""
-        if self.pattern and self.pattern.search(normalize(prompt)):
+        if self.pattern and any(map(self.pattern.search, readings(prompt))):
             reason = "word"
         elif score is not None and score >= threshold:
             reason = "classifier"
@@ -101,25 +101,50 @@ class PromptFilterGuard(Guard):
         return GuardResult(action, reason, {"classifier": score}, {"classifier": threshold})
 
 
-def normalize(text: str) -> str:
+def readings(text: str) -> set[str]:
+    """Return a normalized text in the ways in which tokenizers read it.
+
+    Some leave out control characters and other invisible ones, some split words there.
+    """
+    return {normalize(text), normalize(text, gap=" ")}
+
+
+def normalize(text: str, *, gap: str = "") -> str:
     """Return a text in NFKC, case-folded, without accents and invisible marks, with single spaces.
 
     Underscores become spaces, since tags are written red_cube.
+
+    Args:
+        text: the text.
+        gap: what takes the place of an invisible character.
     """
     decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
     visible = "".join(
-        c
-        for c in decomposed
-        if c not in INVISIBLE and not unicodedata.combining(c) and unicodedata.category(c) != "Cf"
+        gap if is_invisible(c) else c for c in decomposed if not unicodedata.combining(c)
     )
     return " ".join(visible.replace("_", " ").split())
 
 
+def is_invisible(char: str) -> bool:
+    """Return whether a character is a control, format, private or unassigned one, no line break."""
+    return char in INVISIBLE or (unicodedata.category(char)[0] == "C" and char not in "\t\n\r")
+
+
 def compile_pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern that finds any of the words, as whole words, in a normalized text."""
-    longest_first = sorted(words, key=len, reverse=True)
-    alternatives = "|".join(re.escape(normalize(word)) for word in longest_first)
-    return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)")
+    """Return a pattern that finds any of the words, as whole words, in a normalized text.
+
+    Digits end a word of letters, since CLIP's tokenizers split them off.
+    """
+    longest_first = sorted(map(normalize, words), key=len, reverse=True)
+    alternatives = "|".join(
+        rf"(?<!{_inner(word[0])}){re.escape(word)}(?!{_inner(word[-1])})" for word in longest_first
+    )
+    return re.compile(alternatives)
+
+
+def _inner(end: str) -> str:
+    """Return a pattern of the characters that go on with a word which ends here."""
+    return r"[^\W\d]" if end.isalpha() else r"\w"
 
 
 def _import_classifier(name: str) -> Classifier:
