@@ -9,7 +9,7 @@ import math
 import signal
 import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -22,6 +22,7 @@ from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import Engine
 from safegen.serve.engine.local import LocalEngine
 from safegen.serve.engine.pool import OnBatch
+from safegen.serve.messages import StackInfo
 from safegen.serve.operations.logs import log_config
 from safegen.serve.operations.metrics import Metrics
 from safegen.serve.operations.protocol import KEEP_ALIVE, build_protocol
@@ -82,6 +83,15 @@ def build_engine(config: ServerConfig, on_batch: OnBatch | None = None) -> Engin
     from safegen.serve.upstream.engine import ProxyEngine
 
     return ProxyEngine(config)
+
+
+def warn_about_gaps(stacks: Mapping[str, StackInfo]) -> None:
+    """Log which stacks release images that no guard looks at, and which guards were not tried."""
+    for name, stack in stacks.items():
+        if not stack.reads_images:
+            logger.warning("no guard looks at the images of the stack %r", name)
+        if stack.guards and not stack.tested_concept:
+            logger.warning("the guards of the stack %r were tried on no concept", name)
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -171,8 +181,9 @@ class ImageServer(uvicorn.Server):
         except Exception as error:
             self.error, self.should_exit = error, True
             return
-        stacks = list(self.service.engine.stacks)
-        logger.info("ready", extra={"fields": {"address": address, "stacks": stacks}})
+        stacks = self.service.engine.stacks
+        warn_about_gaps(stacks)
+        logger.info("ready", extra={"fields": {"address": address, "stacks": list(stacks)}})
         if self._on_ready is not None:
             self._on_ready(address)
 
