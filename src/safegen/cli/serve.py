@@ -114,7 +114,9 @@ def serve(
 
 def _print_address(address: str) -> None:
     """Print where the server listens."""
-    echo_status(f"safegen serves on {address} (page: {address}/, interface: {address}/openapi.json)")
+    echo_status(
+        f"safegen serves on {address} (page: {address}/, interface: {address}/openapi.json)"
+    )
 
 
 def _print_token(name: str) -> None:
