@@ -18,6 +18,8 @@ GUARD = ("--guard", "judge-filter", "--concept", "skulls")
         (("--upstream", "localhost:7860", *GUARD), "must start with http:// or https://"),
         (("--upstream", "http://127.0.0.1:7860"), "guards must be given with an upstream"),
         (("--upstream", "http://127.0.0.1:7860", "--stack", "mini", *GUARD), "and not both"),
+        (("--upstream", "http://localhost:8188", *GUARD), "another server than this one"),
+        (("--upstream", "http://127.0.0.1:port", *GUARD), "Port could not be cast"),
         (("--config", "missing.toml"), "the server file 'missing.toml' does not exist"),
         (
             ("--stack", "mini", *GUARD, "--host", "0.0.0.0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -221,6 +222,11 @@ class ServerConfig(BaseSettings):
                 "guards must be given with an upstream, which is unguarded without them. "
                 "For example: --guard judge-filter --concept skulls"
             )
+        if self.upstream is not None and self._is_own(self.upstream.url):
+            raise ValueError(
+                f"upstream.url must be another server than this one, got {self.upstream.url!r}. "
+                "Choose another port for this one with --port"
+            )
         if self.engine == "ray" and self.upstream is not None:
             raise ValueError("stacks must be given with the engine 'ray', got an upstream")
         if self.ray.max_replicas is not None and self.ray.max_replicas < self.workers:
@@ -228,6 +234,14 @@ class ServerConfig(BaseSettings):
         if (self.c2pa_certificate is None) != (self.c2pa_key is None):
             raise ValueError("c2pa_certificate and c2pa_key must be given together")
         return self
+
+    def _is_own(self, url: str) -> bool:
+        """Return whether an address is that of this server, as far as its text tells."""
+        address = urlsplit(url)
+        host = address.hostname or ""
+        is_open = self.host in ("0.0.0.0", "::")  # noqa: S104  # it binds nothing
+        is_here = is_loopback(host) and (self.is_loopback or is_open)
+        return address.port == self.port and (is_here or host == self.host)
 
     @property
     def is_loopback(self) -> bool:
