@@ -13,6 +13,7 @@ from safegen.core.documents import read_toml, validate
 from safegen.core.errors import FileError
 from safegen.core.files import exists
 from safegen.core.generation import GuidanceScale
+from safegen.core.registry import MODELS
 from safegen.core.settings import (
     MAX_COUNT,
     MAX_SIDE,
@@ -270,9 +271,25 @@ def read_config(path: Path) -> ServerConfig:
     config, folder = validate(ServerConfig, read_toml(path), str(path)), path.parent
     names = ("token_file", "audit_log", "c2pa_certificate", "c2pa_key")
     paths = {n: folder / value for n in names if (value := getattr(config, n)) is not None}
-    stacks = tuple(str(folder / s) if s.endswith(".toml") else s for s in config.stacks)
+    stacks = tuple(_resolve_stack(stack, folder) for stack in config.stacks)
+    concept = config.concept
+    if concept is not None and concept.endswith(".toml"):
+        concept = str(folder / concept)
     upstream = config.upstream
     if upstream is not None:
         files = {n: v for n in ("token_file", "ca_file") if (v := getattr(upstream, n)) is not None}
         upstream = upstream.model_copy(update={n: folder / v for n, v in files.items()})
-    return config.model_copy(update={**paths, "stacks": stacks, "upstream": upstream})
+    update = {**paths, "stacks": stacks, "concept": concept, "upstream": upstream}
+    return config.model_copy(update=update)
+
+
+def _resolve_stack(spec: str, folder: Path) -> str:
+    """Return a stack with the files that it names in a folder; names of models stay."""
+    if spec.endswith(".toml"):
+        return str(folder / spec)
+    name, separator, parts = spec.rpartition("=")
+    files = [
+        str(folder / part) if part not in MODELS and exists(folder / part) else part
+        for part in parts.split("+")
+    ]
+    return f"{name}{separator}{'+'.join(files)}"

@@ -9,6 +9,7 @@ import math
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -34,6 +35,8 @@ BACKLOG_SECONDS = 0.05
 """Seconds for accepted connections to get their protocol before the port is closed."""
 WRITE_SECONDS = 5.0
 """Seconds after the drain in which the last answers are written."""
+REPEAT_SECONDS = 0.2
+"""Seconds after the first signal in which others count as the same one."""
 OnReady = Callable[[str], None]
 """Called with the address once requests are answered."""
 
@@ -109,7 +112,7 @@ def bind(config: ServerConfig) -> socket.socket:
         listener.close()
         raise ConfigError(
             f"host and port must be an address that is free, got {config.host!r} and "
-            f"{config.port}: {error.strerror}. Choose another port with --port"
+            f"{config.port}: {error.strerror}. Choose others with --host and --port"
         ) from error
     listener.setblocking(False)
     return listener
@@ -153,6 +156,7 @@ class ImageServer(uvicorn.Server):
         """Why the engine could not be started."""
         self.signal = 0
         """Number of the last signal."""
+        self._first_signal = 0.0
         self._socket = bind(config)
 
     @property
@@ -246,7 +250,16 @@ class ImageServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin the drain; stop at once at the second signal, and die of the third."""
+        """Begin the drain; stop at once at the second signal, and die of the third.
+
+        Programs that start others, such as `timeout`, may signal both a process and its group:
+        signals within `REPEAT_SECONDS` of the first count as one.
+        """
+        now = time.monotonic()
+        if self.signal and now < self._first_signal + REPEAT_SECONDS:
+            return
+        if not self.signal:
+            self._first_signal = now
         if self.should_exit:
             self.force_exit = True
             signal.signal(sig, signal.SIG_DFL)
