@@ -37,6 +37,7 @@ STACK = StackInfo(
     sampler="DDIM",
     samplers=("DDIM", "Euler", "Euler a"),
     model_hash="b" * 64,
+    tested_concept="skulls",
 )
 THRESHOLD = {"score": 0.5}
 
