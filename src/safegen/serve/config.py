@@ -169,6 +169,9 @@ class ServerConfig(BaseSettings):
     """Origins of other sites with scripts that may call the server (CORS)."""
     allowed_hosts: tuple[Name, ...] = ()
     """Names besides `host` and loopback under which clients may call the server."""
+    public_url: Origin | None = None
+    """Scheme, host and port that clients reach, such as a TLS proxy's; for addresses of images.
+    Default: `http` and the host of the request."""
 
     engine: EngineKind = "local"
     """What runs the stacks: worker processes of this machine, or replicas in a Ray cluster."""
