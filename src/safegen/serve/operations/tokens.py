@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import re
 import secrets
@@ -178,7 +177,7 @@ def read_authorization(headers: Headers) -> str | None:
     if scheme.lower() == "basic":
         try:
             text = base64.b64decode(value, validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             return None
         return text.partition(":")[2] or None
     return None
