@@ -15,6 +15,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from safegen.core.errors import ConfigError, FileError, SafegenWarning
+from safegen.serve.config import ServerConfig, UpstreamConfig
 from safegen.serve.messages import StartImage
 from safegen.serve.upstream import transport
 from safegen.serve.upstream.engine import ProxyEngine
@@ -376,3 +377,23 @@ def test_proxies_of_the_environment_are_not_used(generate, monkeypatch, other):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert generate().status == 200
+
+
+def test_black_images_of_another_safegen_are_not_released(serving, fakes, checker, tools):
+    with serving(ServerConfig(stacks=("fake",)), fakes.FakeEngine()) as url:
+        config = ServerConfig(
+            upstream=UpstreamConfig(url=url, kind="a1111"), guards=("judge-filter",)
+        )
+
+        async def run():
+            engine = ProxyEngine(config, checker)
+            await engine.start()
+            try:
+                return await tools.send(engine, tools.make_request("partly a castle", n=3))
+            finally:
+                await engine.stop()
+
+        result = asyncio.run(run())
+    assert [o.status for o in result.answer.outcomes] == ["released", "blocked", "released"]
+    assert result.answer.outcomes[1].categories == ("upstream",)
+    assert [image.size for image in result.images] == [(64, 64)] * 2
