@@ -102,8 +102,15 @@ def test_an_edit_streams_its_own_event(client):
 
 def test_an_upload_that_the_guards_block_is_blocked_at_the_input(client):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.images.edit(image=upload(Image.new("RGB", (8, 8), (255, 0, 0))), prompt="a castle")
+        client.images.edit(
+            image=upload(Image.new("RGB", (8, 8), (255, 0, 0))),
+            prompt="a castle",
+            n=2,
+            extra_body={"safegen": {"seed": 5}},
+        )
     assert caught.value.code == "moderation_blocked"
+    listed = caught.value.response.json()["safegen"]["images"]
+    assert [(image["index"], image["seed"]) for image in listed] == [(0, 5), (1, 6)]
     assert caught.value.body["moderation_details"]["moderation_stage"] == "input"
     with pytest.raises(openai.InternalServerError) as caught:  # the judge fails on one pixel
         client.images.edit(image=upload(Image.new("RGB", (1, 1))), prompt="a castle")
