@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from PIL import Image
 
-from safegen.core.errors import SafegenError
+from safegen.core.errors import ConfigError, SafegenError
 from safegen.guards.core.result import GeneratedImage, GuardTrace
 from safegen.serve.messages import ImageRequest, StackInfo
 
@@ -46,6 +46,19 @@ class DrainingError(SafegenError):
     def __init__(self) -> None:
         """Build the message."""
         super().__init__("the server is being stopped. Try again later.")
+
+
+def check_stack_name(name: str, others: Container[str]) -> None:
+    """Check that no other stack of an engine has the name of a new one.
+
+    Raises:
+        ConfigError: one has.
+    """
+    if name in others:
+        raise ConfigError(
+            f"stacks must have different names, got two named {name!r}. "
+            "Rename one in its recipe, or give NAME=MODEL+PATCH."
+        )
 
 
 @dataclass(frozen=True)

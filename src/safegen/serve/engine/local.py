@@ -8,10 +8,9 @@ from dataclasses import replace
 
 from PIL import Image
 
-from safegen.core.errors import ConfigError
 from safegen.guards.core.result import GeneratedImage, GuardTrace
 from safegen.serve.config import ServerConfig
-from safegen.serve.engine.base import DrainingError, EngineFaultError, EngineState
+from safegen.serve.engine.base import DrainingError, EngineFaultError, EngineState, check_stack_name
 from safegen.serve.engine.pool import OnBatch, StackPool
 from safegen.serve.engine.process import SessionOpener, open_stack
 from safegen.serve.messages import ImageRequest, StackInfo
@@ -56,11 +55,7 @@ class LocalEngine:
 
     async def _start_pool(self, pool: StackPool) -> None:
         info = await pool.start()
-        if info.name in self._by_name:
-            raise ConfigError(
-                f"stacks must have different names, got two named {info.name!r}. "
-                "Rename one in its recipe, or give NAME=MODEL+PATCH."
-            )
+        check_stack_name(info.name, self._by_name)
         self._by_name[info.name] = pool
 
     async def generate(self, request: ImageRequest) -> list[GeneratedImage]:

@@ -11,10 +11,16 @@ from typing import Any
 
 from PIL import Image
 
-from safegen.core.errors import ConfigError, MissingExtraError
+from safegen.core.errors import MissingExtraError
 from safegen.guards.core.result import GeneratedImage, GuardTrace
 from safegen.serve.config import ServerConfig
-from safegen.serve.engine.base import DrainingError, EngineFaultError, EngineState, QueueFullError
+from safegen.serve.engine.base import (
+    DrainingError,
+    EngineFaultError,
+    EngineState,
+    QueueFullError,
+    check_stack_name,
+)
 from safegen.serve.engine.process import JobFailure
 from safegen.serve.engine.worker import to_exception
 from safegen.serve.messages import ImageRequest, StackInfo
@@ -75,8 +81,7 @@ class RayEngine:
             return
         for handle in self.handles:
             info: StackInfo = await self._await(handle.describe.remote())
-            if info.name in self._stacks:
-                raise ConfigError(f"stacks must have different names, got two named {info.name!r}")
+            check_stack_name(info.name, self._stacks)
             self._stacks[info.name] = handle, info
         self._reason = ""
         self._watch = asyncio.create_task(self._watch_replicas())
