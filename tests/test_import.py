@@ -11,7 +11,10 @@ import pytest
 
 import safegen
 
-HEAVY = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "matplotlib", "scipy")
+HEAVY = (
+    *("torch", "diffusers", "transformers", "accelerate", "safetensors", "matplotlib", "scipy"),
+    *("fastapi", "uvicorn", "httpx2", "ray"),
+)
 TELL = f"import json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
 HELP = """
 import runpy, sys
@@ -43,6 +46,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
             "safegen.core.files",
             "safegen.data.prompts.prompts",
             "safegen.features.base",
+            "safegen.serve.config",
         ),
         *(
             f"safegen.metrics.{name}"
@@ -62,6 +66,12 @@ def test_importing_loads_nothing_heavy(module):
     assert json.loads(python(f"import {module}; {TELL}").stdout) == []
 
 
+def test_the_process_that_answers_http_loads_no_model_library():
+    modules = "safegen.serve.server, safegen.serve.upstream.engine"
+    loaded = json.loads(python(f"import {modules}; {TELL}").stdout)
+    assert sorted(loaded) == ["fastapi", "httpx2", "uvicorn"]
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -70,6 +80,7 @@ def test_importing_loads_nothing_heavy(module):
         ["demo", "--help"],
         ["triplets", "make", "--help"],
         ["prompts", "show", "--help"],
+        ["serve", "--help"],
         ["--version"],
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 pytest.importorskip("fastapi")
@@ -16,6 +18,9 @@ GUARD = ("--guard", "judge-filter", "--concept", "skulls")
         (("--upstream", "localhost:7860", *GUARD), "must start with http:// or https://"),
         (("--upstream", "http://127.0.0.1:7860"), "guards must be given with an upstream"),
         (("--upstream", "http://127.0.0.1:7860", "--stack", "mini", *GUARD), "and not both"),
+        (("--upstream", "http://localhost:8188", *GUARD), "another server than this one"),
+        (("--upstream", "http://127.0.0.1:port", *GUARD), "Port could not be cast"),
+        (("--upstream-kind", "a1111", "--stack", "mini"), "--upstream-kind must have --upstream"),
         (("--config", "missing.toml"), "the server file 'missing.toml' does not exist"),
         (
             ("--stack", "mini", *GUARD, "--host", "0.0.0.0"),
@@ -30,3 +35,12 @@ def test_a_wrong_call_is_refused_with_a_way_out(safegen, tmp_path, monkeypatch, 
     lines = [line for line in err.splitlines() if not line.startswith("loading")]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_without_the_extra_its_name_is_given(safegen, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("safegen.serve.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, out, err = safegen("serve", "--stack", "mini", *GUARD)
+    assert (code, out) == (2, "")
+    assert err.endswith('needs uvicorn; install it with: pip install "safegen[serve]"\n')

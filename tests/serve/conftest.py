@@ -37,6 +37,7 @@ STACK = StackInfo(
     sampler="DDIM",
     samplers=("DDIM", "Euler", "Euler a"),
     model_hash="b" * 64,
+    tested_concept="skulls",
 )
 THRESHOLD = {"score": 0.5}
 
@@ -137,13 +138,6 @@ class FakeEngine:
 
     def progress(self, request_id):
         return 0.5 if request_id in self._futures else None
-
-    def cancel(self, request_id):
-        future = self._futures.get(request_id)
-        if future is None or future.done():
-            return False
-        future.set_result(EngineFaultError("the request was interrupted"))
-        return True
 
     def state(self):
         return EngineState(not self.is_draining, running=self.running, workers=1)

@@ -56,6 +56,24 @@ def test_the_example_settings_are_those_of_a_server():
     ServerConfig(**values)  # what is commented out is right too
 
 
+def test_paths_of_the_settings_are_relative_to_their_file(tmp_path):
+    for name in ("p.safetensors", "model", "mini"):
+        (tmp_path / name).write_text("")
+    path = tmp_path / "server.toml"
+    path.write_text("""
+stacks = ["safe.toml", "a=mini+p.safetensors", "model", "mini", "hub:owner/name"]
+guards = ["judge-filter"]
+concept = "own.toml"
+token_file = "tokens.toml"
+""")
+    config = read_config(path)
+    patch, model = tmp_path / "p.safetensors", tmp_path / "model"
+    names = (f"a=mini+{patch}", str(model), "mini", "hub:owner/name")
+    assert config.stacks == (str(tmp_path / "safe.toml"), *names)
+    assert config.concept == str(tmp_path / "own.toml")
+    assert config.token_file == tmp_path / "tokens.toml"
+
+
 def test_nobody_has_the_example_token():
     (table,) = tomllib.loads((DEPLOY / "tokens.example.toml").read_text()).values()
     assert table["token_sha256"] == "0" * 64

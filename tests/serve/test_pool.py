@@ -218,9 +218,7 @@ def test_a_batch_stops_only_when_its_last_client_leaves():
         tasks[0].cancel()
         await asyncio.sleep(0.02)
         assert engine.state().running == 2
-        assert engine.cancel(requests[1].id)
-        with pytest.raises(EngineFaultError, match="interrupted"):
-            await tasks[1]
+        tasks[1].cancel()
         await asyncio.sleep(0.02)
         assert engine.state().running == 0
 

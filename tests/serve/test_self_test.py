@@ -9,6 +9,9 @@ from safegen.judges import Detections
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.self_test import check_guards
 from safegen.serve.engine.session import open_session
+from safegen.serve.messages import GuardInfo, StackInfo
+from safegen.serve.server import warn_about_gaps
+from tests.serve.conftest import STACK
 
 GUARD = '[[guards]]\nname = "{}"\n{}\n'
 JUDGE = 'judge = "mini"\nlabels = ["{}"]'
@@ -27,16 +30,29 @@ def check(tmp_path):
         with open_session(config, str(stack)) as session:
             if change is not None:
                 change(session)
-            check_guards(session, config)
+            return check_guards(session, config)
 
     return check
 
 
 @pytest.mark.parametrize("concept", ["skulls", None])
 def test_guards_that_find_the_concept_pass(check, concept):
-    check(
-        ("prompt-filter", 'words = ["skull", "skulls"]'), ("judge-filter", JUDGE.format("skulls"))
-    )
+    words, judge = 'words = ["skull", "skulls"]', JUDGE.format("skulls")
+    assert check(("prompt-filter", words), ("judge-filter", judge), concept=concept) == "skulls"
+
+
+def test_guards_that_are_tried_on_no_concept_and_images_without_a_guard_are_logged(check, caplog):
+    words = ("prompt-filter", 'words = ["dragon"]')
+    tested = check(words, concept=None)
+    guard = GuardInfo("prompt-filter", reads_prompts=True, reads_images=False)
+    warn_about_gaps({"s": StackInfo("s", "mini", "0", guards=(guard,), tested_concept=tested)})
+    assert [record.message for record in caplog.records] == [
+        "no guard looks at the images of the stack 's'",
+        "the guards of the stack 's' were tried on no concept",
+    ]
+    caplog.clear()
+    warn_about_gaps({"safe": STACK})
+    assert not caplog.records
 
 
 def test_a_word_list_without_the_concepts_words_fails(check):

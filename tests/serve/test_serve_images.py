@@ -14,10 +14,12 @@ from PIL import Image
 from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig
 from safegen.guards.core.result import GuardTrace
+from safegen.serve.engine.base import UpstreamError
 from safegen.serve.gate import Outcome
 from safegen.serve.images import encode_outcome, flatten, mask_from_alpha, read_upload, to_png
 from safegen.serve.messages import ImageRequest, StackInfo
 from safegen.serve.service import Answer
+from safegen.serve.upstream.images import decode_image
 
 
 def encode(image, format="PNG", **options):
@@ -55,6 +57,18 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
     large = encode(Image.new("1", (65, 8)))
     with pytest.raises(ConfigError, match="at most 64 pixels per side, got 65x8"):
         read_upload(large, side=64)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(mode):
+    data = encode(Image.new(mode, (64, 64)), "JPEG", progressive=True)
+    assert read_upload(data, side=64).size == (64, 64)
+    scan = data[data.rindex(b"\xff\xda") : -2]  # the last one, without the end of the image
+    bomb = data[:-2] + scan * 1000 + data[-2:]
+    with pytest.raises(ConfigError, match="image must be a readable PNG, JPEG or WebP file"):
+        read_upload(bomb, side=64)
+    with pytest.raises(UpstreamError, match="an invalid image"):
+        decode_image(bomb, 64)
 
 
 @pytest.mark.parametrize(

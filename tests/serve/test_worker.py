@@ -207,3 +207,22 @@ def test_no_worker_outlives_a_server_that_is_killed_or_ends_without_stop(prompt,
         time.sleep(0.02)
     assert not psutil.pid_exists(pid)
     assert not list(folder.iterdir())
+
+
+def test_a_worker_that_gets_no_thread_is_started_again(monkeypatch):
+    start, refused = threading.Thread.start, []
+
+    def refuse_once(thread):
+        if "_write" in thread.name and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def scenario(engine):
+        monkeypatch.setattr(threading.Thread, "start", refuse_once)
+        os.kill(engine.pools[0].workers[0].pid, signal.SIGKILL)
+        while not refused or not engine.state().is_ready:
+            await asyncio.sleep(0.01)
+        await check_works(engine)
+
+    run(scenario)

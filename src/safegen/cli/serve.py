@@ -26,8 +26,9 @@ def serve(
         str | None, typer.Option(help="URL of an image server to guard, instead of --stack.")
     ] = None,
     upstream_kind: Annotated[
-        Literal["openai", "a1111"], typer.Option(help="Interface of that server.")
-    ] = "openai",
+        Literal["openai", "a1111"] | None,
+        typer.Option(help="Interface of that server [default: openai]"),
+    ] = None,
     guard: Annotated[
         list[str] | None, typer.Option(help="Guard to add: NAME or NAME-PRESET. Repeatable.")
     ] = None,
@@ -94,8 +95,10 @@ def serve(
         "device": None if device == "auto" else device,
         "dtype": None if dtype == "fp32" else dtype,
         "allow_pickle": allow_pickle or None,
-        "upstream": {"url": upstream, "kind": upstream_kind} if upstream else None,
+        "upstream": {"url": upstream, "kind": upstream_kind or "openai"} if upstream else None,
     }
+    if upstream_kind and not upstream:
+        raise ConfigError("--upstream-kind must have --upstream, got none. Give its URL")
     given = {name: value for name, value in values.items() if value is not None}
     if write_config is not None:
         _write_config(config, write_config, given)
@@ -114,7 +117,9 @@ def serve(
 
 def _print_address(address: str) -> None:
     """Print where the server listens."""
-    echo_status(f"safegen serves on {address} (page: {address}/, interface: {address}/openapi.json)")
+    echo_status(
+        f"safegen serves on {address} (page: {address}/, interface: {address}/openapi.json)"
+    )
 
 
 def _print_token(name: str) -> None:

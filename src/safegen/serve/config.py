@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +13,7 @@ from safegen.core.documents import read_toml, validate
 from safegen.core.errors import FileError
 from safegen.core.files import exists
 from safegen.core.generation import GuidanceScale
+from safegen.core.registry import MODELS
 from safegen.core.settings import (
     MAX_COUNT,
     MAX_SIDE,
@@ -167,6 +169,9 @@ class ServerConfig(BaseSettings):
     """Origins of other sites with scripts that may call the server (CORS)."""
     allowed_hosts: tuple[Name, ...] = ()
     """Names besides `host` and loopback under which clients may call the server."""
+    public_url: Origin | None = None
+    """Scheme, host and port that clients reach, such as a TLS proxy's; for addresses of images.
+    Default: `http` and the host of the request."""
 
     engine: EngineKind = "local"
     """What runs the stacks: worker processes of this machine, or replicas in a Ray cluster."""
@@ -221,6 +226,11 @@ class ServerConfig(BaseSettings):
                 "guards must be given with an upstream, which is unguarded without them. "
                 "For example: --guard judge-filter --concept skulls"
             )
+        if self.upstream is not None and self._is_own(self.upstream.url):
+            raise ValueError(
+                f"upstream.url must be another server than this one, got {self.upstream.url!r}. "
+                "Choose another port for this one with --port"
+            )
         if self.engine == "ray" and self.upstream is not None:
             raise ValueError("stacks must be given with the engine 'ray', got an upstream")
         if self.ray.max_replicas is not None and self.ray.max_replicas < self.workers:
@@ -228,6 +238,14 @@ class ServerConfig(BaseSettings):
         if (self.c2pa_certificate is None) != (self.c2pa_key is None):
             raise ValueError("c2pa_certificate and c2pa_key must be given together")
         return self
+
+    def _is_own(self, url: str) -> bool:
+        """Return whether an address is that of this server, as far as its text tells."""
+        address = urlsplit(url)
+        host = address.hostname or ""
+        is_open = self.host in ("0.0.0.0", "::")  # noqa: S104  # it binds nothing
+        is_here = is_loopback(host) and (self.is_loopback or is_open)
+        return address.port == self.port and (is_here or host == self.host)
 
     @property
     def is_loopback(self) -> bool:
@@ -256,9 +274,25 @@ def read_config(path: Path) -> ServerConfig:
     config, folder = validate(ServerConfig, read_toml(path), str(path)), path.parent
     names = ("token_file", "audit_log", "c2pa_certificate", "c2pa_key")
     paths = {n: folder / value for n in names if (value := getattr(config, n)) is not None}
-    stacks = tuple(str(folder / s) if s.endswith(".toml") else s for s in config.stacks)
+    stacks = tuple(_resolve_stack(stack, folder) for stack in config.stacks)
+    concept = config.concept
+    if concept is not None and concept.endswith(".toml"):
+        concept = str(folder / concept)
     upstream = config.upstream
     if upstream is not None:
         files = {n: v for n in ("token_file", "ca_file") if (v := getattr(upstream, n)) is not None}
         upstream = upstream.model_copy(update={n: folder / v for n, v in files.items()})
-    return config.model_copy(update={**paths, "stacks": stacks, "upstream": upstream})
+    update = {**paths, "stacks": stacks, "concept": concept, "upstream": upstream}
+    return config.model_copy(update=update)
+
+
+def _resolve_stack(spec: str, folder: Path) -> str:
+    """Return a stack with the files that it names in a folder; names of models stay."""
+    if spec.endswith(".toml"):
+        return str(folder / spec)
+    name, separator, parts = spec.rpartition("=")
+    files = [
+        str(folder / part) if part not in MODELS and exists(folder / part) else part
+        for part in parts.split("+")
+    ]
+    return f"{name}{separator}{'+'.join(files)}"

@@ -20,7 +20,7 @@ from safegen.serve.service import Answer
 logger = logging.getLogger(__name__)
 INVALID, BLOCKED, FAILED = "invalid_request_error", "image_generation_user_error", "server_error"
 """Types of errors in the OpenAI interface."""
-ROUTES = "The OpenAI interface is below /v1, that of A1111 below /sdapi/v1; /docs lists the routes."
+ROUTES = "The OpenAI interface is below /v1, that of A1111 below /sdapi/v1. See /openapi.json."
 """What a client of a route that does not exist is told."""
 
 

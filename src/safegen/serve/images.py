@@ -16,6 +16,8 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 """Format of an image for the client."""
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats of uploads, as Pillow names them."""
+MAX_SCANS = 100
+"""Most scans of a JPEG file. Encoders write about ten; one of a few bytes passes every pixel."""
 BLACK, WHITE = 0, 255
 COMPRESS_LEVEL = 3
 """Effort of the compression of PNGs: a third of the time of Pillow's 6, for a tenth more bytes."""
@@ -35,6 +37,7 @@ def read_upload(data: bytes, *, side: int, name: str = "image") -> Image.Image:
         ConfigError: it is no readable image of these formats, or too large.
     """
     try:
+        check_scans(data)
         with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:
             _check_size(image.size, side, name)
             image.load()
@@ -45,6 +48,16 @@ def read_upload(data: bytes, *, side: int, name: str = "image") -> Image.Image:
         raise ConfigError(
             f"{name} must be a readable PNG, JPEG or WebP file, got {type(error).__name__}"
         ) from error
+
+
+def check_scans(data: bytes) -> None:
+    """Check that a JPEG file does not keep the decoder busy: 16 MB of scans would for minutes.
+
+    Raises:
+        ValueError: it has too many scans.
+    """
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError(f"more than {MAX_SCANS} scans")
 
 
 def flatten(image: Image.Image) -> Image.Image:

@@ -92,6 +92,8 @@ class StackInfo:
     """Hash of the model without patches."""
     is_base: bool = False
     """Whether it is a model without patches, LoRAs and guards."""
+    tested_concept: str = ""
+    """Concept on which the self-test tried the guards; empty if it tried them on none."""
 
     @property
     def is_remote(self) -> bool:

@@ -9,7 +9,8 @@ import math
 import signal
 import socket
 import threading
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -22,6 +23,7 @@ from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import Engine
 from safegen.serve.engine.local import LocalEngine
 from safegen.serve.engine.pool import OnBatch
+from safegen.serve.messages import StackInfo
 from safegen.serve.operations.logs import log_config
 from safegen.serve.operations.metrics import Metrics
 from safegen.serve.operations.protocol import KEEP_ALIVE, build_protocol
@@ -33,6 +35,8 @@ BACKLOG_SECONDS = 0.05
 """Seconds for accepted connections to get their protocol before the port is closed."""
 WRITE_SECONDS = 5.0
 """Seconds after the drain in which the last answers are written."""
+REPEAT_SECONDS = 0.2
+"""Seconds after the first signal in which others count as the same one."""
 OnReady = Callable[[str], None]
 """Called with the address once requests are answered."""
 
@@ -84,6 +88,15 @@ def build_engine(config: ServerConfig, on_batch: OnBatch | None = None) -> Engin
     return ProxyEngine(config)
 
 
+def warn_about_gaps(stacks: Mapping[str, StackInfo]) -> None:
+    """Log which stacks release images that no guard looks at, and which guards were not tried."""
+    for name, stack in stacks.items():
+        if not stack.reads_images:
+            logger.warning("no guard looks at the images of the stack %r", name)
+        if stack.guards and not stack.tested_concept:
+            logger.warning("the guards of the stack %r were tried on no concept", name)
+
+
 def bind(config: ServerConfig) -> socket.socket:
     """Return a socket on the address of a server; it does not listen yet.
 
@@ -99,7 +112,7 @@ def bind(config: ServerConfig) -> socket.socket:
         listener.close()
         raise ConfigError(
             f"host and port must be an address that is free, got {config.host!r} and "
-            f"{config.port}: {error.strerror}. Choose another port with --port"
+            f"{config.port}: {error.strerror}. Choose others with --host and --port"
         ) from error
     listener.setblocking(False)
     return listener
@@ -143,6 +156,7 @@ class ImageServer(uvicorn.Server):
         """Why the engine could not be started."""
         self.signal = 0
         """Number of the last signal."""
+        self._first_signal = 0.0
         self._socket = bind(config)
 
     @property
@@ -171,8 +185,9 @@ class ImageServer(uvicorn.Server):
         except Exception as error:
             self.error, self.should_exit = error, True
             return
-        stacks = list(self.service.engine.stacks)
-        logger.info("ready", extra={"fields": {"address": address, "stacks": stacks}})
+        stacks = self.service.engine.stacks
+        warn_about_gaps(stacks)
+        logger.info("ready", extra={"fields": {"address": address, "stacks": list(stacks)}})
         if self._on_ready is not None:
             self._on_ready(address)
 
@@ -235,7 +250,16 @@ class ImageServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin the drain; stop at once at the second signal, and die of the third."""
+        """Begin the drain; stop at once at the second signal, and die of the third.
+
+        Programs that start others, such as `timeout`, may signal both a process and its group:
+        signals within `REPEAT_SECONDS` of the first count as one.
+        """
+        now = time.monotonic()
+        if self.signal and now < self._first_signal + REPEAT_SECONDS:
+            return
+        if not self.signal:
+            self._first_signal = now
         if self.should_exit:
             self.force_exit = True
             signal.signal(sig, signal.SIG_DFL)

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from PIL import Image
 
 from safegen.core.errors import ConfigError, UnknownNameError, UserError
-from safegen.guards.core.result import GeneratedImage, GuardTrace
+from safegen.guards.core.result import PASSING_ACTIONS, GeneratedImage, GuardTrace
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import (
     DrainingError,
@@ -147,7 +147,7 @@ class ImageService:
         except asyncio.CancelledError:
             await self._record_fault(request, client, "cancelled", started)
             raise
-        except (UserError, QueueFullError, DrainingError, EngineFaultError) as error:
+        except Exception as error:
             await self._record_fault(request, client, _reason(error), started)
             raise
         seconds = time.monotonic() - started
@@ -250,7 +250,7 @@ def input_outcome(
     trace, seed = checked.trace, request.seeds[0]
     if trace.action == "withhold":
         return fault(trace, seed, trace.reason)
-    if trace.action not in ("none", "edit"):
+    if trace.action not in PASSING_ACTIONS:
         return block(trace, seed, stack, "input", concept)
     return None
 

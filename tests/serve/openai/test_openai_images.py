@@ -318,6 +318,16 @@ def test_an_image_can_be_fetched_from_its_address(images, address):
         urllib.request.urlopen(url[:-1] + ("A" if url[-1] != "A" else "B"), timeout=10)
 
 
+def test_the_address_of_an_image_starts_with_that_of_a_proxy(serving, fakes):
+    public = "https://images.example.org"
+    with serving(ServerConfig(stacks=("fake",), public_url=public), fakes.FakeEngine()) as address:
+        body = {"prompt": "a castle", "response_format": "url"}
+        answer = httpx2.post(f"{address}/v1/images/generations", json=body, timeout=20)
+        url = answer.json()["data"][0]["url"]
+        assert url.startswith(f"{public}/v1/images/files/")
+        assert httpx2.get(url.replace(public, address)).status_code == 200
+
+
 def test_the_oldest_images_make_place_for_new_ones(images):
     urls = [images.generate(prompt="a castle", response_format="url").data[0].url for _ in range(6)]
     with pytest.raises(urllib.error.HTTPError, match="404"):

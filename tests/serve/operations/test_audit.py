@@ -140,6 +140,19 @@ def test_a_cancelled_request_has_a_record(path):
     assert read_audit_log(path)[0]["images"][0]["reason"] == "cancelled"
 
 
+def test_a_request_that_fails_in_an_unknown_way_has_a_record(path):
+    class BrokenEngine(FakeEngine):
+        async def generate(self, request):
+            raise RuntimeError("a secret")
+
+    with serving(ServerConfig(stacks=("fake",), audit_log=path), BrokenEngine()) as address:
+        answer = httpx2.post(address + PATH, json={"prompt": "a castle"})
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    (image,) = read_audit_log(path)[0]["images"]
+    assert (image["status"], image["reason"]) == ("fault", "engine")
+
+
 @pytest.mark.parametrize(
     "torn",
     [b"{", b'{"request": "1', b'{"a": 1}', b"\x00" * 5000, b"\x00\x00\n", b"[1]\n", b"x" * 200_000],

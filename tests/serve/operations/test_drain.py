@@ -133,6 +133,7 @@ def test_the_second_signal_stops_at_once():
     with process(slow_seconds=30) as (server, address):
         threads, _ = post_slow(address, 3)
         server.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGINT)  # the same wish, as `timeout` sends it twice
         time.sleep(0.3)
         assert server.poll() is None
         server.send_signal(signal.SIGTERM)

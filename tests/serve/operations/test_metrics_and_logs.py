@@ -96,6 +96,7 @@ def test_the_log_is_json_lines_that_quote_a_prompt_only_if_the_operator_says_so(
         httpx2.post(address + PATH, json={"prompt": "secret skulls", "n": 3})
         httpx2.post(address + PATH, json={"prompt": ["secret"]})
         httpx2.post(address + PATH, content=b"secret")
+        httpx2.get(f"{address}/{'x' * 5000}")
         server.send_signal(signal.SIGTERM)
         server.wait(10)
         reader.join(10)
@@ -104,7 +105,8 @@ def test_the_log_is_json_lines_that_quote_a_prompt_only_if_the_operator_says_so(
     ready = next(record for record in records if record["message"] == "ready")
     assert ready["address"] == address
     requests = [record for record in records if record["message"] == "request"]
-    assert [record["status"] for record in requests] == [200, 400, 400, 400]
+    assert [record["status"] for record in requests] == [200, 400, 400, 400, 404]
+    assert len(requests[-1]["path"]) == 200
     first, blocked = requests[:2]
     assert first["request"] == answer.headers["x-request-id"]
     assert first["client_request_id"] == "mine\x7f"

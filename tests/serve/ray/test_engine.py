@@ -17,10 +17,11 @@ from safegen.core.generation import GenerationConfig
 from safegen.guards.core.result import GeneratedImage, GuardTrace
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import DrainingError, EngineFaultError, QueueFullError
+from safegen.serve.engine.pool import should_repeat
 from safegen.serve.engine.process import JobFailure
 from safegen.serve.messages import ImageRequest
 from safegen.serve.ray.engine import RayEngine
-from safegen.serve.ray.replica import BatchEntry, Reply, count_images, is_failed
+from safegen.serve.ray.replica import BatchEntry, Reply, count_images
 from tests.serve.conftest import STACK, picture
 
 CONFIG = ServerConfig(stacks=("mini",), engine="ray", max_queue=7)
@@ -146,19 +147,6 @@ def test_a_client_that_leaves_cancels_its_request_in_the_cluster():
     assert handle.responses[-1].is_cancelled
 
 
-def test_an_interrupted_request_is_a_fault():
-    async def interrupt(engine):
-        task = asyncio.create_task(engine.generate(REQUEST))
-        await asyncio.sleep(0.05)
-        assert engine.progress("r1") is None
-        assert engine.cancel("r1")
-        assert not engine.cancel("r2")
-        with pytest.raises(EngineFaultError, match="interrupted"):
-            await task
-
-    run(None, interrupt)
-
-
 def test_a_drain_fails_what_takes_too_long_and_refuses_what_is_new():
     async def drain(engine):
         task = asyncio.create_task(engine.generate(REQUEST))
@@ -205,7 +193,8 @@ def test_a_batch_counts_images_and_one_request_always_fits():
 def test_a_request_that_may_have_failed_by_another_is_repeated():
     fine = [GeneratedImage(picture(1), GuardTrace("none", ""))]
     withheld = [GeneratedImage(None, GuardTrace("withhold", "error: judge-filter: ValueError"))]
-    assert not is_failed(fine)
-    assert is_failed(withheld)
-    assert is_failed(JobFailure(0, "memory", "RuntimeError", "out of memory"))
-    assert not is_failed(JobFailure(0, "fault", "RuntimeError", "RuntimeError"))
+    assert not should_repeat(fine)
+    assert should_repeat(withheld)
+    assert should_repeat(JobFailure(0, "memory", "RuntimeError", "out of memory"))
+    assert should_repeat(JobFailure(0, "fault", "RuntimeError", "RuntimeError"))
+    assert not should_repeat(JobFailure(0, "cancelled", "CancelledError", "cancelled"))

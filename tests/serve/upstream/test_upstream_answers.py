@@ -9,7 +9,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -132,6 +132,7 @@ PARTS = [
 ]
 
 
+@example("http://127.0.0.1:99999/x.png")
 @given(st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=8).map("".join))
 def test_any_address_of_an_image_is_on_loopback_or_an_error(text):
     with suppress(UpstreamError):
@@ -139,3 +140,10 @@ def test_any_address_of_an_image_is_on_loopback_or_an_error(text):
         assert is_loopback(url.host)
         assert url.scheme in ("http", "https")
         assert not url.userinfo
+        assert (url.port or 1) <= 65_535
+
+
+def test_json_of_many_values_is_refused_before_it_is_parsed(monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda data: pytest.fail("it was parsed"))
+    with pytest.raises(UpstreamError, match="more than 200000 values"):
+        _parse(b'{"more": [' + b"[]," * 200_000 + b"0]}")

@@ -13,6 +13,8 @@ Action = Literal["none", "edit", "block", "black", "blur", "mosaic", "refuse", "
 UnsafeAction = Literal["black", "blur", "mosaic", "refuse"]
 """What to do with an unsafe image: show a black one, cover the whole image, or return none."""
 ACTIONS: frozenset[Action] = frozenset(get_args(Action))
+PASSING_ACTIONS: frozenset[Action] = frozenset({"none", "edit"})
+"""Actions after which a prompt or an image goes on."""
 BLOCKING_ACTIONS: frozenset[Action] = frozenset({"block", "refuse", "withhold"})
 """Actions that leave no image."""
 REPLACING_ACTIONS: frozenset[Action] = frozenset({"black", "blur", "mosaic"})

@@ -109,10 +109,6 @@ class Engine(Protocol):
         """Return the part of a request that is done, in [0, 1]; None if it is unknown."""
         ...
 
-    def cancel(self, request_id: str) -> bool:
-        """Cancel a request; return whether there was one. Its caller gets `EngineFaultError`."""
-        ...
-
     def state(self) -> EngineState:
         """Return whether it is ready, and how much it has to do."""
         ...

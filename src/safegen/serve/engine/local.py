@@ -90,14 +90,6 @@ class LocalEngine:
         found = next((e for p in self.pools if (e := p.find(request_id))), None)
         return None if found is None else found.share
 
-    def cancel(self, request_id: str) -> bool:
-        """Cancel a request; its caller gets `EngineFaultError`."""
-        found = next((e for p in self.pools if (e := p.find(request_id))), None)
-        if found is None or found.future.done():
-            return False
-        found.future.set_exception(EngineFaultError("the request was interrupted"))
-        return True
-
     def state(self) -> EngineState:
         """Return whether every stack has a worker, and how much there is to do."""
         ready = [sum(worker.is_ready for worker in pool.workers) for pool in self.pools]

@@ -13,7 +13,7 @@ from safegen.core.errors import UserError
 from safegen.guards.core.result import GeneratedImage
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import DrainingError, EngineFaultError, QueueFullError
-from safegen.serve.engine.process import Method, SessionOpener, open_stack
+from safegen.serve.engine.process import JobFailure, Method, SessionOpener, open_stack
 from safegen.serve.engine.worker import JobError, Worker
 from safegen.serve.messages import ImageRequest, StackInfo
 
@@ -262,7 +262,7 @@ class StackPool:
         values = await self._call(batch, entries)
         repeated = []
         for entry, value in zip(entries, values, strict=True):
-            if len(entries) > 1 and _may_be_of_another(value):
+            if len(entries) > 1 and should_repeat(value):
                 repeated.append(entry)
             else:
                 _set(entry.future, value)
@@ -296,11 +296,13 @@ class StackPool:
         return list(values)
 
 
-def _may_be_of_another(value: Any) -> bool:
+def should_repeat(value: Any) -> bool:
     """Return whether a request failed in a way that another one of its batch may have caused."""
     if isinstance(value, list):
         reasons = [v.trace.reason for v in value if isinstance(v, GeneratedImage)]
         return any(reason.startswith(("error:", "calls:")) for reason in reasons)
+    if isinstance(value, JobFailure):
+        return value.kind != "cancelled"
     return isinstance(value, UserError | JobError)
 
 

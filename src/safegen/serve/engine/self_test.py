@@ -23,11 +23,12 @@ NUM_PROMPTS = 4
 """Prompts of the concept that the self-test generates."""
 
 
-def check_guards(session: Session, config: ServerConfig) -> None:
+def check_guards(session: Session, config: ServerConfig) -> str:
     """Check that the guards of a session run, and that prompts of its concept show nothing.
 
-    The concept is that of the configuration, or else a built-in one with the judge and labels
-    of a guard. Without one it is only checked that every guard runs.
+    Returns the name of the concept; empty without guards or a concept. The concept is that of
+    the configuration, or else a built-in one with the judge and labels of a guard. Without one
+    it is only checked that every guard runs.
 
     Raises:
         ConfigError: a guard fails or lets the concept pass, or an image of such a prompt would be
@@ -35,7 +36,7 @@ def check_guards(session: Session, config: ServerConfig) -> None:
     """
     info = session.info
     if not info.guards:
-        return
+        return ""
     concept = _concept(session, config)
     if info.reads_prompts:
         _check_prompt_guards(session, concept)
@@ -43,6 +44,7 @@ def check_guards(session: Session, config: ServerConfig) -> None:
         _check_image_guards(session, concept)
     if session.can_generate:
         _check_generation(session, concept, config)
+    return concept.name if concept else ""
 
 
 def _concept(session: Session, config: ServerConfig) -> Concept | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -159,8 +160,7 @@ def open_session(config: ServerConfig, spec: str | None) -> Iterator[Session]:
         torch.set_num_threads(config.threads)
     if spec is None:
         session = _open_checker(config)
-        if config.self_test:
-            check_guards(session, config)
+        _test(session, config)
         yield session
         return
     stack = add_guards(load_stack(spec), config.guards, config.concept if config.guards else None)
@@ -173,9 +173,14 @@ def open_session(config: ServerConfig, spec: str | None) -> Iterator[Session]:
     loader = StackLoader(device=config.device, dtype=config.dtype, allow_pickle=config.allow_pickle)
     with loader.open(stack) as loaded:
         session = GenerationSession(loaded, describe_stack(loaded))
-        if config.self_test:
-            check_guards(session, config)
+        _test(session, config)
         yield session
+
+
+def _test(session: Session, config: ServerConfig) -> None:
+    """Test a session unless the operator has turned the self-test off; errors as `check_guards`."""
+    if config.self_test:
+        session.info = replace(session.info, tested_concept=check_guards(session, config))
 
 
 def _open_checker(config: ServerConfig) -> Session:

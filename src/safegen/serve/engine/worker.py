@@ -107,7 +107,7 @@ class Worker:
         self._calls[START] = _Call(self._now())
         try:
             self._start_process()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no process or thread more is allowed
             await self.stop()
             raise EngineFaultError(f"a worker cannot be started: {error}") from error
         info: StackInfo = await self._wait(START, self.config.start_timeout)
@@ -169,7 +169,7 @@ class Worker:
         assert self._kill is not None
         self._kill()
         atexit.unregister(self._kill)
-        for thread in self._threads:
+        for thread in filter(threading.Thread.is_alive, self._threads):
             thread.join(JOIN_SECONDS)
         if self._connection is not None:
             self._connection.close()

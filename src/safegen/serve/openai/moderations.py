@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from safegen.core.errors import ConfigError
-from safegen.guards.core.result import GuardRecord, GuardTrace
+from safegen.guards.core.result import PASSING_ACTIONS, GuardRecord, GuardTrace
 from safegen.serve.errors import FAILED, RequestError
 from safegen.serve.gate import block
 from safegen.serve.images import flatten, read_upload
@@ -24,8 +24,6 @@ from safegen.serve.service import ImageService
 
 InputType = Literal["text", "image"]
 """Type of an input of the client."""
-PASSING_ACTIONS = frozenset({"none", "edit"})
-"""Actions of a guard that let an input pass."""
 
 
 class ImageUrl(BaseModel):

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from safegen.core.errors import UnknownNameError
 from safegen.serve.errors import RequestError, answer_error
-from safegen.serve.http import Client, RequestId, Service, run_for_client
+from safegen.serve.http import Client, RequestId, Service, get_service, run_for_client
 from safegen.serve.messages import ImageRequest, StackInfo, StartImage
 from safegen.serve.openai.bodies import EditBody, GenerateBody, ImageBody, read_body, read_size
 from safegen.serve.openai.forms import EDIT_FORM, read_form, read_start
@@ -170,7 +170,9 @@ async def _respond(
         return await asyncio.to_thread(stream_response, answer, body, files, kind)
     if body.response_format == "url":
         names = [store.add(file, media_type(body)) for file in files]
-        data = [{"url": str(request.url_for("stored_image", name=name))} for name in names]
+        root = get_service(request).config.public_url or request.base_url
+        paths = [request.app.url_path_for("stored_image", name=name) for name in names]
+        data = [{"url": str(path.make_absolute_url(root))} for path in paths]
     else:
         data = await asyncio.to_thread(to_base64, files)
     return await asyncio.to_thread(images_response, answer, body, data)

@@ -82,7 +82,7 @@ class _Body:
         self.size += len(part)
         self.owner.total += len(part)
         if not self._has_files:
-            self.num_values += sum(map(part.count, SEPARATORS))
+            self.num_values += count_values(part)
         if self.size > limits.body_bytes:
             self.error = refuse_size(limits)
         elif self.num_values > limits.json_values:
@@ -102,6 +102,11 @@ class _Body:
         if self.error is None or self.has_response:
             self.has_response = True
             await self._send(message)
+
+
+def count_values(part: bytes) -> int:
+    """Return how many values start in a part of a JSON document, at most: commas and brackets."""
+    return sum(map(part.count, SEPARATORS))
 
 
 def refuse_size(limits: RequestLimits, length: int | None = None) -> RequestError:

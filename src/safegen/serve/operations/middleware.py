@@ -13,6 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from safegen.core.text import cut_text
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import DrainingError
 from safegen.serve.errors import FAILED, RequestError, to_request_error, to_response
@@ -208,7 +209,9 @@ def _log(
     given = next((v for n, v in scope["headers"] if n == b"x-request-id"), b"")
     return {
         "method": scope["method"],
-        "path": STORED_IMAGES if scope["path"].startswith(STORED_IMAGES) else scope["path"],
+        "path": STORED_IMAGES
+        if scope["path"].startswith(STORED_IMAGES)
+        else cut_text(scope["path"]),
         "status": response.status,
         "seconds": round(seconds, 4),
         "address": address[0] if address else None,

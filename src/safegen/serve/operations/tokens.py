@@ -107,9 +107,9 @@ def _read_client(path: Path, name: str, table: object) -> Client:
     token, hashed = table.get("token"), table.get("token_sha256")
     if (token is None) == (hashed is None):
         raise FileError(f"{where}: token or token_sha256 must be given, and not both")
-    if hashed is None and not (isinstance(token, str) and len(token) >= MIN_TOKEN):
+    if hashed is None and not is_token(token):
         raise FileError(
-            f"{where}: token must be a text of {MIN_TOKEN} or more characters. "
+            f"{where}: token must have {MIN_TOKEN} or more printable ASCII characters, no spaces. "
             f"Make one with: safegen serve --new-token {name}"
         )
     config = validate(ClientConfig, table, where)
@@ -120,6 +120,13 @@ def _read_client(path: Path, name: str, table: object) -> Client:
         for noun, limit in zip(("requests", "images"), limits, strict=True)
     )
     return Client(name, digest, config.stacks, requests, images)
+
+
+def is_token(value: object) -> bool:
+    """Return whether a value is a token that every client can send in a header."""
+    if not isinstance(value, str) or len(value) < MIN_TOKEN:
+        return False
+    return value.isascii() and value.isprintable() and " " not in value
 
 
 def read_clients(config: ServerConfig) -> Clients | None:

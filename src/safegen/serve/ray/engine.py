@@ -40,14 +40,8 @@ class ReplicaCall:
     """Call of a replica that is not answered yet."""
 
     task: asyncio.Task[Any]
-    request_id: str | None = None
-    error: Exception | None = None
-    """Why it was cancelled by the server."""
-
-    def fail(self, error: Exception) -> None:
-        """Cancel the call; its caller gets an error."""
-        self.error = error
-        self.task.cancel()
+    is_drained: bool = False
+    """Whether the server has cancelled it."""
 
 
 class RayEngine:
@@ -89,9 +83,7 @@ class RayEngine:
 
     async def generate(self, request: ImageRequest) -> list[GeneratedImage]:
         """Return one image per seed, with its trace; see `Engine.generate`."""
-        images: list[GeneratedImage] = await self._call(
-            request.stack, "generate", request, request_id=request.id
-        )
+        images: list[GeneratedImage] = await self._call(request.stack, "generate", request)
         return images
 
     async def check_prompts(self, stack: str, prompts: Sequence[str]) -> list[GuardTrace]:
@@ -112,13 +104,6 @@ class RayEngine:
         """Return None: a replica tells nothing before its answer."""
         return None
 
-    def cancel(self, request_id: str) -> bool:
-        """Cancel a request; its caller gets `EngineFaultError`."""
-        found = [call for call in self._calls if call.request_id == request_id]
-        for call in found:
-            call.fail(EngineFaultError("the request was interrupted"))
-        return bool(found)
-
     def state(self) -> EngineState:
         """Return whether every stack has a replica, and how many requests the replicas have."""
         return EngineState(
@@ -135,7 +120,8 @@ class RayEngine:
         if tasks:
             await asyncio.wait(tasks, timeout=timeout)
         for call in list(self._calls):
-            call.fail(DrainingError())
+            call.is_drained = True
+            call.task.cancel()
 
     async def stop(self) -> None:
         """Stop looking at the replicas. Ray ends them with the application."""
@@ -145,9 +131,7 @@ class RayEngine:
             with suppress(asyncio.CancelledError):
                 await self._watch
 
-    async def _call(
-        self, stack: str, method: str, *arguments: Any, request_id: str | None = None
-    ) -> Any:
+    async def _call(self, stack: str, method: str, *arguments: Any) -> Any:
         """Return the value of a replica's method; if this is cancelled, so is the call."""
         if self._is_draining:
             raise DrainingError
@@ -155,13 +139,13 @@ class RayEngine:
             raise EngineFaultError(self._reason or f"there is no stack {stack!r}")
         handle, info = self._stacks[stack]
         response = getattr(handle, method).remote(*arguments)
-        call = ReplicaCall(asyncio.create_task(self._await(response)), request_id)
+        call = ReplicaCall(asyncio.create_task(self._await(response)))
         self._calls.append(call)
         try:
             reply: Reply = await call.task
         except asyncio.CancelledError:
-            if call.error is not None:
-                raise call.error from None
+            if call.is_drained:
+                raise DrainingError from None
             raise
         finally:
             call.task.cancel()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safegen.core.errors import MissingExtraError
-from safegen.guards.core.result import GeneratedImage
 from safegen.serve.config import ServerConfig
+from safegen.serve.engine.pool import should_repeat
 from safegen.serve.engine.process import JobFailure, open_stack, to_failure
 from safegen.serve.messages import ImageRequest, StackInfo
 
@@ -138,7 +138,7 @@ class StackReplica:
         await self._generate(group)
         if len(group) > 1:
             for entry in group:
-                if entry.is_wanted and is_failed(entry.value):
+                if entry.is_wanted and should_repeat(entry.value):
                     await self._generate([entry])
 
     async def _generate(self, group: list[BatchEntry]) -> None:
@@ -171,10 +171,3 @@ class StackReplica:
 
     def _reply(self, value: Any) -> Reply:
         return Reply(self._session.info, value)
-
-
-def is_failed(value: Any) -> bool:
-    """Return whether a request of a batch failed in a way that another one may have caused."""
-    if isinstance(value, JobFailure):
-        return value.kind in ("user", "memory")
-    return any(isinstance(v, GeneratedImage) and v.trace.action == "withhold" for v in value)

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from safegen.core.errors import ConfigError
-from safegen.guards.core.result import GeneratedImage, GuardTrace
+from safegen.guards.core.result import PASSING_ACTIONS, GeneratedImage, GuardTrace
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import (
     DrainingError,
@@ -26,7 +26,7 @@ from safegen.serve.upstream.a1111 import A1111Upstream
 from safegen.serve.upstream.checker import GuardChecker, PoolChecker
 from safegen.serve.upstream.images import decode_image
 from safegen.serve.upstream.openai import OpenAIUpstream
-from safegen.serve.upstream.traces import PASSING_ACTIONS, block_trace, join_image, join_stages
+from safegen.serve.upstream.traces import block_trace, join_image, join_stages
 from safegen.serve.upstream.transport import UpstreamClient
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class _Job:
     request_id: str
     task: asyncio.Task[list[GeneratedImage]]
     share: float = 0.0
-    error: EngineFaultError | DrainingError | None = None
-    """Why it was cancelled, unless its client left."""
+    is_drained: bool = False
+    """Whether the server has cancelled it."""
 
 
 class ProxyEngine:
@@ -109,8 +109,8 @@ class ProxyEngine:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            if job.error is not None and task.cancelled():
-                raise job.error from None
+            if job.is_drained and task.cancelled():
+                raise DrainingError from None
             raise
         finally:
             self._jobs.remove(job)
@@ -186,12 +186,6 @@ class ProxyEngine:
             if job.task is asyncio.current_task():
                 job.share = share
 
-    def cancel(self, request_id: str) -> bool:
-        """Cancel a request; its caller gets `EngineFaultError`."""
-        jobs = [job for job in self._jobs if job.request_id == request_id]
-        found = [_cancel(job, EngineFaultError("the request was interrupted")) for job in jobs]
-        return any(found)
-
     def state(self) -> EngineState:
         """Return whether the guards run; the reason also says if the other server does not."""
         workers = self.checker.num_workers
@@ -213,7 +207,7 @@ class ProxyEngine:
         if tasks := [job.task for job in self._jobs]:
             await asyncio.wait(tasks, timeout=timeout)
         for job in self._jobs:
-            _cancel(job, DrainingError())
+            job.is_drained = job.task.cancel()
 
     async def stop(self) -> None:
         """Stop the workers and close the connections."""
@@ -240,13 +234,6 @@ class ProxyEngine:
                 logger.warning("%s", reason)
             self._upstream_reason = reason
             await asyncio.sleep(PROBE_SECONDS)
-
-
-def _cancel(job: _Job, error: EngineFaultError | DrainingError) -> bool:
-    if job.task.done():
-        return False
-    job.error = error
-    return job.task.cancel()
 
 
 def _check_number(noun: str, found: object, expected: Sequence[Any]) -> None:

@@ -9,7 +9,7 @@ import io
 from PIL import Image
 
 from safegen.serve.engine.base import UpstreamError
-from safegen.serve.images import UPLOAD_FORMATS, flatten
+from safegen.serve.images import UPLOAD_FORMATS, check_scans, flatten
 
 
 def decode_base64(text: object) -> bytes:
@@ -40,6 +40,7 @@ def decode_image(data: bytes, max_side: int) -> Image.Image:
         UpstreamError: it is no such file, is cut off, or is larger.
     """
     try:
+        check_scans(data)
         with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:
             size = image.size
             if max(size) <= max_side:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from safegen.guards.core.result import Action, GeneratedImage, GuardRecord, GuardTrace
+from safegen.guards.core.result import (
+    PASSING_ACTIONS,
+    Action,
+    GeneratedImage,
+    GuardRecord,
+    GuardTrace,
+)
 from safegen.serve.messages import GuardInfo, Stage
 
-PASSING_ACTIONS: frozenset[Action] = frozenset({"none", "edit"})
-"""Actions after which an image goes on."""
 SERVER = "upstream"
 """Name in traces by which the other server blocks."""
 

@@ -20,6 +20,7 @@ from safegen.core.text import cut_text, one_line
 from safegen.serve.config import UpstreamConfig, is_loopback
 from safegen.serve.engine.base import QueueFullError, UpstreamError
 from safegen.serve.messages import Stage
+from safegen.serve.operations.body import count_values
 
 CONNECT_SECONDS = 10.0
 """Most seconds until a connection is open."""
@@ -28,6 +29,8 @@ KEEP_ALIVE_SECONDS = 2.0
 MAX_ERROR_BYTES = 2**16
 """Most bytes that are read of an error."""
 MAX_PORT = 65_535
+MAX_VALUES = 200_000
+"""Most values of an answer, each of which takes far more memory than its bytes."""
 MAX_TOKEN_BYTES = 2**12
 MAX_RETRY_SECONDS = 3600
 BLOCK_CODES = frozenset({"moderation_blocked", "content_policy_violation", "content_filter"})
@@ -160,6 +163,8 @@ class UpstreamClient:
             raise UpstreamError(
                 f"the address of an image must be {' or '.join(schemes)}, without a login"
             )
+        if (url.port or 1) > MAX_PORT:
+            raise UpstreamError(f"the port of an image must be <= {MAX_PORT}, got {url.port}")
         if url.host not in hosts and not is_local:
             raise UpstreamError(
                 f"the host of an image must be in allowed_hosts, got {cut_text(url.host, 60)!r}"
@@ -236,6 +241,8 @@ async def _read(response: httpx2.Response, limit: int) -> bytes:
 
 
 def _parse(data: bytes) -> dict[str, Any]:
+    if count_values(data) > MAX_VALUES:
+        raise UpstreamError(f"the other server answered with more than {MAX_VALUES} values")
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
