@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 pytest.importorskip("fastapi")
@@ -35,12 +33,3 @@ def test_a_wrong_call_is_refused_with_a_way_out(safegen, tmp_path, monkeypatch, 
     lines = [line for line in err.splitlines() if not line.startswith("loading")]
     assert len(lines) == 1
     assert message in lines[0]
-
-
-def test_without_the_extra_its_name_is_given(safegen, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("safegen.serve.server")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    code, out, err = safegen("serve", "--stack", "mini", *GUARD)
-    assert (code, out) == (2, "")
-    assert err.endswith('needs uvicorn; install it with: pip install "safegen[serve]"\n')

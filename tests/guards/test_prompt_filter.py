@@ -55,6 +55,9 @@ def stopped(words, *prompts):
         *[("skull", f"sk{hidden}ull", True) for hidden in "\0\x1b\x1c\x7f\u200b\ue000\uffff"],
         *[("skull", f"a{hidden}skull", True) for hidden in "\0\x0b\x1c\u200b\ue000"],
         ("skull", "s\u200bkullcap", False),
+        ("skull", "sk&#117;ll", True),
+        ("skull", "sk&amp;#x75;ll", True),
+        ("c&amp;a", "c&amp;a", True),
     ],
 )
 def test_whole_words_match_in_any_case_and_width(word, text, hit):

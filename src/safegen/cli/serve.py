@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from safegen.cli.console import echo, echo_status
-from safegen.cli.options import Device, Dtype, Pickle, Threads
+from safegen.cli.options import Device, Dtype, Pickle
 from safegen.core.errors import ConfigError, MissingExtraError
+from safegen.core.settings import MAX_THREADS
 
 
 def serve(
@@ -67,7 +68,10 @@ def serve(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "fp32",
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_THREADS, help="CPU threads per worker [default: a share]"),
+    ] = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Serve stacks over HTTP, or guard another image server: OpenAI and A1111 interfaces, a page.

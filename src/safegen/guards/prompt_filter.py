@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 import warnings
@@ -102,11 +103,13 @@ class PromptFilterGuard(Guard):
 
 
 def readings(text: str) -> set[str]:
-    """Return a normalized text in the ways in which tokenizers read it.
+    """Return a normalized text in the ways in which pipelines and tokenizers read it.
 
-    Some leave out control characters and other invisible ones, some split words there.
+    Some leave out control characters and other invisible ones, some split words there. Some
+    resolve HTML's character references, twice.
     """
-    return {normalize(text), normalize(text, gap=" ")}
+    texts = {text, html.unescape(html.unescape(text))}
+    return {normalize(each, gap=gap) for each in texts for gap in ("", " ")}
 
 
 def normalize(text: str, *, gap: str = "") -> str:

@@ -184,7 +184,7 @@ class ServerConfig(BaseSettings):
     dtype: str = "fp32"
     """Type of the weights: fp32, bf16 or fp16."""
     threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
-    """CPU threads per worker. Default: chosen by torch."""
+    """CPU threads per worker. Default: an equal share of the cores."""
     allow_pickle: bool = False
     """Also load pickled weights, which can run code."""
     max_batch_size: int = Field(default=8, ge=1, le=256)

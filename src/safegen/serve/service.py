@@ -162,7 +162,7 @@ class ImageService:
             image = await asyncio.to_thread(_open_png, request.start.image)
             checked = await self.engine.check_images(stack.name, [image], [request.prompt])
             if (found := input_outcome(checked[0], request, stack, concept)) is not None:
-                return [found] * len(request.seeds)
+                return [replace(found, seed=seed) for seed in request.seeds]
         generated = await self.engine.generate(request)
         if len(generated) != len(request.seeds):
             reason = f"images: {len(generated)} for {len(request.seeds)} seeds"

@@ -102,8 +102,15 @@ def test_an_edit_streams_its_own_event(client):
 
 def test_an_upload_that_the_guards_block_is_blocked_at_the_input(client):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.images.edit(image=upload(Image.new("RGB", (8, 8), (255, 0, 0))), prompt="a castle")
+        client.images.edit(
+            image=upload(Image.new("RGB", (8, 8), (255, 0, 0))),
+            prompt="a castle",
+            n=2,
+            extra_body={"safegen": {"seed": 5}},
+        )
     assert caught.value.code == "moderation_blocked"
+    listed = caught.value.response.json()["safegen"]["images"]
+    assert [(image["index"], image["seed"]) for image in listed] == [(0, 5), (1, 6)]
     assert caught.value.body["moderation_details"]["moderation_stage"] == "input"
     with pytest.raises(openai.InternalServerError) as caught:  # the judge fails on one pixel
         client.images.edit(image=upload(Image.new("RGB", (1, 1))), prompt="a castle")
@@ -166,11 +173,13 @@ def test_a_client_that_leaves_in_its_upload_is_no_fault_of_the_server(address, c
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as channel:
             channel.sendall(head.encode())
             time.sleep(0.1)
-        until = time.monotonic() + 5
-        while "request" not in caplog.messages and time.monotonic() < until:
+        until, found = time.monotonic() + 5, []
+        while not found and time.monotonic() < until:
             time.sleep(0.02)
-    (record,) = [r for r in caplog.records if r.name.startswith("safegen.serve")]
-    assert record.fields["status"] == 499
+            lines = [getattr(record, "fields", {}) for record in caplog.records]
+            found = [fields for fields in lines if fields.get("request_bytes") == 9999]
+    assert [fields["status"] for fields in found] == [499]
+    assert {record.levelname for record in caplog.records} == {"INFO"}
     assert httpx2.get(f"{address}/health").status_code == 200
 
 

@@ -93,6 +93,7 @@ def test_the_page_waits_for_a_server_that_starts(fakes, make_playground, monkeyp
         stacks, engine.stacks = engine.stacks, {}
         page.open(ready=False)
         page.wait("document.querySelector('#current').innerText.includes('no stack')")
+        assert "opens by itself" in page.text("#current")
         assert page.browser.find_violations() == []
         engine.stacks = stacks
         page.wait("document.querySelector('.example')")

@@ -14,7 +14,8 @@ import uvicorn
 from PIL import Image
 from pydantic import ValidationError
 
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, SafegenWarning
+from safegen.serve.config import ServerConfig, UpstreamConfig
 from safegen.serve.messages import StartImage
 from safegen.serve.upstream import transport
 from safegen.serve.upstream.engine import ProxyEngine
@@ -172,7 +173,10 @@ def test_an_unsafe_start_image_never_reaches_the_other_server(generate, other):
 def test_the_token_goes_to_the_other_server_alone(generate, other, tmp_path, kind, tools):
     file = tmp_path / "token"
     file.write_text("secret-token\n")
-    generate(options={"token_file": file})
+    file.chmod(0o644)
+    with pytest.warns(SafegenWarning, match="can be read by every user"):
+        generate(options={"token_file": file})
+    file.chmod(0o600)
     assert other.requests[0][1]["authorization"] == "Bearer secret-token"
     file.write_text("user:word")
     generate(options={"token_file": file})
@@ -183,6 +187,7 @@ def test_the_token_goes_to_the_other_server_alone(generate, other, tmp_path, kin
 @pytest.mark.parametrize("text", ["", "two words", "tab\ttab", "\xe9", "x\ny", "x" * 5000])
 def test_a_file_without_one_token_is_refused(make_config, tmp_path, text):
     (tmp_path / "token").write_text(text, encoding="latin-1")
+    (tmp_path / "token").chmod(0o600)
     with pytest.raises(FileError):
         UpstreamClient(make_config(token_file=tmp_path / "token").upstream)
 
@@ -372,3 +377,23 @@ def test_proxies_of_the_environment_are_not_used(generate, monkeypatch, other):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert generate().status == 200
+
+
+def test_black_images_of_another_safegen_are_not_released(serving, fakes, checker, tools):
+    with serving(ServerConfig(stacks=("fake",)), fakes.FakeEngine()) as url:
+        config = ServerConfig(
+            upstream=UpstreamConfig(url=url, kind="a1111"), guards=("judge-filter",)
+        )
+
+        async def run():
+            engine = ProxyEngine(config, checker)
+            await engine.start()
+            try:
+                return await tools.send(engine, tools.make_request("partly a castle", n=3))
+            finally:
+                await engine.stop()
+
+        result = asyncio.run(run())
+    assert [o.status for o in result.answer.outcomes] == ["released", "blocked", "released"]
+    assert result.answer.outcomes[1].categories == ("upstream",)
+    assert [image.size for image in result.images] == [(64, 64)] * 2

@@ -273,6 +273,7 @@ class TestAddresses:
 
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
         (tmp_path / "token").write_text("secret-token")
+        (tmp_path / "token").chmod(0o600)
         other.files["1.png"] = lambda: Response(PICTURE, media_type="image/png")
         port = other.url.rpartition(":")[2]
         other.answer = self.answer(f"http://files.example:{port}/1.png")

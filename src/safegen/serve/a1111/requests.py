@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 from dataclasses import replace
 
 from PIL import Image, ImageOps
@@ -127,7 +126,7 @@ def _decode(name: str, text: str) -> bytes:
     head, comma, tail = text.partition(",")
     try:
         return base64.b64decode("".join((tail if comma else head).split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"{name} must be a file in Base64, got {text[:20]!r}. Addresses are not fetched."
         ) from error

@@ -202,7 +202,7 @@ class StackPool:
                     self.fault = ""
                     return
                 reason = "the stack has changed since the server started"
-            except (UserError, EngineFaultError) as error:
+            except Exception as error:  # whatever it is, the next attempt may succeed
                 reason = str(error)
             logger.error("a worker cannot be started: %s", reason)
             pause = min(MAX_PAUSE, 2 * pause + 1)

@@ -145,6 +145,18 @@ class RemotePipeline:
         raise EngineFaultError("this worker only checks; another server generates")
 
 
+def choose_threads(config: ServerConfig, cores: int) -> int:
+    """Return the CPU threads of a worker: those of the settings, or an equal share of the cores.
+
+    Workers that have more threads than there are cores wait for each other, and are several times
+    slower. Ray gives each replica its own cores.
+    """
+    if config.threads is not None:
+        return config.threads
+    workers = 1 if config.engine == "ray" else config.workers * max(1, len(config.stacks))
+    return max(1, cores // workers)
+
+
 @contextmanager
 def open_session(config: ServerConfig, spec: str | None) -> Iterator[Session]:
     """Yield the session of a stack, loaded and tested.
@@ -156,8 +168,7 @@ def open_session(config: ServerConfig, spec: str | None) -> Iterator[Session]:
     Raises:
         UserError: the stack or a guard cannot be loaded, or the self-test fails.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(choose_threads(config, torch.get_num_threads()))
     if spec is None:
         session = _open_checker(config)
         _test(session, config)

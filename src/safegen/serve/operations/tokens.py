@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import re
 import secrets
@@ -77,6 +76,16 @@ class Clients:
                 raise UnknownNameError("stack", name, known, f"Client {client.name!r} names it.")
 
 
+def warn_if_public(path: Path) -> None:
+    """Give a warning if everybody can read a file with a secret."""
+    if path.stat().st_mode & stat.S_IROTH:
+        warnings.warn(
+            f"{str(path)!r} can be read by every user. Run: chmod o= {path}",
+            SafegenWarning,
+            stacklevel=3,
+        )
+
+
 def read_token_file(path: Path) -> Clients:
     """Return the clients of a token file. A file that everybody can read gives a warning.
 
@@ -86,12 +95,7 @@ def read_token_file(path: Path) -> Clients:
     tables = read_toml(path)
     if not tables:
         raise FileError(f"{str(path)!r} must have a table per client, got none")
-    if path.stat().st_mode & stat.S_IROTH:
-        warnings.warn(
-            f"{str(path)!r} can be read by every user. Run: chmod o= {path}",
-            SafegenWarning,
-            stacklevel=2,
-        )
+    warn_if_public(path)
     try:
         return Clients([_read_client(path, name, table) for name, table in tables.items()])
     except ConfigError as error:
@@ -173,7 +177,7 @@ def read_authorization(headers: Headers) -> str | None:
     if scheme.lower() == "basic":
         try:
             text = base64.b64decode(value, validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             return None
         return text.partition(":")[2] or None
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 
 from PIL import Image
@@ -25,7 +24,7 @@ def decode_base64(text: object) -> bytes:
         text = rest
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise UpstreamError("the other server answered with an image that is not base64") from error
 
 

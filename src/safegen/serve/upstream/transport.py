@@ -21,6 +21,7 @@ from safegen.serve.config import UpstreamConfig, is_loopback
 from safegen.serve.engine.base import QueueFullError, UpstreamError
 from safegen.serve.messages import Stage
 from safegen.serve.operations.body import count_values
+from safegen.serve.operations.tokens import warn_if_public
 
 CONNECT_SECONDS = 10.0
 """Most seconds until a connection is open."""
@@ -308,6 +309,7 @@ def _read_authorization(config: UpstreamConfig) -> str:
     if config.token_file is None:
         return ""
     data = read_bytes(config.token_file, limit=MAX_TOKEN_BYTES).strip()
+    warn_if_public(config.token_file)
     text = data.decode("ascii", "replace")
     if not text or not text.isprintable() or " " in text or not text.isascii():
         raise FileError(

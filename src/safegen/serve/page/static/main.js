@@ -25,7 +25,9 @@ async function start() {
   const { status, body } = await getConfig();
   if (status === 401) return askForToken(start, hasToken() ? "The server refused this token." : "");
   if (status === 503) {
-    showNotice(body?.error?.message ?? "The server is not ready.");
+    const { code, message } = body?.error ?? {};
+    const why = code === "starting" ? "The server is loading its stacks." : message ?? "";
+    showNotice(`${why} This page opens by itself when the server is ready.`.trim());
     return setTimeout(start, 2000);
   }
   if (status !== 200)
