@@ -16,7 +16,7 @@ GUARD = ("--guard", "judge-filter", "--concept", "skulls")
         (("--upstream", "localhost:7860", *GUARD), "must start with http:// or https://"),
         (("--upstream", "http://127.0.0.1:7860"), "guards must be given with an upstream"),
         (("--upstream", "http://127.0.0.1:7860", "--stack", "mini", *GUARD), "and not both"),
-        (("--upstream", "http://localhost:8188", *GUARD), "another server than this one"),
+        (("--upstream", "http://localhost:8484", *GUARD), "another server than this one"),
         (("--upstream", "http://127.0.0.1:port", *GUARD), "Port could not be cast"),
         (("--upstream-kind", "a1111", "--stack", "mini"), "--upstream-kind must have --upstream"),
         (("--config", "missing.toml"), "the server file 'missing.toml' does not exist"),

@@ -125,7 +125,7 @@ def test_the_health_check_of_the_image_follows_readiness(tmp_path):
     engine = FakeEngine()
     with serving(ServerConfig(stacks=("fake",)), engine) as address:
         port = address.rpartition(":")[2]
-        code = command[2].replace(":8188/", f":{port}/")
+        code = command[2].replace(":8484/", f":{port}/")
         assert code != command[2]
         check = [sys.executable, "-c", code]
         assert subprocess.run(check, timeout=60, check=False).returncode == 0

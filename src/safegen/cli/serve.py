@@ -40,7 +40,7 @@ def serve(
         str | None, typer.Option(help="Address to listen on [default: 127.0.0.1]")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one [default: 8188]")
+        int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one [default: 8484]")
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, max=256, help="Worker processes per stack [default: 1]")

@@ -161,7 +161,7 @@ class ServerConfig(BaseSettings):
 
     host: str = "127.0.0.1"
     """Address to listen on."""
-    port: int = Field(default=8188, ge=0, le=65535)
+    port: int = Field(default=8484, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     token_file: Path | None = None
     """TOML file with bearer tokens, one table per client. Required on other hosts than loopback."""

@@ -408,7 +408,7 @@ def test_the_example_of_the_page_runs(address, tmp_path, monkeypatch):
     page = Path(__file__).parents[3] / "docs" / "how-to" / "serve-openai.md"
     (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("http://127.0.0.1:8188", address), {})
+    exec(code.replace("http://127.0.0.1:8484", address), {})
     for i, seed in enumerate((7, 8)):
         image = Image.open(io.BytesIO(Path(f"{i}.png").read_bytes()))
         assert (pixels(image) == pixels(picture(seed))).all()
