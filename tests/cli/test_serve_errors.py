@@ -33,3 +33,22 @@ def test_a_wrong_call_is_refused_with_a_way_out(safegen, tmp_path, monkeypatch, 
     lines = [line for line in err.splitlines() if not line.startswith("loading")]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_options_change_single_settings_of_the_file(safegen, tmp_path, monkeypatch):
+    from safegen.serve import server
+
+    (tmp_path / "server.toml").write_text(
+        'guards = ["judge-filter"]\nconcept = "skulls"\ndtype = "bf16"\ndevice = "cuda"\n'
+        '[upstream]\nurl = "http://127.0.0.1:1"\nkind = "a1111"\ntimeout = 7\n'
+    )
+    found = []
+    monkeypatch.setattr(server, "run_server", lambda config, **options: found.append(config) or 0)
+    url = "http://127.0.0.1:2"
+    words = ["--dtype", "fp32", "--device", "auto", "--upstream", url]
+    code, _, err = safegen("serve", "--config", tmp_path / "server.toml", *words)
+    assert code == 0, err
+    (config,) = found
+    assert (config.dtype, config.device, config.guards) == ("fp32", "auto", ("judge-filter",))
+    upstream = config.upstream
+    assert (upstream.url, upstream.kind, upstream.timeout) == (url, "a1111", 7)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from safegen.cli.console import echo, echo_status
-from safegen.cli.options import Device, Dtype, Pickle
+from safegen.cli.options import Pickle
 from safegen.core.errors import ConfigError, MissingExtraError
 from safegen.core.settings import MAX_THREADS
 
@@ -66,8 +66,12 @@ def serve(
         str | None,
         typer.Option(metavar="NAME", help="Print a new token and its table for NAME, and exit."),
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "fp32",
+    device: Annotated[
+        str | None, typer.Option(help="Torch device: cpu, cuda ... [default: auto]")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Weight type: fp32, bf16 or fp16 [default: fp32]")
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=MAX_THREADS, help="CPU threads per worker [default: a share]"),
@@ -96,13 +100,15 @@ def serve(
         "audit_log": audit_log,
         "allow_base": allow_base or None,
         "threads": threads,
-        "device": None if device == "auto" else device,
-        "dtype": None if dtype == "fp32" else dtype,
+        "device": device,
+        "dtype": dtype,
         "allow_pickle": allow_pickle or None,
-        "upstream": {"url": upstream, "kind": upstream_kind or "openai"} if upstream else None,
+        "upstream": {"url": upstream} if upstream else None,
     }
     if upstream_kind and not upstream:
         raise ConfigError("--upstream-kind must have --upstream, got none. Give its URL")
+    if upstream_kind:
+        values["upstream"]["kind"] = upstream_kind
     given = {name: value for name, value in values.items() if value is not None}
     if write_config is not None:
         _write_config(config, write_config, given)
@@ -113,6 +119,8 @@ def serve(
             "For example: --stack mini --guard judge-filter --concept skulls"
         )
     settings = dict(read_config(config)) if config else {}
+    if upstream and settings.get("upstream") is not None:
+        given["upstream"] = dict(settings["upstream"]) | given["upstream"]
     server_config = ServerConfig(**(settings | given))
     what = ", ".join(server_config.stacks) or "guards"
     echo_status(f"loading {what}: the address follows once the guards have passed a self-test")
