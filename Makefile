@@ -11,7 +11,7 @@ help: ## list the targets
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,test]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[all,test]'
 	@touch $@
 
 demo: .venv/installed ## the main job: remove skulls from the bundled miniature model, and report (about 4 minutes)
@@ -23,10 +23,10 @@ test: .venv/installed ## the test suite, in two processes of one thread each; mo
 nightly: .venv/installed ## the slow proofs too: the shipped model's required figures, the whole demo
 	$(BIN)/python -m pytest
 
-integrations: ## the plug-ins with the real eval-unlearn and inspect_ai, in an environment of their own
+integrations: ## eval-unlearn, inspect_ai, Ray Serve and C2PA as they are, in an environment of their own
 	$(PYTHON) -m venv .venv-integrations
-	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -e '.[eval-unlearn,inspect,test]'
-	.venv-integrations/bin/python -m pytest tests/integrations
+	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -e '.[eval-unlearn,inspect,ray,c2pa,test]'
+	.venv-integrations/bin/python -m pytest tests/integrations tests/serve/ray tests/serve/test_provenance.py
 
 docs: .venv/installed ## the documentation site, in site/
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

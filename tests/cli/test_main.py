@@ -419,10 +419,11 @@ def test_a_truncated_patch_is_refused(safegen, tmp_path):
     ("method", "words", "says"),
     [
         ("uce", [], ("cross-attention layers", "not from images", "solved in closed form")),
-        (
+        pytest.param(
             "safegen-plus",
             ["--set", "training.updates=2", "--set", "training.warmup=0"],
             (" attention layers", "It also erases the phrases", "<svg"),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -475,7 +476,10 @@ def command_accepts(words):
     return get_command(app).commands[name].make_context(name, rest).params
 
 
-@pytest.mark.parametrize(("preset", "charts", "prompts"), [("mini", True, 2), ("paper", False, 1)])
+@pytest.mark.parametrize(
+    ("preset", "charts", "prompts"),
+    [("mini", True, 2), pytest.param("paper", False, 1, marks=pytest.mark.slow)],
+)
 def test_the_fast_demo_finishes_without_matplotlib(
     safegen, tmp_path, monkeypatch, preset, charts, prompts
 ):

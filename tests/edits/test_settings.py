@@ -140,10 +140,14 @@ def test_a_legal_change_of_one_number_never_raises(method, preset, cubes):
         assert all(len(pair) == 2 for pair in edit.unused_settings())
 
 
+SLOW = {"shielddiff", "safegen-plus", "duo", "sdd"}
+"""Edits that train longest with the smallest values."""
+
+
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name == "shielddiff"))
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
         for name in sorted(registry.EDITS)
     ],
 )

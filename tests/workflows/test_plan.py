@@ -66,6 +66,7 @@ def test_passes_of_a_training_are_those_of_its_run(model, method, settings):
     assert plan.images == settings.get("num_images", 0)
 
 
+@pytest.mark.slow
 def test_rollouts_of_shielddiff_are_planned_from_few_images(model):
     config, _ = prepare(
         "shielddiff",

@@ -270,6 +270,7 @@ def test_a_withheld_image_of_several_is_a_new_black_one_in_its_place(api):
     assert api.txt2img(prompt="a partly castle", batch_size=3, send_images=False).images == []
 
 
+@pytest.mark.slow
 def test_the_miniature_behind_its_guards(mini_server):
     api = connect(mini_server)
     size = {"width": 64, "height": 64, "steps": 10}
