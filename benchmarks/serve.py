@@ -332,7 +332,7 @@ def write_page(
     """Write the figures and their table."""
 
     def middle(stack: str, name: str) -> float:
-        return median(r[name] for r in rounds if r["round"].startswith(f"{stack} "))
+        return round(median(r[name] for r in rounds if r["round"].startswith(f"{stack} ")), 3)
 
     plain, plain_cpu = (median(values) for values in zip(*loops, strict=True))
     speeds: list[list[Any]] = [["plain loop", round(plain, 2), 1.0, round(plain_cpu, 1), 1.0, 0]]
