@@ -31,6 +31,8 @@ CONFIG = AttackConfig(limit=3, generation=GENERATION)
 STACK = Stack(name="mini", model="mini")
 ROUNDED = {"loss", "history", "cost", "details"}
 """Fields of a record that the batch changes by rounding."""
+LONG = {"latent_inversion", "p4d", "relearn", "tree_search", "unlearn_diff"}
+"""Attacks that take longest to resume; nightly runs them too."""
 every_attack = pytest.mark.parametrize("name", sorted(ATTACKS))
 
 
@@ -107,7 +109,9 @@ def test_tokens_say_whether_the_text_gives_them_back(name, loader, attack_mini, 
             assert record.stable == (tuple(ids) == record.tokens)
 
 
-@every_attack
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in sorted(ATTACKS)]
+)
 def test_an_interrupted_attack_resumes_to_the_same_results(name, loader, benign_samples, tmp_path):
     attack, items = tiny(name), benign_samples
     records = {}

@@ -103,7 +103,10 @@ FEW = ["--set", "training.updates=3", "--set", "training.warmup=0", "--set", "tr
     "words",
     [
         [*TRAINED, *FEW, "--set", "training.checkpoint_every=1", "--out", "new/p.safetensors"],
-        ["demo", *FEW, "--set", "training.checkpoint_every=1", "--out", "new/run"],
+        pytest.param(
+            ["demo", *FEW, "--set", "training.checkpoint_every=1", "--out", "new/run"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["edit", "demo"],
 )

@@ -478,7 +478,7 @@ def command_accepts(words):
 
 @pytest.mark.parametrize(
     ("preset", "charts", "prompts"),
-    [("mini", True, 2), pytest.param("paper", False, 1, marks=pytest.mark.slow)],
+    [pytest.param("mini", True, 2, marks=pytest.mark.slow), ("paper", False, 1)],
 )
 def test_the_fast_demo_finishes_without_matplotlib(
     safegen, tmp_path, monkeypatch, preset, charts, prompts

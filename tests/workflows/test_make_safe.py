@@ -146,6 +146,7 @@ def test_a_plan_alone_writes_nothing(concepts, loader, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_in_each_stage_resumes_to_the_same_weights(
     refused, loader, tiny, tmp_path
 ):
@@ -214,6 +215,7 @@ def test_images_are_used_again_after_an_error_of_the_edit(loader, tiny, tmp_path
     assert sorted((tmp_path / "safe.work" / "images").rglob("*.safetensors")) == before
 
 
+@pytest.mark.slow
 def test_a_word_edit_that_removes_the_concept_is_shipped(concepts, loader, tmp_path):
     check = CheckConfig(images=4, max_share=0.6, generation=GenerationConfig(num_inference_steps=8))
     result = make_safe(

@@ -86,6 +86,7 @@ def test_closed_forms_have_no_passes_and_keep_their_settings(model):
     assert 0 < plan.seconds < 60
 
 
+@pytest.mark.slow
 def test_an_edit_of_two_parts_is_planned_as_both(model):
     config, rows = prepare("safegen-plus", concept="skulls", triplets="mini:skulls")
     config = config.model_copy(update={"training": Training(updates=3, batch=2, accumulation=1)})
