@@ -20,6 +20,7 @@ from safegen.serve.app import build_app
 from safegen.serve.config import ServerConfig
 from safegen.serve.engine.base import EngineFaultError
 from safegen.serve.messages import ImageRequest, StackInfo, StartImage
+from safegen.serve.operations.audit import read_audit_log
 from safegen.serve.provenance import ASSERTION, load_signer
 from tests.serve.conftest import FakeEngine, serving_app
 
@@ -225,7 +226,8 @@ def test_a_certificate_without_the_library_names_the_extra(tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def signing_server(tmp_path_factory):
     """Yield the address of a server that signs its images, and what signs them."""
-    config = write_chain(tmp_path_factory.mktemp("chain"))
+    folder = tmp_path_factory.mktemp("chain")
+    config = write_chain(folder).model_copy(update={"audit_log": folder / "audit.jsonl"})
     app = build_app(config, FakeEngine())
     with serving_app(app) as address:
         yield address, app.state.service
@@ -265,6 +267,10 @@ def test_a_server_that_cannot_sign_sends_no_image(signing_server):
     answer = httpx2.post(url, json={"prompt": "a castle", "width": 64, "height": 64}, timeout=30)
     assert answer.status_code == 503
     assert "images" not in answer.json()
+    records = read_audit_log(service.audit.path)[-4:]  # two per request: the last one holds
+    assert [record["images"][0]["status"] for record in records] == ["released", "fault"] * 2
+    assert records[1]["images"][0]["reason"] == records[3]["images"][0]["reason"] == "encoding"
+    assert records[0]["request"] == records[1]["request"]
 
 
 def test_no_certificate_means_no_signer():

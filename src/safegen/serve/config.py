@@ -203,7 +203,7 @@ class ServerConfig(BaseSettings):
     """Seconds for the accepted requests when the server is stopped."""
     num_inference_steps: int = Field(default=25, ge=1, le=MAX_STEPS)
     """Denoising steps of requests that name none."""
-    guidance_scale: GuidanceScale = 7.5
+    guidance_scale: GuidanceScale = 5.0
     """Guidance scale of requests that name none."""
     limits: RequestLimits = RequestLimits()
     """Limits of one request."""

@@ -6,8 +6,8 @@ import asyncio
 import io
 import logging
 import time
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -154,6 +154,19 @@ class ImageService:
         answer = Answer(request, tuple(outcomes), stack, seconds, self.signer)
         await self._record(answer, client)
         return answer
+
+    @asynccontextmanager
+    async def record_failure(self, answer: Answer, client: str) -> AsyncIterator[None]:
+        """Record that images did not leave after all, if the block cannot encode or sign them.
+
+        The audit log then has a second record of the request, which is the one that holds.
+        """
+        try:
+            yield
+        except Exception:
+            started = time.monotonic() - answer.seconds
+            await self._record_fault(answer.request, client, "encoding", started)
+            raise
 
     async def _outcomes(self, request: ImageRequest, stack: StackInfo) -> list[Outcome]:
         """Return the outcomes of a request."""

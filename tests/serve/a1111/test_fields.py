@@ -141,7 +141,7 @@ def test_what_is_left_out_is_chosen_by_the_server(client, engine):
     assert (config.width, config.height, config.scheduler) == (None, None, None)
     info = json.loads(data["info"])
     assert (info["width"], info["height"], info["sampler_name"]) == (64, 64, "DDIM")
-    assert (info["steps"], info["cfg_scale"]) == (25, 7.5)
+    assert (info["steps"], info["cfg_scale"]) == (25, 5.0)
     post(client, sampler_index="euler A", scheduler="Automatic")
     assert engine.requests[-1].generation_config.scheduler == "Euler a"
 

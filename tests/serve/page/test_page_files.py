@@ -73,7 +73,7 @@ def test_the_page_learns_stacks_limits_and_defaults(page_address):
     ]
     assert config["stacks"][0]["size"] == [64, 64]
     assert config["limits"]["images"] == 10
-    assert config["defaults"] == {"steps": 25, "guidance": 7.5}
+    assert config["defaults"] == {"steps": 25, "guidance": 5.0}
 
 
 def test_a_base_is_offered_only_if_the_operator_allows_it(page_engine):

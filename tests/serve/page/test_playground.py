@@ -364,7 +364,7 @@ def test_earlier_runs_can_be_used_again_and_cleared(playground):
 def test_empty_fields_leave_the_choice_to_the_server(playground, page_engine):
     playground.generate("a castle", steps="", guidance="", width="", height="")
     sent = page_engine.requests[-1].generation_config
-    assert (sent.num_inference_steps, sent.guidance_scale, sent.width) == (25, 7.5, None)
+    assert (sent.num_inference_steps, sent.guidance_scale, sent.width) == (25, 5.0, None)
     assert "steps" not in playground.text("#current .meta")
     playground.generate("a wide castle", width=96)
     sent = page_engine.requests[-1].generation_config

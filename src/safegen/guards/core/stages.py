@@ -29,8 +29,8 @@ def check_prompts(guarded: GuardedPipeline, prompts: Sequence[str]) -> list[Guar
     def run(runners: Sequence[GuardRunner], shown: list[Image.Image]) -> None:
         guarded._check_prompts(runners, request)
 
-    placeholders = [Image.new("RGB", (1, 1)) for _ in prompts]
-    return [image.trace for image in _run(guarded, "prompt", placeholders, run)]
+    images = [Image.new("RGB", (1, 1)) for _ in prompts]  # a trace is that of an image
+    return [image.trace for image in _run(guarded, "prompt", images, run)]
 
 
 def check_images(

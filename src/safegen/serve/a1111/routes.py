@@ -60,7 +60,10 @@ async def _generate(
     if (error := answer_error(answer)) is not None:
         raise error
     send_images = body.send_images is not False
-    return await images_response(answer, batch_size=body.batch_size or 1, send_images=send_images)
+    async with service.record_failure(answer, client):
+        return await images_response(
+            answer, batch_size=body.batch_size or 1, send_images=send_images
+        )
 
 
 @router.post("/interrupt")

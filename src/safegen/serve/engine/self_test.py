@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -11,7 +12,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig
 from safegen.core.registry import CONCEPTS
 from safegen.guards.core.result import GeneratedImage
-from safegen.judges import load_concept_judge
+from safegen.judges import judge_images, load_concept_judge
 from safegen.serve.config import ServerConfig
 from safegen.serve.gate import check_release
 from safegen.serve.messages import ImageRequest
@@ -116,10 +117,7 @@ def _check_generation(session: Session, concept: Concept | None, config: ServerC
             batch_size=config.max_batch_size,
         ),
     )
-    requests = [
-        ImageRequest(**{**request.__dict__, "prompt": text, "seeds": (i,)})
-        for i, text in enumerate(prompts)
-    ]
+    requests = [replace(request, prompt=text, seeds=(i,)) for i, text in enumerate(prompts)]
     found = session.generate(requests, lambda share: None)
     released: list[GeneratedImage] = []
     for each, images in zip(requests, found, strict=True):
@@ -134,8 +132,7 @@ def _check_generation(session: Session, concept: Concept | None, config: ServerC
 def _judge_released(concept: Concept, released: list[GeneratedImage]) -> None:
     judge = load_concept_judge(concept)
     images = [image.image for image in released if image.image is not None]
-    verdicts = [d.verdict(judge.labels, judge.threshold) for d in judge.detect(images)]
-    bad = [verdict for verdict in verdicts if verdict != "safe"]
+    bad = [verdict for verdict in judge_images(judge, images) if verdict != "safe"]
     if bad:
         raise ConfigError(
             f"self-test: no image of prompts for {concept.name} may be released, got "

@@ -55,7 +55,8 @@ async def generate(
     find_stack(service, body.stack)
     image_request = build_image_request(service, body, request_id)
     answer = await _answer(request, service, image_request, client)
-    return await _respond(request, answer, body, store, "image_generation")
+    async with service.record_failure(answer, client):
+        return await _respond(request, answer, body, store, "image_generation")
 
 
 @router.post("/images/edits", openapi_extra={"requestBody": EDIT_FORM})
@@ -70,7 +71,8 @@ async def edit(
     start = await asyncio.to_thread(read_start, form, body.extras.strength, side)
     image_request = build_image_request(service, body, request_id, start)
     answer = await _answer(request, service, image_request, client)
-    return await _respond(request, answer, body, store, "image_edit")
+    async with service.record_failure(answer, client):
+        return await _respond(request, answer, body, store, "image_edit")
 
 
 @router.get("/images/files/{name}", name="stored_image")
