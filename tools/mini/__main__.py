@@ -14,6 +14,7 @@ from safegen.core.errors import SafegenError
 from safegen.mini import bundle
 from tools.mini.clip import train_clip
 from tools.mini.denoiser import polish_denoiser, train_denoiser
+from tools.mini.flow import train_flow
 from tools.mini.held_out_judge import train_held_out_judge
 from tools.mini.judge import train_judge
 from tools.mini.pack import build_triplets, pack_weights
@@ -28,10 +29,11 @@ STAGES: dict[str, Callable[..., None]] = {
     "polish": polish_denoiser,
     "judge": train_judge,
     "held-out-judge": train_held_out_judge,
+    "flow": train_flow,
     "pack": pack_weights,
     "triplets": build_triplets,
 }
-COMPILABLE = ("unet", "polish")
+COMPILABLE = ("unet", "polish", "flow")
 """Stages that accept --compile."""
 WRITE_BUNDLE = ("pack", "triplets")
 """Stages that write the shipped files."""

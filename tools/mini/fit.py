@@ -27,6 +27,42 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=preferred_precision() == "bf16")
 
 
+class _Optimizers:
+    """AdamW, and Muon for the matrices that are chosen."""
+
+    def __init__(
+        self, model: nn.Module, lr: float, muon: Callable[[str, nn.Parameter], bool]
+    ) -> None:
+        chosen = {p for name, p in model.named_parameters() if muon(name, p)}
+        others = [p for p in model.parameters() if p not in chosen]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+        ]
+        if chosen:
+            matrices = [p for p in model.parameters() if p in chosen]
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices, lr=lr, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        self._part_of = {
+            p: part for part in self.parts for group in part.param_groups for p in group["params"]
+        }
+
+    def set_lr(self, lr: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self._part_of[parameter].state[parameter]
+        return state
+
+
 def fit(
     name: str,
     work: Path,
@@ -38,8 +74,9 @@ def fit(
     ema: float = 0.999,
     warmup: int = 100,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    muon: Callable[[str, nn.Parameter], bool] = lambda name, parameter: False,
 ) -> nn.Module:
-    """Minimize `loss` by AdamW with a cosine schedule and return `model` with averaged weights.
+    """Minimize `loss` with a cosine schedule and return `model` with averaged weights.
 
     The generator of a step depends on the seed and the step only, so a resumed run equals an
     uninterrupted one.
@@ -54,12 +91,14 @@ def fit(
         ema: largest decay of the weight average.
         warmup: steps over which the learning rate rises.
         checkpoint_seconds: seconds between checkpoints; the last step always writes one.
+        muon: whether Muon updates a parameter, at the same root mean square as AdamW, which
+            updates the others.
 
     Raises:
         FileError: the checkpoint is damaged, of another model, or cannot be written.
     """
     path, log = work / f"{name}-checkpoint.safetensors", work / "log.jsonl"
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    opt = _Optimizers(model, lr, muon)
     average = {k: v.detach().clone() for k, v in model.named_parameters()}
     start, elapsed = 0, 0.0
     if path.exists():
@@ -74,10 +113,9 @@ def fit(
             * min(1.0, (step + 1) / warmup)
             * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         )
-        for group in opt.param_groups:
-            group["lr"] = rate
+        opt.set_lr(rate)
         value, parts = loss(step, torch.Generator().manual_seed(SEED + 1_000_003 * step))
-        opt.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
@@ -112,7 +150,7 @@ def fit(
 def _write(
     path: Path,
     model: nn.Module,
-    opt: torch.optim.Optimizer,
+    opt: _Optimizers,
     average: dict[str, Tensor],
     step: int,
     seconds: float,
@@ -122,7 +160,7 @@ def _write(
         f"average/{k}": v for k, v in average.items()
     }
     tensors |= {
-        f"{k}/{name}": v for name, p in model.named_parameters() for k, v in opt.state[p].items()
+        f"{k}/{name}": v for name, p in model.named_parameters() for k, v in opt.state_of(p).items()
     }
     with atomic_write(path, replace=True) as tmp:
         try:
@@ -136,7 +174,7 @@ def _write(
 
 
 def _read(
-    path: Path, model: nn.Module, opt: torch.optim.Optimizer, average: dict[str, Tensor]
+    path: Path, model: nn.Module, opt: _Optimizers, average: dict[str, Tensor]
 ) -> tuple[int, float]:
     """Restore the state of a stage; return its steps and seconds so far."""
     try:
@@ -151,7 +189,9 @@ def _read(
         averaged = parts.pop("average")
         for name, p in model.named_parameters():
             average[name].copy_(averaged[name])
-            opt.state[p] = {kind: _like(p, states[name]) for kind, states in parts.items()}
+            opt.state_of(p).update(
+                {kind: _like(p, states[name]) for kind, states in parts.items() if name in states}
+            )
         return int(header["step"]), float(header["seconds"])
     except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
         line = str(error).splitlines()[0]

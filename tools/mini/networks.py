@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from transformers.models.clip.modeling_clip import CLIPModel
+from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.models.t5.configuration_t5 import T5Config
+from transformers.models.t5.modeling_t5 import T5EncoderModel
+from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 
 def build_vae() -> AutoencoderKL:
@@ -68,6 +74,84 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(
         CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
     )
+
+
+def build_transformer() -> SD3Transformer2DModel:
+    """Return the untrained denoiser of mini-flow: an MMDiT as SD 3.5 medium has it.
+
+    It reads (b, 4, 16, 16) latents, (b, tokens, 192) text embeddings and (b, 128) pooled ones. The
+    first half of its blocks also has self-attention of the image alone. Modulations and the last
+    projection start at zero (arXiv:2212.09748), which diffusers leaves to the training.
+    """
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        attention_head_dim=64,
+        num_attention_heads=3,
+        joint_attention_dim=192,
+        caption_projection_dim=192,
+        pooled_projection_dim=128,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0, 1, 2),
+        qk_norm="rms_norm",
+    )
+    zeros = [transformer.proj_out, transformer.norm_out.linear]
+    for block in transformer.transformer_blocks:
+        zeros += [block.norm1.linear, block.norm1_context.linear]
+    for layer in zeros:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return transformer
+
+
+def build_second_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    """Return the untrained second text encoder of mini-flow: half as wide as the first."""
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=tokenizer.model_max_length,
+            hidden_size=64,
+            intermediate_size=192,
+            num_attention_heads=2,
+            num_hidden_layers=3,
+            projection_dim=64,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """Return the untrained T5 encoder of mini-flow."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=192,
+            d_kv=32,
+            d_ff=384,
+            num_layers=2,
+            num_heads=6,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def build_t5_tokenizer(texts: Iterable[str]) -> T5Tokenizer:
+    """Return a T5 tokenizer: the words of `texts`, then single characters for other words."""
+    words = Counter(word for text in texts for word in text.split())
+    total = sum(words.values())
+    letters = [chr(code) for code in range(33, 127)]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -8.0)]
+    vocabulary += [(f"\u2581{w}", math.log(n / total)) for w, n in sorted(words.items())]
+    vocabulary += [(letter, -12.0) for letter in letters]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=32)
 
 
 def build_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
