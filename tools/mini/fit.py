@@ -156,7 +156,7 @@ def _write(
     seconds: float,
 ) -> None:
     """Write the state of a stage: tensors by name, step and seconds in the header."""
-    tensors = {f"model/{k}": v for k, v in model.state_dict().items()} | {
+    tensors = {f"model/{k}": v for k, v in _untied_state(model).items()} | {
         f"average/{k}": v for k, v in average.items()
     }
     tensors |= {
@@ -185,7 +185,12 @@ def _read(
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             parts.setdefault(kind, {})[name] = value
-        model.load_state_dict(parts.pop("model"))
+        values = parts.pop("model")
+        with torch.no_grad():
+            for name, value in _untied_state(model).items():
+                value.copy_(values.pop(name))
+        if values:
+            raise ValueError(f"unknown weight {next(iter(values))}")
         averaged = parts.pop("average")
         for name, p in model.named_parameters():
             average[name].copy_(averaged[name])
@@ -198,6 +203,17 @@ def _read(
         raise FileError(
             f"checkpoint {path} is damaged or of another model ({line}). Remove it to start again."
         ) from error
+
+
+def _untied_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a network with one name for weights that have several, as in T5."""
+    seen: set[int] = set()
+    state = {}
+    for name, value in model.state_dict().items():
+        if value.data_ptr() not in seen or not value.numel():
+            state[name] = value
+        seen.add(value.data_ptr())
+    return state
 
 
 def _like(p: Tensor, value: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class ModelFingerprint:
         own, other = _flat(self.parts), _flat(base.parts)
         return sorted(
             {key for key in own.keys() | other.keys() if own.get(key) != other.get(key)}
-            - {"unet", "dtype"}
+            - {"unet", "transformer", "dtype"}
         )
 
 

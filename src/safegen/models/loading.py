@@ -17,7 +17,7 @@ from safegen.core.tensor_files import read_header
 from safegen.models.checkpoint.diffusers_folder import read_folder
 from safegen.models.checkpoint.metadata import PATCH_FORMAT, CheckpointMetadata
 from safegen.models.checkpoint.single_file_reader import read_single_file
-from safegen.models.model import DTYPES, Model, Pipeline, components_of
+from safegen.models.model import DTYPES, Model, Pipeline, components_of, text_encoder_names
 from safegen.models.wrapping import pipeline_model, register_model, text_to_image
 
 LORA_ENDINGS = (".lora_down.weight", ".lora_A.weight")
@@ -215,10 +215,11 @@ def _check_weights(name: str, pipeline: Pipeline) -> None:
 
 def _limit_tokenizers(pipeline: Pipeline) -> None:
     """Give tokenizers without a limit, stated as 1e30 or not at all, that of their encoder."""
-    for suffix in ("", "_2") if hasattr(pipeline, "tokenizer_2") else ("",):
-        tokenizer = getattr(pipeline, f"tokenizer{suffix}")
-        positions = getattr(pipeline, f"text_encoder{suffix}").config.max_position_embeddings
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    for encoder in text_encoder_names(pipeline):
+        positions = getattr(pipeline, encoder).config.to_dict().get("max_position_embeddings")
+        if positions is not None:  # T5 has none: its positions are relative
+            tokenizer = getattr(pipeline, encoder.replace("text_encoder", "tokenizer"))
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
 
 def _find_folder(name: str, allow_pickle: bool) -> Path:

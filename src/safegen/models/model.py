@@ -5,20 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
-    StableDiffusionXLPipeline,
-)
 from PIL import Image
 from torch import Tensor
 
@@ -28,20 +23,28 @@ from safegen.core.files import display_name
 from safegen.core.hashing import hash_tensors
 from safegen.core.text import short_repr
 from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef
+from safegen.models.conditioning import Conditioning
+from safegen.models.noise_schedule import NoiseSchedule, prediction_type
+from safegen.models.pipeline_specs import EMBEDDED_GUIDANCE, denoiser_name, encode_texts
 from safegen.models.selectors import plain_name, weights_by_name
 from safegen.models.text_encoder import expand_prompt
 
 if TYPE_CHECKING:
     from safegen.models.applied_patch import AppliedPatch
 
-Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
-COMPONENTS = ("unet", "vae", "text_encoder")
-"""Components with weights of every pipeline. SDXL also has `text_encoder_2`."""
+Pipeline: TypeAlias = Any
+"""A text-to-image pipeline of diffusers of a class in `NOISE_PIPELINES`."""
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Text encoders of a pipeline; SD 1.x and 2.x have one, SDXL and FLUX two, SD 3 up to three."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TEXT_CONFIG = ("num_attention_heads", "hidden_act")
 UNHASHED_CONFIG = {
     "vae": ("scaling_factor", "shift_factor"),
     "unet": ("attention_head_dim", "num_attention_heads", "sample_size"),
-    "text_encoder": ("num_attention_heads", "hidden_act"),
+    "transformer": ("attention_head_dim", "num_attention_heads", "sample_size", "guidance_embeds"),
+    "text_encoder": _TEXT_CONFIG,
+    "text_encoder_2": _TEXT_CONFIG,
+    "text_encoder_3": _TEXT_CONFIG,
 }
 """Settings of a pipeline's components that decide an image and are visible in no weight."""
 
@@ -96,19 +99,24 @@ class Model:
         return components_of(self.pipeline)
 
     @property
-    def denoiser(self) -> UNet2DConditionModel:
-        """Network that predicts the noise."""
-        return self.pipeline.unet
+    def denoiser_name(self) -> str:
+        """Name of the component that predicts: `unet` or `transformer`."""
+        return denoiser_name(self.pipeline)
+
+    @property
+    def denoiser(self) -> Any:
+        """Network that predicts the noise or the velocity."""
+        return getattr(self.pipeline, self.denoiser_name)
 
     @property
     def vae(self) -> AutoencoderKL:
         """Autoencoder between images and latents."""
-        return self.pipeline.vae
+        return cast(AutoencoderKL, self.pipeline.vae)
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.pipeline.unet.device
+        return cast(torch.device, self.denoiser.device)
 
     @property
     def dtype(self) -> str:
@@ -119,8 +127,13 @@ class Model:
     @property
     def size(self) -> int:
         """Side in pixels of the images it was trained on."""
-        scale: int = self.pipeline.vae_scale_factor
-        return int(self.denoiser.config.sample_size) * scale
+        return self.latent_shape[-1] * int(self.pipeline.vae_scale_factor)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (c, h, w) of the latents of an image of its size."""
+        side = self.denoiser.config.get("sample_size") or self.pipeline.default_sample_size
+        return int(self.vae.config.latent_channels), int(side), int(side)
 
     @property
     def num_parameters(self) -> int:
@@ -138,8 +151,13 @@ class Model:
 
     @property
     def prediction(self) -> str:
-        """What the denoiser predicts: `epsilon` or `v_prediction`."""
-        return str(self.pipeline.scheduler.config.prediction_type)
+        """What the denoiser predicts: `epsilon`, `v_prediction` or `flow_prediction`."""
+        return prediction_type(self.pipeline.scheduler)
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """How images are noised in training, and what the denoiser predicts of them."""
+        return NoiseSchedule.of(self.pipeline.scheduler)
 
     @property
     def family(self) -> str:
@@ -148,6 +166,11 @@ class Model:
         Self-attention of SD 1.x and 2.x has equal shapes and unequal numbers of heads.
         """
         config = self.denoiser.config
+        if self.denoiser_name == "transformer":
+            return (
+                f"{type(self.denoiser).__name__}, layers {config.num_layers}, heads "
+                f"{config.num_attention_heads}, text {config.joint_attention_dim}"
+            )
         heads = config.attention_head_dim  # diffusers' name for the number of heads
         heads = [heads] * len(config.down_block_types) if isinstance(heads, int) else list(heads)
         return f"{type(self.denoiser).__name__}, heads {heads}, text {config.cross_attention_dim}"
@@ -175,19 +198,16 @@ class Model:
     @property
     def pipeline_parts(self) -> dict[str, Any]:
         """Hashes and settings that `pipeline_hash` is taken over, by part of the pipeline."""
-        pipeline, second = self.pipeline, "text_encoder_2" in self.components
-        tokenizers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if second else [])]
-        configs = UNHASHED_CONFIG | (
-            {"text_encoder_2": UNHASHED_CONFIG["text_encoder"]} if second else {}
-        )
+        pipeline, encoders = self.pipeline, text_encoder_names(self.pipeline)
+        tokenizers = [getattr(pipeline, e.replace("text_encoder", "tokenizer")) for e in encoders]
         schedule = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
         return {
-            "unet": self.hash,
+            self.denoiser_name: self.hash,
             "dtype": self.dtype,
             "weights": {
                 name: hash_tensors(getattr(pipeline, name).state_dict())
                 for name in self.components
-                if name != "unet"
+                if name != self.denoiser_name
             },
             "scheduler": [
                 type(pipeline.scheduler).__name__,
@@ -199,8 +219,8 @@ class Model:
             ],
             "configs": {
                 f"{name}.{key}": str(getattr(getattr(pipeline, name).config, key, None))
-                for name, keys in configs.items()
-                for key in keys
+                for name in self.components
+                for key in UNHASHED_CONFIG[name]
             },
             "empty_prompt": str(pipeline.config.get("force_zeros_for_empty_prompt")),
         }
@@ -244,19 +264,26 @@ class Model:
             self.applied_patches[:] = patches
 
     @torch.no_grad()
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """Return the text embeddings (n, tokens, width) that the denoiser is conditioned on.
+    def encode_text(self, texts: Sequence[str]) -> Conditioning:
+        """Return what the denoiser is conditioned on for texts at the model's size, one row each.
 
-        Raises:
-            ConfigError: the model is an SDXL, which is conditioned on more than one embedding.
+        An empty text has the embedding that the pipeline guides away from, which for SDXL is 0
+        where its `force_zeros_for_empty_prompt` says so.
         """
-        if "text_encoder_2" in self.components:
-            raise ConfigError(
-                f"edits and fine-tuning need an SD 1.x or 2.x, got the SDXL {self.name!r}. SDXL "
-                "can be generated with and patched only"
+        text = encode_texts(self.pipeline, texts)
+        config, rows = self.denoiser.config, len(texts)
+        if self.denoiser_name == "unet" and text.pooled is not None:
+            if self.pipeline.config.get("force_zeros_for_empty_prompt"):
+                kept = torch.tensor([bool(t) for t in texts], device=text.hidden.device)
+                text = Conditioning(text.hidden * kept[:, None, None], text.pooled * kept[:, None])
+            sizes = [self.size, self.size, 0, 0, self.size, self.size]
+            text = Conditioning(
+                text.hidden, text.pooled, {"time_ids": text.pooled.new_tensor([sizes] * rows)}
             )
-        embeddings: Tensor = self.pipeline.text_encoder(self.token_ids(texts))[0]
-        return embeddings
+        if config.get("guidance_embeds"):
+            guidance = text.hidden.new_full((rows,), EMBEDDED_GUIDANCE, dtype=torch.float32)
+            text = Conditioning(text.hidden, text.pooled, {"guidance": guidance})
+        return text
 
     def token_ids(self, texts: list[str]) -> Tensor:
         """Return the ids (n, tokens) that the text encoder reads for texts."""
@@ -289,7 +316,8 @@ class Model:
             self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist.mode()
             for part in images.split(batch)
         ]
-        return torch.cat(latents) * self.vae.config.scaling_factor
+        shift = self.vae.config.get("shift_factor") or 0.0
+        return (torch.cat(latents) - shift) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_images(self, latents: Tensor, *, batch: int = 8) -> list[Image.Image]:
@@ -314,14 +342,11 @@ class Model:
         Args:
             latents: (n, c, h, w).
         """
-        scaled = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
+        shift = self.vae.config.get("shift_factor") or 0.0
+        scaled = latents / self.vae.config.scaling_factor + shift
+        scaled = scaled.to(self.device, self.vae.dtype)
         pixels: Tensor = self.vae.decode(scaled).sample
         return pixels.clamp(-1, 1)
-
-    def alphas_cumprod(self) -> Tensor:
-        """Return the schedule's cumulative alphas, (train timesteps,)."""
-        alphas: Tensor = self.pipeline.scheduler.alphas_cumprod
-        return alphas
 
 
 def check_is_loaded(model: object) -> None:
@@ -339,4 +364,9 @@ def check_is_loaded(model: object) -> None:
 
 def components_of(pipeline: Pipeline) -> tuple[str, ...]:
     """Return the names of a pipeline's components that have weights."""
-    return (*COMPONENTS, "text_encoder_2") if hasattr(pipeline, "text_encoder_2") else COMPONENTS
+    return (denoiser_name(pipeline), "vae", *text_encoder_names(pipeline))
+
+
+def text_encoder_names(pipeline: Pipeline) -> tuple[str, ...]:
+    """Return the names of the text encoders that a pipeline has; SD 3 may lack its third."""
+    return tuple(name for name in TEXT_ENCODERS if getattr(pipeline, name, None) is not None)

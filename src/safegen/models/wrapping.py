@@ -7,11 +7,12 @@ from typing import Any, cast
 from weakref import ref
 
 from diffusers import DiffusionPipeline
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from safegen.core.errors import ConfigError
 from safegen.core.quiet import silence_libraries
+from safegen.models.denoisers import DENOISERS
 from safegen.models.model import Model
+from safegen.models.pipeline_specs import NOISE_PIPELINES, denoiser_name
 
 ATTRIBUTE = "_safegen_model"
 """Attribute of a denoiser that holds its model, which knows the patches on it."""
@@ -31,26 +32,32 @@ def model_of(target: Any) -> Model:
         if _known_model(target.denoiser) is None:
             register_model(target)
         return target
-    is_denoiser = isinstance(target, UNet2DConditionModel)
-    denoiser = target if is_denoiser else getattr(target, "unet", None)
-    if not isinstance(denoiser, UNet2DConditionModel):
+    is_denoiser = _is_denoiser(target)
+    denoiser = target if is_denoiser else getattr(target, denoiser_name(target), None)
+    if not _is_denoiser(denoiser):
         raise ConfigError(
-            "model must be a safegen.Model, a diffusers pipeline with a UNet, or its UNet, got "
-            f"{type(target).__name__}. Use one of them."
+            "model must be a safegen.Model, a diffusers pipeline with a UNet or an SD 3 or FLUX "
+            f"transformer, or that network, got {type(target).__name__}. Use one of them."
         )
     if any(parameter.is_meta for parameter in denoiser.parameters()):
         raise ConfigError(
-            "weights of the UNet must be loaded, got offloaded ones. Call this before "
+            "weights of the denoiser must be loaded, got offloaded ones. Call this before "
             "enable_sequential_cpu_offload()."
         )
     if (known := _known_model(denoiser)) is not None:
         if not is_denoiser and isinstance(known.pipeline, SimpleNamespace):
             known.name, known.pipeline = _name_of(target), target
         return known
-    pipeline = SimpleNamespace(unet=denoiser) if is_denoiser else target
+    name = "unet" if type(denoiser).__name__.startswith("UNet") else "transformer"
+    pipeline = SimpleNamespace(**{name: denoiser}) if is_denoiser else target
     model = Model(_name_of(target), cast(Any, pipeline))
     setattr(denoiser, ATTRIBUTE, model)  # nobody else need hold it
     return model
+
+
+def _is_denoiser(target: Any) -> bool:
+    """Return whether a value is a network of a class that can be called."""
+    return any(kind.__name__ in DENOISERS for kind in type(target).__mro__)
 
 
 def pipeline_model(pipe: Any) -> Model:
@@ -84,17 +91,19 @@ def text_to_image(pipe: Any) -> Any:
     """Return a pipeline that makes images from text, with the components of another one.
 
     Raises:
-        ConfigError: it is no Stable Diffusion and no SDXL.
+        ConfigError: it is none that safegen knows.
     """
-    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    if not isinstance(pipe, DiffusionPipeline) or not all(hasattr(pipe, part) for part in parts):
+    parts = ("vae", "text_encoder", "tokenizer", "scheduler")
+    is_known = isinstance(pipe, DiffusionPipeline) and all(hasattr(pipe, part) for part in parts)
+    denoiser = getattr(pipe, denoiser_name(pipe), None) if is_known else None
+    if not _is_denoiser(denoiser):
         raise ConfigError(
-            "pipeline must be a Stable Diffusion or an SDXL of diffusers, got "
+            "pipeline must be a Stable Diffusion 1.x to 3.x, an SDXL or a FLUX of diffusers, got "
             f"{type(pipe).__name__}. Load one of these."
         )
-    if type(pipe).__name__ in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+    if type(pipe).__name__ in NOISE_PIPELINES:
         return pipe
-    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+    if hasattr(pipe, "unet") and pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ConfigError(
             f"pipeline must have a UNet that starts from noise alone, got a {type(pipe).__name__} "
             f"with {pipe.unet.config.in_channels} input channels. Use safegen.protect or "

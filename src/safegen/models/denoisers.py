@@ -1,0 +1,102 @@
+"""Calls of the denoisers of all families: the only module that knows what each one reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safegen.core.errors import ConfigError
+from safegen.models.conditioning import Conditioning
+
+Inputs = dict[str, Any]
+UNSCALED_TIMESTEPS = 1000.0
+"""Timesteps by which FLUX's pipeline divides, as its transformer multiplies by them."""
+
+
+def _unet_inputs(x: Tensor, t: Tensor, text: Conditioning) -> Inputs:
+    added = {} if text.pooled is None else {"text_embeds": text.pooled, **text.added}
+    return {
+        "sample": x,
+        "timestep": t,
+        "encoder_hidden_states": text.hidden,
+        "added_cond_kwargs": added or None,
+    }
+
+
+def _sd3_inputs(x: Tensor, t: Tensor, text: Conditioning) -> Inputs:
+    return {
+        "hidden_states": x,
+        "timestep": t,
+        "encoder_hidden_states": text.hidden,
+        "pooled_projections": text.pooled,
+    }
+
+
+def _flux_inputs(x: Tensor, t: Tensor, text: Conditioning) -> Inputs:
+    height, width = x.shape[-2] // 2, x.shape[-1] // 2
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+    return {
+        "hidden_states": pack_latents(x),
+        "timestep": t / UNSCALED_TIMESTEPS,
+        "encoder_hidden_states": text.hidden,
+        "pooled_projections": text.pooled,
+        "img_ids": ids.to(x),
+        "txt_ids": x.new_zeros(text.hidden.shape[1], 3),
+        **text.added,
+    }
+
+
+_INPUTS: Mapping[str, Callable[[Tensor, Tensor, Conditioning], Inputs]] = {
+    "UNet2DConditionModel": _unet_inputs,
+    "SD3Transformer2DModel": _sd3_inputs,
+    "FluxTransformer2DModel": _flux_inputs,
+}
+DENOISERS = tuple(_INPUTS)
+"""Classes of denoisers that can be called."""
+
+
+def predict(
+    denoiser: nn.Module,
+    x: Tensor,
+    t: Tensor,
+    text: Conditioning,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Return a denoiser's prediction for noised latents, (b, c, h, w).
+
+    Args:
+        denoiser: the network, possibly wrapped for training.
+        x: noised latents, (b, c, h, w).
+        t: timesteps, (b,); see `NoiseSchedule`.
+        text: what it is conditioned on, b rows.
+        tensors: values for some of its weights during the call.
+
+    Raises:
+        ConfigError: it is of an unknown class.
+    """
+    network = getattr(denoiser, "module", denoiser)
+    kind = type(network).__name__
+    if kind not in _INPUTS:
+        raise ConfigError(f"denoiser must be one of {', '.join(_INPUTS)}, got {kind}")
+    inputs = _INPUTS[kind](x, t, text) | {"return_dict": False}
+    if tensors is None:
+        (prediction,) = denoiser(**inputs)
+    else:
+        (prediction,) = torch.func.functional_call(network, dict(tensors), (), inputs)
+    return unpack_latents(prediction, x.shape) if prediction.ndim == 3 else prediction
+
+
+def pack_latents(x: Tensor) -> Tensor:
+    """Return latents (b, c, h, w) as FLUX reads them: 2 x 2 patches, (b, h w / 4, 4 c)."""
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c)
+
+
+def unpack_latents(x: Tensor, shape: torch.Size) -> Tensor:
+    """Return packed latents (b, h w / 4, 4 c) in their shape (b, c, h, w)."""
+    b, c, h, w = shape
+    return x.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
