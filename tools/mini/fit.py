@@ -41,9 +41,7 @@ class _Optimizers:
         if chosen:
             matrices = [p for p in model.parameters() if p in chosen]
             self.parts.append(
-                torch.optim.Muon(
-                    matrices, lr=lr, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw"
-                )
+                torch.optim.Muon(matrices, lr=lr, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw")
             )
         self._part_of = {
             p: part for part in self.parts for group in part.param_groups for p in group["params"]

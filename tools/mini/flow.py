@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
-
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from tools.mini.denoiser import cache_latents

@@ -271,18 +271,19 @@ class Model:
         where its `force_zeros_for_empty_prompt` says so.
         """
         text = encode_texts(self.pipeline, texts)
-        config, rows = self.denoiser.config, len(texts)
-        if self.denoiser_name == "unet" and text.pooled is not None:
+        pooled = text.pooled
+        if self.denoiser_name == "unet" and pooled is not None:
+            hidden = text.hidden
             if self.pipeline.config.get("force_zeros_for_empty_prompt"):
-                kept = torch.tensor([bool(t) for t in texts], device=text.hidden.device)
-                text = Conditioning(text.hidden * kept[:, None, None], text.pooled * kept[:, None])
+                kept = torch.tensor([bool(t) for t in texts], device=hidden.device)
+                hidden, pooled = hidden * kept[:, None, None], pooled * kept[:, None]
             sizes = [self.size, self.size, 0, 0, self.size, self.size]
-            text = Conditioning(
-                text.hidden, text.pooled, {"time_ids": text.pooled.new_tensor([sizes] * rows)}
+            return Conditioning(
+                hidden, pooled, {"time_ids": pooled.new_tensor([sizes] * len(texts))}
             )
-        if config.get("guidance_embeds"):
-            guidance = text.hidden.new_full((rows,), EMBEDDED_GUIDANCE, dtype=torch.float32)
-            text = Conditioning(text.hidden, text.pooled, {"guidance": guidance})
+        if self.denoiser.config.get("guidance_embeds"):
+            guidance = text.hidden.new_full((len(texts),), EMBEDDED_GUIDANCE)
+            return Conditioning(text.hidden, pooled, {"guidance": guidance.float()})
         return text
 
     def token_ids(self, texts: list[str]) -> Tensor:

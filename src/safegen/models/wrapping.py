@@ -33,7 +33,7 @@ def model_of(target: Any) -> Model:
             register_model(target)
         return target
     is_denoiser = _is_denoiser(target)
-    denoiser = target if is_denoiser else getattr(target, denoiser_name(target), None)
+    denoiser: Any = target if is_denoiser else getattr(target, denoiser_name(target), None)
     if not _is_denoiser(denoiser):
         raise ConfigError(
             "model must be a safegen.Model, a diffusers pipeline with a UNet or an SD 3 or FLUX "

@@ -102,7 +102,11 @@ def _marker_tensors(model: Model) -> dict[str, Tensor]:
             f"{model.prediction}. Write a folder"
         )
     names = [V_PREDICTION_TENSOR] if model.prediction == "v_prediction" else []
-    names += [ZERO_SNR_TENSOR] if float(model.alphas_cumprod()[-1]) < ZERO_SNR_ABAR else []
+    names += (
+        [ZERO_SNR_TENSOR]
+        if float(model.pipeline.scheduler.alphas_cumprod[-1]) < ZERO_SNR_ABAR
+        else []
+    )
     return {name: torch.zeros(1) for name in names}
 
 
