@@ -25,7 +25,12 @@ from safegen.core.text import short_repr
 from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef
 from safegen.models.conditioning import Conditioning
 from safegen.models.noise_schedule import NoiseSchedule, prediction_type
-from safegen.models.pipeline_specs import EMBEDDED_GUIDANCE, denoiser_name, encode_texts
+from safegen.models.pipeline_specs import (
+    EMBEDDED_GUIDANCE,
+    TEXT_ENCODERS,
+    denoiser_name,
+    encode_texts,
+)
 from safegen.models.selectors import plain_name, weights_by_name
 from safegen.models.text_encoder import expand_prompt
 
@@ -34,8 +39,6 @@ if TYPE_CHECKING:
 
 Pipeline: TypeAlias = Any
 """A text-to-image pipeline of diffusers of a class in `NOISE_PIPELINES`."""
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-"""Text encoders of a pipeline; SD 1.x and 2.x have one, SDXL and FLUX two, SD 3 up to three."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TEXT_CONFIG = ("num_attention_heads", "hidden_act")
 UNHASHED_CONFIG = {
