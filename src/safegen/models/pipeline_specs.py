@@ -72,7 +72,7 @@ class PipelineSpec:
     """Attributes with the guidance scale of each denoiser; none if only the call has it."""
     encode: EncodeFunction
     token_encoders: tuple[str, ...]
-    """Text encoders whose tokens the embedding has; others give the pooled embedding alone."""
+    """Text encoders of the token embeddings; others give the pooled embedding alone."""
     encode_options: tuple[str, ...] = ()
     """Options of a call that change how text is encoded."""
     guidance_option: str = "guidance_scale"

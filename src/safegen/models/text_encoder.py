@@ -144,7 +144,7 @@ class TextEncoderView:
 
 
 def text_encoders(pipe: Any, options: Mapping[str, Any] | None = None) -> list[TextEncoderView]:
-    """Return the text encoders whose tokens are in a pipeline's embedding, each with its place.
+    """Return the text encoders of a pipeline's token embeddings, each with its place.
 
     Columns of the CLIPs stand side by side. T5's tokens follow in SD 3, and are alone in FLUX.
 

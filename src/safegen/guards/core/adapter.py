@@ -169,7 +169,7 @@ class PipelineAdapter:
         return {k: (options or {}).get(k, defaults[k]) for k in self.spec.encode_options}
 
     def text_encoders(self, options: Mapping[str, Any] | None = None) -> list[TextEncoderView]:
-        """Return the text encoders whose tokens a call with these options reads."""
+        """Return the text encoders that give a call with these options its tokens."""
         return text_encoders(self.pipe, self._encode_options(options))
 
     def count_tokens(self, text: str, options: Mapping[str, Any] | None = None) -> tuple[int, int]:
@@ -221,8 +221,8 @@ class PipelineAdapter:
         denoiser: Any = self.denoisers[0]
         shape, dtype = self.latent_shape(options), denoiser.dtype
         noise = [torch.randn(shape, generator=g, device=g.device, dtype=dtype) for g in clones]
-        drawn = torch.stack(noise)
-        return pack_latents(drawn) if packs_latents(self.pipe) else drawn, clones
+        latents = torch.stack(noise)
+        return pack_latents(latents) if packs_latents(self.pipe) else latents, clones
 
     def latent_shape(self, options: Mapping[str, Any]) -> tuple[int, int, int]:
         """Return the shape (c, h, w) of a call's latents before FLUX packs them."""
