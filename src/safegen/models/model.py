@@ -28,11 +28,12 @@ from safegen.models.noise_schedule import NoiseSchedule, prediction_type
 from safegen.models.pipeline_specs import (
     EMBEDDED_GUIDANCE,
     TEXT_ENCODERS,
+    call_defaults,
     denoiser_name,
     encode_texts,
 )
 from safegen.models.selectors import plain_name, weights_by_name
-from safegen.models.text_encoder import expand_prompt
+from safegen.models.text_encoder import TextEncoderView, expand_prompt, text_encoders
 
 if TYPE_CHECKING:
     from safegen.models.applied_patch import AppliedPatch
@@ -294,9 +295,20 @@ class Model:
         ids: Tensor = self._tokenize(texts, return_tensors="pt").input_ids
         return ids.to(self.device)
 
-    def last_token_positions(self, texts: list[str]) -> list[int]:
-        """Return the position of each text's last token in its embedding; 0 for an empty text."""
-        return [sum(row) - 2 for row in self._tokenize(texts).attention_mask]
+    def token_spans(self, texts: Sequence[str]) -> list[list[tuple[int, int, int]]]:
+        """Return start, last own token and stop of each span of each text's token embeddings.
+
+        SD 3 has the tokens of CLIP, then those of T5; FLUX those of T5; the others one span of
+        CLIP. The last token of an empty text is the first one of the span.
+        """
+        views = text_encoders(self.pipeline, call_defaults(self.pipeline))
+        spans = [view for view in views if not view.column]  # CLIPs side by side share one
+
+        def span(view: TextEncoderView, text: str) -> tuple[int, int, int]:
+            last = max(view.first + view.tokenize(text)[1] - 1, 0)
+            return view.row, view.row + last, view.row + view.limit
+
+        return [[span(view, text) for view in spans] for text in texts]
 
     def _tokenize(self, texts: list[str], **options: Any) -> Any:
         tokenizer = self.pipeline.tokenizer
