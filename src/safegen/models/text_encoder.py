@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Text encoders of a pipeline; SD 1.x and 2.x have one, SDXL and FLUX two, SD 3 up to three."""
+
+
+def text_encoder_names(pipe: Any) -> tuple[str, ...]:
+    """Return the names of the text encoders that a pipeline has; SD 3 may lack its third."""
+    return tuple(name for name in TEXT_ENCODERS if getattr(pipe, name, None) is not None)
+
 
 def expand_prompt(pipe: Any, text: str, tokenizer: Any) -> str:
     """Return the text that a pipeline tokenizes: one word per vector of a textual inversion."""
