@@ -133,7 +133,7 @@ def test_without_a_rank_the_selected_weights_are_trained(make_model):
 def test_a_selector_without_matrices_raises(make_model, monkeypatch):
     from safegen.models import selectors
 
-    monkeypatch.setitem(selectors.SELECTORS, "norms", r"\.norm1\.")
+    monkeypatch.setitem(selectors.SELECTORS[selectors.UNET], "norms", r"\.norm1\.")
     with pytest.raises(
         ConfigError, match="selector 'norms' must match a linear or convolutional weight"
     ):

@@ -1,4 +1,4 @@
-"""UNets of real size, and published lists of their keys; each list states its source."""
+"""Denoisers of real size, and published lists of their keys; each list states its source."""
 
 from __future__ import annotations
 
@@ -36,6 +36,48 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 UNETS = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+SD35_MEDIUM = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+SD3_MEDIUM = SD35_MEDIUM | {"pos_embed_max_size": 192, "dual_attention_layers": (), "qk_norm": None}
+FLUX_DEV = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+TRANSFORMERS = {
+    "sd35-medium": ("SD3Transformer2DModel", SD35_MEDIUM),
+    "flux-dev": ("FluxTransformer2DModel", FLUX_DEV),
+}
+"""Class and settings of published transformers."""
+
+
+def build_denoiser(name):
+    """Return a denoiser of real size on the meta device: shapes without weights."""
+    import diffusers
+    import torch
+
+    kind, config = TRANSFORMERS.get(name) or ("UNet2DConditionModel", UNETS[name])
+    with torch.device("meta"):
+        return getattr(diffusers, kind)(**config)
 
 
 def published(name, prefix=""):

@@ -3,48 +3,93 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 
 from safegen.core.errors import ConfigError, UnknownNameError
 
-SELECTORS = {
-    "attn1": r"\.attn1\.",
-    "attn2": r"\.attn2\.",
-    "kv2": r"\.attn2\.to_[kv]\.",
-    "attention": r"\.attn[12]\.",
-    "noxattn": r"^(?!conv_norm_out\.|conv_out\.|time_embedding\.)(?!.*\.attn2\.)",
-    "esd-u": r"^(?!.*(?:\.attn2\.|norm))",
+UNET, SD3, FLUX = "UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
+_IMAGE = r"to_(?:[qkv]|out\.0)\."
+_TEXT = r"(?:add_[qkv]_proj|to_add_out)\."
+_TEXT_PATH = r"_context\.|context_embedder\.|\.add_[qkv]_proj\.|\.to_add_out\.|\.norm_added_"
+_TRANSFORMER = {
+    "attn1": rf"\.attn2?\.{_IMAGE}",
+    "joint": rf"^transformer_blocks\.\d+\.attn\.{_IMAGE}",
+    "attn2": rf"\.attn\.{_TEXT}",
+    "kv2": r"\.attn\.add_[kv]_proj\.",
+    "context": r"^(?:context_embedder|time_text_embed\.text_embedder\.linear_1)\.weight$",
+    "attention": rf"\.attn2?\.(?:{_IMAGE}|{_TEXT})",
+    "noxattn": rf"^(?!norm_out\.|proj_out\.|time_text_embed\.)(?!.*(?:{_TEXT_PATH}))",
+    "esd-u": rf"^(?!.*(?:\.attn\.{_TEXT}|\.norm_(?:added_)?[qk]\.))",
     "all": r"",
 }
-"""Selector: regular expression over the denoiser's parameter names.
+SELECTORS: Mapping[str, Mapping[str, str]] = {
+    UNET: {
+        "attn1": r"\.attn1\.",
+        "attn2": r"\.attn2\.",
+        "kv2": r"\.attn2\.to_[kv]\.",
+        "attention": r"\.attn[12]\.",
+        "noxattn": r"^(?!conv_norm_out\.|conv_out\.|time_embedding\.)(?!.*\.attn2\.)",
+        "esd-u": r"^(?!.*(?:\.attn2\.|norm))",
+        "all": r"",
+    },
+    SD3: _TRANSFORMER | {"dual": rf"\.attn2\.{_IMAGE}"},
+    FLUX: _TRANSFORMER,
+}
+"""Class of the denoiser, selector: regular expression over its parameter names.
 
-`attn1` is self-attention, `attn2` cross-attention (ESD-x), `kv2` its keys and values (ESD-x-strict,
-UCE); `noxattn` is everything but cross-attention, the last layers and the time embedding, as in the
-first code of ESD-u (arXiv:2303.07345); `esd-u` is every linear and convolutional layer outside
-cross-attention, as in its present code.
+On UNets `attn1` is self-attention, `attn2` cross-attention (ESD-x), `kv2` its keys and values
+(ESD-x-strict, UCE); `noxattn` is everything but cross-attention, the last layers and the time
+embedding, as in the first code of ESD-u (arXiv:2303.07345); `esd-u` is every linear and
+convolutional layer outside cross-attention, as in its present code.
+
+Transformers have one attention over text and image, with projections for each (arXiv:2403.03206).
+`attn1` is the projections of the image: `joint`, those of the attention with the text, and `dual`,
+the attention of the image alone in some blocks of SD 3.5 medium. The single blocks of FLUX project
+text and image by the same weights: `attn1` includes them, so that it changes the text too; their
+output shares a matrix with the MLP and is left out. `attn2` is the projections of the text, `kv2`
+its keys and values, `context` the two matrices through which all text enters. `noxattn` leaves out
+the text's layers and all of the time and text embedding, `esd-u` the text's attention and norms.
 """
+_ABSENT: Mapping[str, Mapping[str, str]] = {
+    UNET: {
+        "joint": "text and image have separate attention. Use attn1, attn2 or attention",
+        "dual": "all attention of the image alone is attn1. Use attn1",
+        "context": "text enters at every cross-attention. Use kv2",
+    },
+    SD3: {"dual": "no block of it has attention of the image alone. Use joint"},
+    FLUX: {"dual": "no block of it has attention of the image alone. Use joint"},
+}
+"""Class of the denoiser, selector: why it matches nothing, and what to use."""
 
 
 def select_parameters(denoiser: nn.Module, selector: str) -> list[str]:
     """Return the names of the parameters that a selector matches, in the denoiser's order.
 
-    On SD 1.x `attn1` (every self-attention layer) names 80 tensors of 49,574,080 parameters.
+    `attn1` names 80 tensors of 49,574,080 parameters on SD 1.x, 296 of 349,403,136 on SD 3.5
+    medium, and 380 of 1,793,648,640 on FLUX.1.
 
     Raises:
         UnknownNameError: there is no such selector.
-        ConfigError: it matches nothing, or the model's self-attention is cross-attention
-            (`only_cross_attention` models).
+        ConfigError: the denoiser is of an unknown class, the selector matches nothing, or the
+            model's self-attention is cross-attention (`only_cross_attention` models).
     """
-    if selector not in SELECTORS:
-        raise UnknownNameError("selector", selector, SELECTORS)
-    names = [n for n, _ in denoiser.named_parameters() if re.search(SELECTORS[selector], n)]
+    if not any(selector in patterns for patterns in SELECTORS.values()):
+        raise UnknownNameError("selector", selector, SELECTORS[SD3])
+    kind = type(denoiser).__name__
+    if kind not in SELECTORS:
+        raise ConfigError(f"denoiser must be one of {', '.join(SELECTORS)}, got {kind}")
+    pattern = SELECTORS[kind].get(selector)
+    names = [
+        name
+        for name, _ in denoiser.named_parameters()
+        if pattern is not None and re.search(pattern, plain_name(name))
+    ]
     if not names:
-        raise ConfigError(
-            f"selector {selector!r} must match a weight of the {type(denoiser).__name__}, got "
-            "none. It needs attn1/attn2 blocks"
-        )
-    if selector == "attn1":
+        reason = _ABSENT[kind].get(selector, "it has no such layers. Choose another selector")
+        raise ConfigError(f"selector must match weights of the {kind}, got {selector!r}: {reason}")
+    if kind == UNET and selector == "attn1":
         for name, module in denoiser.named_modules():
             if name.endswith(".attn1") and getattr(module, "is_cross_attention", False):
                 raise ConfigError(

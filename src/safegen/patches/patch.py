@@ -303,7 +303,7 @@ def warn_large_change(kind: str, change: float | None) -> None:
 
 
 def warn_base_mismatch(
-    kind: str, what: str, base: str | None, own: str, model: Model, change: str = ""
+    kind: str, what: str, base: str | None, present: str, model: Model, change: str = ""
 ) -> None:
     """Warn that a patch or LoRA was made on other weights than a model's.
 
@@ -311,7 +311,7 @@ def warn_base_mismatch(
         kind: `patch` or `LoRA`.
         what: the weights, in words.
         base: hash of the weights that it was made on.
-        own: hash of those of the model.
+        present: hash of those of the model.
         model: the model.
         change: a sentence on what it changes.
 
@@ -326,7 +326,7 @@ def warn_base_mismatch(
     )
     warnings.warn(
         f"the {kind} was made on {what} {str(base)[:12]}, the model {model.name!r} has "
-        f"{own[:12]}.{rounded}{change} "
+        f"{present[:12]}.{rounded}{change} "
         "Measure the result before you trust it",
         BaseMismatchWarning,
         stacklevel=4,
