@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from safegen.models.pipeline_specs import LENGTH_OPTION, TEXT_ENCODERS, is_t5, spec_of
 
 
+def text_encoder_names(pipe: Any) -> tuple[str, ...]:
+    """Return the names of the text encoders that a pipeline has; SD 3 may lack its third."""
+    return tuple(name for name in TEXT_ENCODERS if getattr(pipe, name, None) is not None)
+
+
 def expand_prompt(pipe: Any, text: str, tokenizer: Any) -> str:
     """Return the text that a pipeline tokenizes: one word per vector of a textual inversion."""
     convert = getattr(pipe, "maybe_convert_prompt", None)
