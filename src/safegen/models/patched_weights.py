@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.hashing import hash_tensors
-from safegen.models.pipeline_specs import denoiser_name
+from safegen.models.pipeline_specs import TEXT_ENCODERS, denoiser_name
 from safegen.models.selectors import weights_by_name
-from safegen.models.text_encoder import TEXT_ENCODERS, text_encoder_names
+from safegen.models.text_encoder import text_encoder_names
 
 if TYPE_CHECKING:
     from safegen.models.model import Model

@@ -17,7 +17,7 @@ from safegen.models.fingerprint import ModelFingerprint
 from safegen.models.loading import load
 from safegen.models.model import Model
 from safegen.models.patched_weights import hash_components, pipeline_weights
-from safegen.models.text_encoder import TEXT_ENCODERS
+from safegen.models.pipeline_specs import TEXT_ENCODERS
 from safegen.patches.patch import Patch
 
 METHOD = "from-model"
