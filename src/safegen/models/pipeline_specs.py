@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from safegen.core.errors import ConfigError
 from safegen.models.conditioning import Conditioning
 
 LENGTH_OPTION = "max_sequence_length"
@@ -68,8 +69,10 @@ class PipelineSpec:
     denoisers: tuple[str, ...]
     """Attributes with the networks that predict the noise."""
     guidance_attributes: tuple[str, ...]
-    """Attributes with the guidance scale of each denoiser."""
+    """Attributes with the guidance scale of each denoiser; none if only the call has it."""
     encode: EncodeFunction
+    token_encoders: tuple[str, ...]
+    """Text encoders of the token embeddings; others give the pooled embedding alone."""
     encode_options: tuple[str, ...] = ()
     """Options of a call that change how text is encoded."""
     guidance_option: str = "guidance_scale"
@@ -79,16 +82,26 @@ class PipelineSpec:
     makes_videos: bool = False
 
 
-_SD = PipelineSpec(1, ("unet",), ("guidance_scale",), _encode_sd, ("clip_skip",))
-_SDXL = PipelineSpec(1, ("unet",), ("guidance_scale",), _encode_sdxl, ("clip_skip",))
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Text encoders of a pipeline; SD 1.x and 2.x have one, SDXL and FLUX two, SD 3 up to three."""
+_SD = PipelineSpec(1, ("unet",), ("guidance_scale",), _encode_sd, TEXT_ENCODERS[:1], ("clip_skip",))
+_SDXL = PipelineSpec(
+    1, ("unet",), ("guidance_scale",), _encode_sdxl, TEXT_ENCODERS[:2], ("clip_skip",)
+)
 _SD3 = PipelineSpec(
-    1, ("transformer",), ("guidance_scale",), _encode_sd3, ("clip_skip", LENGTH_OPTION)
+    1,
+    ("transformer",),
+    ("guidance_scale",),
+    _encode_sd3,
+    TEXT_ENCODERS,
+    ("clip_skip", LENGTH_OPTION),
 )
 _FLUX = PipelineSpec(
     2,
     ("transformer",),
-    ("true_cfg_scale",),
+    (),
     _encode_flux,
+    ("text_encoder_2",),
     (LENGTH_OPTION,),
     guidance_option="true_cfg_scale",
 )
@@ -110,6 +123,7 @@ PIPELINE_SPECS: Mapping[str, PipelineSpec] = {
         ("transformer", "transformer_2"),
         ("guidance_scale", "_guidance_scale_2"),
         _encode_wan,
+        ("text_encoder",),
         (LENGTH_OPTION,),
         makes_videos=True,
     ),
@@ -125,10 +139,22 @@ NOISE_PIPELINES = tuple(n for n in IMAGE_PIPELINES if not PIPELINE_SPECS[n].star
 """Those of them that start from noise: the classes of models."""
 
 
-def spec_name(kind: type) -> str | None:
-    """Return the name in `PIPELINE_SPECS` that a pipeline's class has or extends, if any."""
+def spec_class(kind: type) -> type | None:
+    """Return the class of diffusers in `PIPELINE_SPECS` that a pipeline's class is or extends."""
     bases = (c for c in kind.__mro__ if c.__module__.startswith("diffusers."))
-    return next((c.__name__ for c in bases if c.__name__ in PIPELINE_SPECS), None)
+    return next((c for c in bases if c.__name__ in PIPELINE_SPECS), None)
+
+
+def spec_of(pipe: Any) -> PipelineSpec | None:
+    """Return how a pipeline guides and encodes; None if that is unknown."""
+    kind = spec_class(type(pipe))
+    return PIPELINE_SPECS[kind.__name__] if kind else None
+
+
+def guidance_option(pipe: Any) -> str:
+    """Return the option of a pipeline's call with the scale of classifier-free guidance."""
+    spec = spec_of(pipe)
+    return spec.guidance_option if spec else "guidance_scale"
 
 
 def denoiser_name(pipe: Any) -> str:
@@ -167,8 +193,16 @@ def encode_texts(
         pipe: pipeline of a class in `PIPELINE_SPECS`, or one that extends it.
         texts: the texts.
         options: options of the call.
+
+    Raises:
+        ConfigError: the class is unknown.
     """
-    spec = PIPELINE_SPECS[spec_name(type(pipe)) or ""]
+    spec = spec_of(pipe)
+    if spec is None:
+        raise ConfigError(
+            f"pipeline must be one of {', '.join(PIPELINE_SPECS)}, got {type(pipe).__name__}. "
+            "Load one of these."
+        )
     defaults = call_defaults(pipe)
     own = {k: (options or {}).get(k, defaults[k]) for k in spec.encode_options}
     return spec.encode(pipe, texts, own)
