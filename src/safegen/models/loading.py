@@ -21,7 +21,8 @@ from safegen.models.checkpoint.metadata import PATCH_FORMAT, CheckpointMetadata
 from safegen.models.checkpoint.single_file_reader import read_single_file
 from safegen.models.checkpoint.weight_files import find_weights
 from safegen.models.model import DTYPES, Model, Pipeline, components_of
-from safegen.models.text_encoder import TEXT_ENCODERS, text_encoder_names
+from safegen.models.pipeline_specs import TEXT_ENCODERS
+from safegen.models.text_encoder import text_encoder_names
 from safegen.models.wrapping import pipeline_model, register_model, text_to_image
 
 LORA_ENDINGS = (".lora_down.weight", ".lora_A.weight")
