@@ -216,7 +216,7 @@ def projections(model: Model) -> dict[TextInput, dict[str, Tensor]]:
     weights: dict[TextInput, dict[str, Tensor]] = {}
     for name in select_parameters(model.denoiser, selector):
         if name.endswith(".weight"):
-            part: TextInput = "pooled" if "text_embedder" in name else "hidden"
+            part: TextInput = "pooled" if ".text_embedder." in name else "hidden"
             weights.setdefault(part, {})[name] = parameters[name].detach().cpu().double()
     return weights
 
