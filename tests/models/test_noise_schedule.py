@@ -84,16 +84,16 @@ def test_the_target_implies_the_latents_and_the_noise(schedule, z):
 
 
 def test_a_prediction_is_the_target_of_the_latents_and_the_noise_that_it_implies(schedule, z):
-    x, said, _ = z
+    x, prediction, _ = z
     t = schedule.timesteps
-    z_0, eps = schedule.implied_x0(said, x, t), schedule.implied_noise(said, x, t)
+    z_0, eps = schedule.implied_x0(prediction, x, t), schedule.implied_noise(prediction, x, t)
     scale = z_0.abs().amax((1, 2, 3), keepdim=True).clamp(min=1)
     assert_close(schedule.add_noise(z_0, eps, t) / scale, x / scale, **tolerance(schedule))
-    assert_close(schedule.target(z_0, eps, t) / scale, said / scale, **tolerance(schedule))
+    assert_close(schedule.target(z_0, eps, t) / scale, prediction / scale, **tolerance(schedule))
 
 
 def test_the_schedule_consistent_target_implies_the_censored_image_at_every_timestep(schedule, z):
-    """The fixed point of SafeGen's target x0, exact without a clamp."""
+    """It is the fixed point of SafeGen's target x0, exact without a clamp."""
     z_u, z_c, eps = z
     t = schedule.timesteps
     factor = schedule.x0_factor(t, clamp=FREE)
@@ -103,10 +103,10 @@ def test_the_schedule_consistent_target_implies_the_censored_image_at_every_time
 
 
 def test_the_schedule_consistent_target_moves_the_x0_of_any_prediction(schedule, z):
-    z_u, z_c, said = z
+    z_u, z_c, prediction = z
     t, x = schedule.timesteps, z_c  # any x_t: the move does not depend on it
-    target = losses.x0_target(said, z_u, z_c, schedule.x0_factor(t, clamp=FREE))
-    before, after = schedule.implied_x0(said, x, t), schedule.implied_x0(target, x, t)
+    target = losses.x0_target(prediction, z_u, z_c, schedule.x0_factor(t, clamp=FREE))
+    before, after = schedule.implied_x0(prediction, x, t), schedule.implied_x0(target, x, t)
     assert_close(after - before, z_c - z_u, **tolerance(schedule))
 
 
@@ -143,7 +143,7 @@ def test_the_papers_target_implies_an_image_part_of_the_way(z):
 # ------------------------------------------------------------ forms of one prediction
 
 
-def forms(z):
+def forms():
     """Return schedules of the three predictions with the noise levels of flow matching, scaled.
 
     x of flow matching at s is that of diffusion at a noise of s / sqrt((1 - s)^2 + s^2), times
@@ -153,45 +153,42 @@ def forms(z):
     scale = ((1 - s) ** 2 + s**2).sqrt()
     t = torch.arange(1000)
     diffusion = [
-        NoiseSchedule(prediction, t, (1 - s) / scale, s / scale)
-        for prediction in ("epsilon", "v_prediction")
+        NoiseSchedule(kind, t, (1 - s) / scale, s / scale) for kind in ("epsilon", "v_prediction")
     ]
     flow = NoiseSchedule("flow_prediction", 1000 * s, 1 - s, s)
     return [(schedule, 1.0) for schedule in diffusion] + [(flow, scale[:, None, None, None])]
 
 
 def test_noise_v_and_flow_forms_of_one_denoiser_agree_on_x0_and_on_the_targets(z):
-    """One pair (x0, noise) said in three forms: each edit's target is one pair in all forms."""
-    z_u, z_c, said_0, eps = (*(v.float() for v in z), torch.randn(1000, 4, 2, 2))
+    """The target of each edit is one pair of x0 and noise in all forms."""
+    z_u, z_c, eps = (v.float() for v in z)
+    teacher_x0 = z_u.roll(1, 0)
     found = []
-    for schedule, scale in forms(z):
+    for schedule, scale in forms():
         t = schedule.timesteps
         x = schedule.add_noise(z_u, eps, t)
-        # A denoiser that says said_0 for x: the noise follows.
-        a, s = schedule.coefficients(t)
-        said = schedule.target(said_0, (x - a * said_0) / s, t)
+        a, s = schedule.coefficients(t)  # x and x0 imply the noise
+        prediction = schedule.target(teacher_x0, (x - a * teacher_x0) / s, t)
         other = schedule.target(z_c, (x - a * z_c) / s, t)
-        x0 = lambda value: schedule.implied_x0(value, x, t)  # noqa: B023, E731
-        found.append(
-            {
-                "x": x / scale,
-                "teacher": x0(said),
-                "safegen": x0(losses.x0_target(said, z_u, z_c, schedule.x0_factor(t, clamp=FREE))),
-                "esd": x0(losses.negative_guidance(said, other, said, strength=2.0)),
-                "blank": x0(other),
-            }
-        )
+        targets = {
+            "teacher": prediction,
+            "safegen": losses.x0_target(prediction, z_u, z_c, schedule.x0_factor(t, clamp=FREE)),
+            "esd": losses.negative_guidance(prediction, other, prediction, strength=2.0),
+            "blank": other,
+        }
+        images = {name: schedule.implied_x0(value, x, t) for name, value in targets.items()}
+        found.append(images | {"x": x / scale})
     for name in found[0]:
         for other in found[1:]:
             assert_close(found[0][name], other[name], rtol=1e-3, atol=5e-3, msg=name)
-    assert_close(found[0]["safegen"], said_0 + z_c - z_u, rtol=1e-3, atol=5e-3)
+    assert_close(found[0]["safegen"], teacher_x0 + z_c - z_u, rtol=1e-3, atol=5e-3)
 
 
 def test_losses_of_the_three_forms_differ_by_the_weight_of_the_noise_level(z):
     """|d prediction|^2 is a^2 / s^2, 1 / s^2 and 1 / s^2 times |d x0|^2."""
     z_u, z_c, eps = (v.float() for v in z)
     want = losses.squared_error(z_u, z_c)
-    for schedule, _ in forms(z):
+    for schedule, _ in forms():
         t = schedule.timesteps
         x = schedule.add_noise(z_u, eps, t)
         a, s = schedule.coefficients(t)
