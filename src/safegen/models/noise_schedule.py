@@ -69,6 +69,10 @@ class NoiseSchedule:
         """Timesteps from the least to the most noise, (n,): a schedule may run either way."""
         return self.timesteps[(self.signal / self.noise).argsort(descending=True)]
 
+    def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
+        """Return `n` timesteps of training, drawn uniformly, on the CPU."""
+        return self.timesteps[torch.randint(len(self), (n,), generator=generator)]
+
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return a and s of timesteps (b,), shaped (b, 1, 1, 1) for latents, on their device."""
         if self.prediction == FLOW_PREDICTION:
