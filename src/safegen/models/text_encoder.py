@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safegen.models.pipeline_specs import is_t5
+
 
 def expand_prompt(pipe: Any, text: str, tokenizer: Any) -> str:
     """Return the text that a pipeline tokenizes: one word per vector of a textual inversion."""
@@ -38,12 +40,31 @@ def replaced_embeddings(
         handle.remove()
 
 
+@contextmanager
+def replaced_ids(encoder: Any, ids: Tensor) -> Iterator[None]:
+    """Make a text encoder read other ids inside the block than it is called with.
+
+    Args:
+        encoder: the text encoder.
+        ids: ids (n, length), as many rows as the encoder is called with.
+    """
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (ids.to(inputs[0]), *inputs[1:])
+
+    handle = encoder.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class TextEncoderView:
     """One text encoder of a pipeline with its tokenizer."""
 
     def __init__(self, pipe: Any, name: str = "text_encoder") -> None:
-        self.pipe = pipe
-        self.tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+        self.pipe, self.tokenizer_name = pipe, name.replace("text_encoder", "tokenizer")
+        self.tokenizer = getattr(pipe, self.tokenizer_name)
         self.encoder = getattr(pipe, name)
         self.device, self.is_sdxl = pipe._execution_device, hasattr(pipe, "text_encoder_2")
 
@@ -110,6 +131,13 @@ class TextEncoderView:
         """Return the pooled embeddings of texts, (n, width)."""
         ids, lengths = zip(*(self.tokenize(text) for text in texts), strict=True)
         return self.pooled(torch.cat(ids), lengths)
+
+
+def clip_encoders(pipe: Any) -> list[TextEncoderView]:
+    """Return a pipeline's CLIP text encoders; T5, whose tokens are others, is none of them."""
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    views = [TextEncoderView(pipe, name) for name in names if getattr(pipe, name, None) is not None]
+    return [view for view in views if not is_t5(view.tokenizer)]
 
 
 def text_encoders(pipe: Any) -> list[TextEncoderView]:
