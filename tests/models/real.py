@@ -51,6 +51,7 @@ SD35_MEDIUM = {
     "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
+SD3_MEDIUM = SD35_MEDIUM | {"pos_embed_max_size": 192, "dual_attention_layers": (), "qk_norm": None}
 FLUX_DEV = {
     "patch_size": 1,
     "in_channels": 64,

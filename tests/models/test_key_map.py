@@ -29,7 +29,7 @@ from safegen.models.checkpoint.key_map import (
     unpack,
     vae_names,
 )
-from safegen.models.selectors import SELECTORS, select_parameters
+from safegen.models.selectors import SELECTORS, UNET, select_parameters
 from safegen.patches.lora import svd_factors
 
 VAE = {
@@ -195,7 +195,7 @@ def test_selectors_match_the_published_layers(real):
         selector: {n for n in listed if any(mark in n for mark in marks)}
         for selector, marks in layers.items()
     }
-    assert of.keys() == SELECTORS.keys() == SELECTED[build].keys()
+    assert of.keys() == SELECTORS[UNET].keys() == SELECTED[build].keys()
     for selector, wanted in of.items():
         picked = select_parameters(unet, selector)
         assert {to[n]: tuple(own[n].shape) for n in picked} == {n: listed[n] for n in wanted}

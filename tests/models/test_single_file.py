@@ -164,7 +164,7 @@ def break_header(_, header):
 def other_family(_, header):
     files = json.loads(header[CONFIGS_KEY])
     header[CONFIGS_KEY] = json.dumps(
-        files | {"model_index.json": json.dumps({"_class_name": "FluxPipeline"})}
+        files | {"model_index.json": json.dumps({"_class_name": "WanPipeline"})}
     )
 
 
@@ -177,7 +177,7 @@ def other_family(_, header):
         (spoil, "NaN or infinite weights in unet"),
         (climb, "must match pattern"),
         (break_header, "safegen_configs of .* is not JSON"),
-        (other_family, "_class_name must be .* got 'FluxPipeline'"),
+        (other_family, "_class_name must be .* got 'WanPipeline'"),
     ],
 )
 def test_an_unusable_file_is_refused_in_one_line(file, tmp_path, change, words):

@@ -59,8 +59,8 @@ def load(
 
     Args:
         name: `mini`, a folder with a model_index.json, a .safetensors (or .ckpt) file, or
-            `hub:owner/name`. Only the last downloads anything. A Stable Diffusion or SDXL
-            pipeline of diffusers is used as it is: on its device, without a copy.
+            `hub:owner/name`. Only the last downloads anything. A text-to-image pipeline of
+            diffusers is used as it is: on its device, without a copy.
         dtype: type of the weights: fp32, bf16 or fp16, or torch's name or object for it.
         device: a torch device, such as `cuda:1`; `auto` is the accelerator if there is one, else
             the CPU.

@@ -277,8 +277,13 @@ def add_vocabulary(folder: Path) -> None:
 
 
 def save_vocabulary(folder: Path) -> None:
-    """Write vocab.json and merges.txt beside a tokenizer.json, for releases that need them."""
+    """Write vocab.json and merges.txt beside a tokenizer.json, for releases that need them.
+
+    T5's tokenizer has no such files.
+    """
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    if "merges" not in model:
+        return
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     _write_vocabulary(folder, model["vocab"], pairs)
 

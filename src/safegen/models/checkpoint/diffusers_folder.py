@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
-    StableDiffusionXLPipeline,
-)
 from safetensors import SafetensorError
 from torch import nn
-from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from safegen.core.documents import check_file, read_bytes
 from safegen.core.errors import FileError, first_line
@@ -34,15 +30,32 @@ from safegen.models.checkpoint.metadata import METADATA_FILE, CheckpointMetadata
 from safegen.models.model import Model, Pipeline
 
 SDXL = "StableDiffusionXLPipeline"
-PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
+_NO_IMAGE = {"feature_extractor": None, "image_encoder": None}
+PIPELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "StableDiffusionPipeline": (
-        StableDiffusionPipeline,
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion:StableDiffusionPipeline",
         dict.fromkeys(UNLOADED) | {"requires_safety_checker": False},
     ),
-    SDXL: (StableDiffusionXLPipeline, {"feature_extractor": None, "image_encoder": None}),
+    SDXL: (
+        "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl:"
+        "StableDiffusionXLPipeline",
+        _NO_IMAGE,
+    ),
+    "StableDiffusion3Pipeline": (
+        "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3:"
+        "StableDiffusion3Pipeline",
+        _NO_IMAGE,
+    ),
+    "FluxPipeline": ("diffusers.pipelines.flux.pipeline_flux:FluxPipeline", _NO_IMAGE),
 }
-"""Pipeline class by name in model_index.json, and the arguments that skip the safety checker."""
-TEXT_ENCODERS = {cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection)}
+"""Pipeline class by name in model_index.json, and the arguments that skip unloaded components."""
+TEXT_ENCODERS = {
+    "CLIPTextModel": "transformers.models.clip.modeling_clip:CLIPTextModel",
+    "CLIPTextModelWithProjection": (
+        "transformers.models.clip.modeling_clip:CLIPTextModelWithProjection"
+    ),
+    "T5EncoderModel": "transformers.models.t5.modeling_t5:T5EncoderModel",
+}
 """Text encoder class by the name in model_index.json."""
 MODEL_DTYPES = ("F64", "F32", "F16", "BF16")
 """Types of weights in safetensors files of whole models; all are converted to the wanted one."""
@@ -64,8 +77,9 @@ def read_folder(
             are pickled or damaged.
     """
     index = _check_folder(name, folder, allow_pickle)
-    cls, options = PIPELINES[index.class_name]
-    options = options | {"dtype": dtype, "use_safetensors": None if allow_pickle else True}
+    cls, options = pipeline_class(index.class_name)
+    options = options | index.absent
+    options |= {"dtype": dtype, "use_safetensors": None if allow_pickle else True}
     text = ""
     if exists(folder / METADATA_FILE):
         text = read_bytes(folder / METADATA_FILE).decode("utf-8", errors="replace")
@@ -81,6 +95,16 @@ def read_folder(
     return pipeline, parse_metadata(text)
 
 
+def pipeline_class(name: str) -> tuple[Any, dict[str, Any]]:
+    """Return a pipeline class of `PIPELINES`, and the arguments that skip unloaded components."""
+    return _import(PIPELINES[name][0]), PIPELINES[name][1]
+
+
+def _import(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
 def check_schedule(scheduler: Any) -> None:
     """Compute the steps of a schedule, with a copy, so that its settings fail here if they do.
 
@@ -88,7 +112,8 @@ def check_schedule(scheduler: Any) -> None:
         Exception: the error of diffusers, if they do.
     """
     copy = type(scheduler).from_config(scheduler.config)
-    copy.set_timesteps(min(10, copy.config.num_train_timesteps))
+    shift = {"mu": copy.config.max_shift} if copy.config.get("use_dynamic_shifting") else {}
+    copy.set_timesteps(min(10, copy.config.num_train_timesteps), **shift)
 
 
 def _check_folder(name: str, folder: Path, allow_pickle: bool) -> FolderIndex:
@@ -97,7 +122,7 @@ def _check_folder(name: str, folder: Path, allow_pickle: bool) -> FolderIndex:
         index = check_configs(folder)
     except FileError as error:
         raise FileError(f"the model {name!r} cannot be read: {error}") from error
-    for component in ("unet", "vae", *index.text_encoders):
+    for component in (index.denoiser, "vae", *index.text_encoders):
         if not any((folder / component).glob("*.safetensors")):
             if not any((folder / component).glob("*.bin")):
                 raise FileError(
@@ -110,8 +135,10 @@ def _check_folder(name: str, folder: Path, allow_pickle: bool) -> FolderIndex:
                 )
         check_shards(folder / component)
         _check_weight_types(folder / component)
-    for component in index.text_encoders:
-        check_size(folder / component)
+    for component, kind in index.text_encoders.items():
+        check_size(folder / component, kind)
+    if index.denoiser == "transformer":
+        check_size(folder / index.denoiser, index.class_of(index.denoiser))
     return index
 
 
@@ -139,7 +166,7 @@ def _load_text_encoders(
     """
     encoders: dict[str, nn.Module] = {}
     for component, class_name in index.text_encoders.items():
-        encoder, report = TEXT_ENCODERS[class_name].from_pretrained(
+        encoder, report = _import(TEXT_ENCODERS[class_name]).from_pretrained(
             str(folder / component),
             dtype=dtype,
             use_safetensors=None if allow_pickle else True,
@@ -164,9 +191,9 @@ def save_folder(
 ) -> None:
     """Write a diffusers folder that `from_pretrained` of old and new releases opens.
 
-    Current libraries write three things that earlier ones cannot read, which are converted: text
+    Current libraries write four things that earlier ones cannot read, which are converted: text
     encoder keys without `text_model.`, a tokenizer without vocab.json and merges.txt, and the new
-    name of the image processor.
+    names of the image processor and of T5's tokenizer.
 
     Args:
         model: the model, with or without patches on it.
@@ -193,6 +220,7 @@ def save_folder(
         index = tmp / "model_index.json"
         entries = json.loads(index.read_text(encoding="utf-8")) | _copy_unloaded(model, tmp)
         text = json.dumps(entries, indent=2).replace("CLIPImageProcessorPil", "CLIPImageProcessor")
+        text = text.replace('"T5Tokenizer"', '"T5TokenizerFast"')  # the former needs spiece.model
         index.write_text(text + "\n", encoding="utf-8")
         if card is not None:
             (tmp / "README.md").write_text(card, encoding="utf-8")

@@ -7,205 +7,150 @@ that a folder can neither run code nor ask for more memory than its weights take
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import diffusers
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
-from transformers.tokenization_utils_base import LARGE_INTEGER
+from pydantic import BaseModel, Field, model_validator
 
 from safegen.core.documents import check_file, read_json, read_json_object, validate
 from safegen.core.errors import FileError
 from safegen.core.tensor_files import check_pickle
 from safegen.core.text import has_control
+from safegen.models.checkpoint.component_schemas import (
+    FLOW_SCHEDULERS,
+    SCHEDULERS,
+    Config,
+    FlowSchedulerConfig,
+    FluxTransformerConfig,
+    Scheduler,
+    SchedulerConfig,
+    SD3TransformerConfig,
+    T5Config,
+    TextEncoderConfig,
+    TokenizerConfig,
+    UNetConfig,
+    VaeConfig,
+)
 
 UNLOADED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that are copied and never loaded."""
-SCHEDULERS = sorted({s.name for s in KarrasDiffusionSchedulers} | {"LCMScheduler", "TCDScheduler"})
-"""Schedule classes of diffusers that fit these pipelines."""
-MAX_NUMBER = 2**20
-"""Largest number in a configuration file, either sign."""
-
-
-def _check_scheduler(name: str) -> str:
-    if name not in SCHEDULERS:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULERS)}, got {name[:80]!r}")
-    return name
-
-
-Count = Annotated[int, Strict(), Field(ge=1, le=65536)]
-Blocks = Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
-Depth = Annotated[int, Strict(), Field(ge=1, le=64)]
-Names = Annotated[tuple[str, ...], Field(min_length=1, max_length=8)]
-Side = Annotated[int, Strict(), Field(ge=1, le=4096)]
-Epsilon = Annotated[float, Strict(), Field(gt=0, le=1)]
-Beta = Annotated[float, Strict(), Field(ge=0, le=1)]
-Scheduler = Annotated[str, AfterValidator(_check_scheduler)]
+CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5_MODELS, T5_TOKENIZERS = ("T5EncoderModel",), ("T5Tokenizer", "T5TokenizerFast")
+_CLIP = {"text_encoder": CLIP_MODELS, "tokenizer": CLIP_TOKENIZERS}
+_SECOND_CLIP = {"text_encoder_2": CLIP_MODELS, "tokenizer_2": CLIP_TOKENIZERS}
+LAYOUTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "StableDiffusionPipeline": {"unet": ("UNet2DConditionModel",), **_CLIP},
+    "StableDiffusionXLPipeline": {"unet": ("UNet2DConditionModel",), **_CLIP, **_SECOND_CLIP},
+    "StableDiffusion3Pipeline": {
+        "transformer": ("SD3Transformer2DModel",),
+        **_CLIP,
+        **_SECOND_CLIP,
+        "text_encoder_3": T5_MODELS,
+        "tokenizer_3": T5_TOKENIZERS,
+    },
+    "FluxPipeline": {
+        "transformer": ("FluxTransformer2DModel",),
+        **_CLIP,
+        "text_encoder_2": T5_MODELS,
+        "tokenizer_2": T5_TOKENIZERS,
+    },
+}
+"""Pipeline class: classes of its components besides autoencoder and schedule."""
+OPTIONAL = ("text_encoder_3", "tokenizer_3")
+"""Components that may be null, together."""
+LIBRARIES = {"unet": "diffusers", "transformer": "diffusers"}
+"""Libraries of these components; those of others are transformers."""
+DENOISER_SCHEMAS: Mapping[str, type[Config]] = {
+    "UNet2DConditionModel": UNetConfig,
+    "SD3Transformer2DModel": SD3TransformerConfig,
+    "FluxTransformer2DModel": FluxTransformerConfig,
+}
+"""Denoiser class: schema of its configuration."""
+Component = tuple[str, str]
 NoComponent = tuple[str | None, str | None]
 Schema = TypeVar("Schema", bound=BaseModel)
-
-
-class Config(BaseModel):
-    """A configuration file. Keys that are not listed are passed on, with numbers in bounds.
-
-    Those of diffusers' classes must also have the type of the default value.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    auto_map: None = None
-    """Code of the file's author; never run."""
-    quantization_config: None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_numbers(cls, value: Any) -> Any:
-        for number in _numbers(value):
-            if not abs(number) <= MAX_NUMBER:  # NaN too
-                shown = str(number) if len(str(number)) <= 40 else f"{str(number)[:40]}..."
-                raise ValueError(f"numbers must be at most {MAX_NUMBER}, got {shown}")
-        return value
-
-
-class UNetConfig(Config):
-    """unet/config.json."""
-
-    class_name: Literal["UNet2DConditionModel"] = Field("UNet2DConditionModel", alias="_class_name")
-    sample_size: Side
-    in_channels: Count = 4
-    out_channels: Count = 4
-    block_out_channels: Blocks
-    layers_per_block: Depth | Annotated[tuple[Depth, ...], Field(max_length=8)] = 2
-    down_block_types: Names
-    up_block_types: Names
-    cross_attention_dim: Count | Blocks
-    attention_head_dim: Count | Blocks = 8
-    transformer_layers_per_block: (
-        Depth | Annotated[tuple[Depth | tuple[Depth, ...], ...], Field(max_length=8)]
-    ) = 1
-    reverse_transformer_layers_per_block: None = None
-    norm_num_groups: Count | None = 32
-    norm_eps: Epsilon = 1e-5
-    dropout: Beta = 0.0
-
-
-class VaeConfig(Config):
-    """vae/config.json."""
-
-    class_name: Literal["AutoencoderKL"] = Field("AutoencoderKL", alias="_class_name")
-    sample_size: Side = 32
-    latent_channels: Count = 4
-    block_out_channels: Blocks
-    down_block_types: Names
-    up_block_types: Names
-    layers_per_block: Depth = 1
-    norm_num_groups: Count = 32
-    scaling_factor: Annotated[float, Strict(), Field(gt=0, le=1000)] = 0.18215
-    shift_factor: Annotated[float, Strict()] | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
-
-
-class TextEncoderConfig(Config):
-    """text_encoder/config.json."""
-
-    hidden_size: Count = 512
-    intermediate_size: Count = 2048
-    num_hidden_layers: Depth = 12
-    num_attention_heads: Count = 8
-    max_position_embeddings: Side = 77
-    vocab_size: Annotated[int, Strict(), Field(ge=1, le=MAX_NUMBER)] = 49408
-    layer_norm_eps: Epsilon = 1e-5
-
-    @property
-    def num_weights(self) -> int:
-        """Number of the weights in its matrices."""
-        width = self.hidden_size
-        block = 4 * width * width + 2 * width * self.intermediate_size
-        return self.num_hidden_layers * block + self.vocab_size * width
-
-
-class SchedulerConfig(Config):
-    """scheduler/scheduler_config.json."""
-
-    class_name: Scheduler | None = Field(None, alias="_class_name")
-    num_train_timesteps: Annotated[int, Strict(), Field(ge=1, le=100_000)] = 1000
-    beta_start: Beta = 0.0001
-    beta_end: Beta = 0.02
-    trained_betas: tuple[Beta, ...] | None = None
-    steps_offset: Annotated[int, Strict(), Field(ge=0, le=1000)] = 0
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _remove_infinity(cls, value: Any) -> Any:
-        """Remove the default of DPM-Solver, the one infinite number that diffusers writes."""
-        if isinstance(value, dict) and value.get("lambda_min_clipped") == -math.inf:
-            return {k: v for k, v in value.items() if k != "lambda_min_clipped"}
-        return value
-
-
-class TokenizerConfig(Config):
-    """tokenizer/tokenizer_config.json."""
-
-    model_max_length: Side | None = None
-    """None: no limit is stated, and the tokenizer gets that of the text encoder."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_no_limit(cls, value: Any) -> Any:
-        """Replace the number by which transformers means no limit, 1e30, by None."""
-        limit = value.get("model_max_length") if isinstance(value, dict) else None
-        if isinstance(limit, int | float) and limit > LARGE_INTEGER:
-            return value | {"model_max_length": None}
-        return value
 
 
 class FolderIndex(Config):
     """model_index.json: the class of the pipeline and of each component."""
 
-    class_name: Literal["StableDiffusionPipeline", "StableDiffusionXLPipeline"] = Field(
-        alias="_class_name"
-    )
-    unet: tuple[Literal["diffusers"], Literal["UNet2DConditionModel"]]
+    class_name: Literal[
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+    ] = Field(alias="_class_name")
+    unet: Component | None = None
+    transformer: Component | None = None
     vae: tuple[Literal["diffusers"], Literal["AutoencoderKL"]]
     scheduler: tuple[Literal["diffusers"], Scheduler]
-    text_encoder: tuple[
-        Literal["transformers"], Literal["CLIPTextModel", "CLIPTextModelWithProjection"]
-    ]
-    text_encoder_2: (
-        tuple[Literal["transformers"], Literal["CLIPTextModel", "CLIPTextModelWithProjection"]]
-        | None
-    ) = None
-    tokenizer: tuple[Literal["transformers"], Literal["CLIPTokenizer", "CLIPTokenizerFast"]]
-    tokenizer_2: (
-        tuple[Literal["transformers"], Literal["CLIPTokenizer", "CLIPTokenizerFast"]] | None
-    ) = None
+    text_encoder: Component
+    text_encoder_2: Component | None = None
+    text_encoder_3: Component | NoComponent = (None, None)
+    tokenizer: Component
+    tokenizer_2: Component | None = None
+    tokenizer_3: Component | NoComponent = (None, None)
     safety_checker: NoComponent = (None, None)
     feature_extractor: NoComponent = (None, None)
     image_encoder: NoComponent = (None, None)
     requires_safety_checker: bool | None = None
 
     @property
+    def denoiser(self) -> str:
+        """Name of the component that predicts: `unet` or `transformer`."""
+        return next(iter(LAYOUTS[self.class_name]))
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether its models are trained by flow matching."""
+        return self.class_name in FLOW_SCHEDULERS
+
+    def class_of(self, component: str) -> str:
+        """Return the class of a component, which is there."""
+        return str(getattr(self, component)[1])
+
+    @property
     def text_encoders(self) -> dict[str, str]:
-        """Class of each text encoder by component name."""
-        classes: dict[str, str] = {"text_encoder": self.text_encoder[1]}
-        if self.text_encoder_2:
-            classes["text_encoder_2"] = self.text_encoder_2[1]
-        return classes
+        """Class of each text encoder that is there by component name."""
+        names = [name for name in LAYOUTS[self.class_name] if name.startswith("text_encoder")]
+        return {name: self.class_of(name) for name in names if any(getattr(self, name))}
+
+    @property
+    def absent(self) -> dict[str, None]:
+        """Components of the pipeline that are null; diffusers wants them named."""
+        names = LAYOUTS[self.class_name]
+        return {name: None for name in OPTIONAL if name in names and not any(getattr(self, name))}
 
     @model_validator(mode="after")
     def _check_components(self) -> Self:
         for name, value in (self.model_extra or {}).items():
             if isinstance(value, list | tuple | dict) and value != [None, None]:
                 raise ValueError(f"component {name[:80]!r} is not one of {self.class_name}")
-        is_xl = self.class_name == "StableDiffusionXLPipeline"
-        if is_xl != (self.text_encoder_2 is not None) or is_xl != (self.tokenizer_2 is not None):
-            needed = "is required" if is_xl else "is not one"
-            raise ValueError(f"text_encoder_2 with tokenizer_2 {needed} of {self.class_name}")
+        layout = LAYOUTS[self.class_name]
+        for name in sorted({name for entries in LAYOUTS.values() for name in entries}):
+            value = getattr(self, name)
+            if name not in layout and any(value or ()):
+                raise ValueError(f"component {name!r} is not one of {self.class_name}")
+            library = LIBRARIES.get(name, "transformers")
+            allowed: list[NoComponent] = [(library, kind) for kind in layout.get(name, ())]
+            allowed += [(None, None)] if name in OPTIONAL or name not in layout else []
+            if (value or (None, None)) not in allowed:
+                shown = ["/".join(map(str, entry)) for entry in allowed]
+                raise ValueError(
+                    f"component {name!r} of {self.class_name} must be {' or '.join(shown)}, got "
+                    f"{str(value)[:80]}"
+                )
+        if any(self.text_encoder_3) != any(self.tokenizer_3):
+            raise ValueError("text_encoder_3 and tokenizer_3 must both be there, or neither")
+        schedulers = FLOW_SCHEDULERS.get(self.class_name, SCHEDULERS)
+        if self.scheduler[1] not in schedulers:
+            raise ValueError(
+                f"scheduler of {self.class_name} must be one of {', '.join(schedulers)}, got "
+                f"{self.scheduler[1]}"
+            )
         return self
 
 
@@ -241,14 +186,16 @@ def check_configs(folder: Path, *, title: str | None = None) -> FolderIndex:
         )
     try:
         index = _read(FolderIndex, folder / "model_index.json")
+        schedule = FlowSchedulerConfig if index.is_flow else SchedulerConfig
+        kind = index.class_of(index.denoiser)
         for schema, name, class_name in (
-            (UNetConfig, "unet/config.json", index.unet[1]),
+            (DENOISER_SCHEMAS[kind], f"{index.denoiser}/config.json", kind),
             (VaeConfig, "vae/config.json", index.vae[1]),
-            (SchedulerConfig, "scheduler/scheduler_config.json", index.scheduler[1]),
+            (schedule, "scheduler/scheduler_config.json", index.scheduler[1]),
         ):
             _check_types(_read(schema, folder / name), class_name, folder / name)
-        for encoder in index.text_encoders:
-            _check_tokenizer(folder, encoder)
+        for encoder, class_name in index.text_encoders.items():
+            _check_tokenizer(folder, encoder, class_name)
     except FileError as error:
         if title is None:
             raise
@@ -279,20 +226,27 @@ def _has_type(value: Any, parameter: inspect.Parameter) -> bool:
     return isinstance(value, int | float if isinstance(default, int | float) else type(default))
 
 
-def _check_tokenizer(folder: Path, encoder: str) -> None:
+def _check_tokenizer(folder: Path, encoder: str, class_name: str) -> None:
     """Check the configuration of a text encoder and the files of its tokenizer."""
-    config = _read(TextEncoderConfig, folder / encoder / "config.json")
+    config = _read(_text_schema(class_name), folder / encoder / "config.json")
     tokenizer = folder / encoder.replace("text_encoder", "tokenizer")
     for path in sorted(tokenizer.glob("*.json")):
         read_json(path)
-    for path in tokenizer.glob("*.txt"):
-        check_file(path)
+    for pattern in ("*.txt", "*.model"):
+        for path in tokenizer.glob(pattern):
+            check_file(path)
     limit = _read(TokenizerConfig, tokenizer / "tokenizer_config.json").model_max_length
-    if limit is not None and limit > config.max_position_embeddings:
+    positions = getattr(config, "max_position_embeddings", None)  # T5's are relative
+    if limit is not None and positions is not None and limit > positions:
         raise FileError(
-            f"model_max_length in {str(tokenizer)!r} must be at most "
-            f"{config.max_position_embeddings}, the positions of the {encoder}, got {limit}"
+            f"model_max_length in {str(tokenizer)!r} must be at most {positions}, the positions of "
+            f"the {encoder}, got {limit}"
         )
+
+
+def _text_schema(class_name: str) -> type[TextEncoderConfig | T5Config]:
+    """Return the schema of a text encoder's configuration."""
+    return T5Config if class_name in T5_MODELS else TextEncoderConfig
 
 
 def check_shards(folder: Path) -> None:
@@ -315,15 +269,21 @@ def check_shards(folder: Path) -> None:
             _read(ShardIndex, path)
 
 
-def check_size(folder: Path) -> None:
-    """Check that a text encoder's files can hold the weights that its configuration declares.
+def check_size(folder: Path, class_name: str) -> None:
+    """Check that a component's files can hold what is allocated before they are read.
 
-    transformers would allocate and initialize the missing ones.
+    transformers would allocate and initialize missing weights, and diffusers computes the position
+    embedding of SD 3, which is stored as well.
+
+    Args:
+        folder: folder of a text encoder or a transformer.
+        class_name: its class.
 
     Raises:
         FileError: they cannot.
     """
-    config = _read(TextEncoderConfig, folder / "config.json")
+    schema = DENOISER_SCHEMAS.get(class_name) or _text_schema(class_name)
+    config: Any = _read(schema, folder / "config.json")
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     if config.num_weights > size:
         raise FileError(
@@ -334,12 +294,3 @@ def check_size(folder: Path) -> None:
 
 def _read(schema: type[Schema], path: Path) -> Schema:
     return validate(schema, read_json_object(path, constants=True), str(path))
-
-
-def _numbers(value: Any) -> Iterator[int | float]:
-    """Yield every number in a JSON value."""
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(item)
-    elif isinstance(value, int | float):
-        yield value

@@ -21,7 +21,7 @@ from safegen.core.files import writing
 from safegen.core.quiet import silence_libraries
 from safegen.core.tensor_files import FACTOR_DTYPES
 from safegen.models.checkpoint import configs
-from safegen.models.checkpoint.diffusers_folder import PIPELINES, SDXL, check_schedule
+from safegen.models.checkpoint.diffusers_folder import SDXL, check_schedule, pipeline_class
 from safegen.models.checkpoint.folder_schema import check_configs
 from safegen.models.checkpoint.key_map import PREFIX, original_names, unpack
 from safegen.models.checkpoint.metadata import METADATA_KEY, CheckpointMetadata, parse_metadata
@@ -186,7 +186,7 @@ def _build_pipeline(checkpoint: SingleFile, config: Path, class_name: str, hint:
         architecture = "sdxl" if class_name == SDXL else "sd2" if linear else "sd1"
         for component, module in components.items():
             _load_weights(checkpoint, architecture, component, module.float(), hint)
-        cls, options = PIPELINES[class_name]
+        cls, options = pipeline_class(class_name)
         pipeline: Pipeline = cls.from_pretrained(
             config, **components, **options, local_files_only=True
         )

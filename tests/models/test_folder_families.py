@@ -1,0 +1,167 @@
+"""Diffusers folders of every family: a round trip bit for bit, and defects of those of flow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+import tests.tiny
+from safegen.core.errors import FileError
+from safegen.models.checkpoint.diffusers_folder import save_folder
+from safegen.models.loading import load
+
+FOLDERS = ("sd2-v", "sdxl", "sd3", "sd35", "flux", "flux-schnell")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Return a function that saves a family's tiny model once."""
+    root, models = tmp_path_factory.mktemp("families"), {}
+
+    def save(family):
+        if family not in models:
+            models[family] = tests.tiny.build_model(family)
+            save_folder(models[family], root / family)
+        return models[family], root / family
+
+    return save
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """Return a function that copies a family's folder, to be damaged."""
+
+    def copy_folder(family):
+        shutil.copytree(folders(family)[1], tmp_path / family)
+        return tmp_path / family
+
+    return copy_folder
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refusal(path):
+    """Return the message of the error that loading raises: one line that names the model."""
+    with pytest.raises(FileError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert path.name in message
+    return message
+
+
+def state_of(pipe, component):
+    state = getattr(pipe, component).state_dict()
+    return {name.removeprefix("text_model."): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_a_folder_gives_back_every_weight_and_conditioning(folders, family):
+    model, folder = folders(family)
+    loaded = load(folder)
+    assert loaded.components == model.components
+    absent = dict.fromkeys(("text_encoder_3", "tokenizer_3")) if family == "sd3" else {}
+    for pipe in (loaded.pipeline, DiffusionPipeline.from_pretrained(folder, **absent)):
+        for component in model.components:
+            torch.testing.assert_close(
+                state_of(pipe, component), state_of(model.pipeline, component), rtol=0, atol=0
+            )
+    assert loaded.hash == model.hash
+    assert loaded.prediction == model.prediction
+    texts = ["a red cube", "", "Zzyx blue"]
+    ours, theirs = loaded.encode_text(texts), model.encode_text(texts)
+    assert torch.equal(ours.hidden, theirs.hidden)
+    assert family == "sd2-v" or torch.equal(ours.pooled, theirs.pooled)
+    assert torch.equal(loaded.noise_schedule.noise, model.noise_schedule.noise)
+
+
+DEFECTS = {
+    "another transformer": ("sd3", "transformer", ["diffusers", "FluxTransformer2DModel"]),
+    "a UNet beside it": ("sd3", "unet", ["diffusers", "UNet2DConditionModel"]),
+    "no transformer": ("flux", "transformer", [None, None]),
+    "T5 of another class": (
+        "sd35",
+        "text_encoder_3",
+        ["transformers", "T5ForConditionalGeneration"],
+    ),
+    "T5 without tokenizer": ("sd35", "tokenizer_3", [None, None]),
+    "a tokenizer without T5": ("sd35", "text_encoder_3", [None, None]),
+    "code of the folder": ("flux", "tokenizer_2", ["evil", "T5Tokenizer"]),
+    "CLIP in place of T5": ("flux", "text_encoder_2", ["transformers", "CLIPTextModel"]),
+    "a third encoder": ("flux", "text_encoder_3", ["transformers", "T5EncoderModel"]),
+    "a schedule of diffusion": ("sd3", "scheduler", ["diffusers", "DDIMScheduler"]),
+    "a schedule that sets its own steps": (
+        "flux",
+        "scheduler",
+        ["diffusers", "FlowMatchHeunDiscreteScheduler"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(DEFECTS))
+def test_a_component_of_another_class_is_refused(copy, kind):
+    family, component, entry = DEFECTS[kind]
+    folder = copy(family)
+    change(folder / "model_index.json", **{component: entry})
+    message = refusal(folder)
+    assert component in message
+    assert "model_index.json" in message
+
+
+NUMBERS = [
+    ("sd3", "transformer/config.json", "pos_embed_max_size", 4000),
+    ("sd3", "transformer/config.json", "pos_embed_max_size", 10**9),
+    ("sd3", "transformer/config.json", "num_layers", 10**12),
+    ("sd3", "transformer/config.json", "dual_attention_layers", [10**9]),
+    ("sd3", "transformer/config.json", "qk_norm", "evil"),
+    ("sd3", "transformer/config.json", "in_channels", 4),
+    ("sd3", "scheduler/scheduler_config.json", "shift", 0),
+    ("sd3", "scheduler/scheduler_config.json", "invert_sigmas", True),
+    ("sd35", "text_encoder_3/config.json", "d_ff", 65536),
+    ("sd35", "text_encoder_3/config.json", "num_layers", 10**9),
+    ("sd35", "text_encoder_3/config.json", "vocab_size", 2**20),
+    ("sd35", "tokenizer_3/tokenizer_config.json", "extra_ids", 10**6),
+    ("sd35", "tokenizer_3/tokenizer_config.json", "auto_map", {"AutoTokenizer": "evil.Evil"}),
+    ("flux", "transformer/config.json", "axes_dims_rope", [4, 6, 8]),
+    ("flux", "transformer/config.json", "num_single_layers", 10**9),
+    ("flux", "transformer/config.json", "in_channels", 128),
+    ("flux", "scheduler/scheduler_config.json", "max_shift", 10**6),
+    ("flux", "scheduler/scheduler_config.json", "max_image_seq_len", 256),
+    ("flux", "scheduler/scheduler_config.json", "time_shift_type", "evil"),
+]
+
+
+@pytest.mark.parametrize(("family", "file", "key", "value"), NUMBERS)
+def test_a_number_out_of_bounds_is_refused(copy, family, file, key, value):
+    folder = copy(family)
+    change(folder / file, **{key: value})
+    refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "component"), [("sd3", "transformer"), ("sd35", "text_encoder_3")]
+)
+def test_missing_and_nan_weights_are_refused(copy, family, component):
+    folder = copy(family)
+    (path,) = (folder / component).glob("*.safetensors")
+    tensors = load_file(path)
+    name = min(tensors, key=lambda name: (name == "pos_embed.pos_embed", tensors[name].ndim == 1))
+    save_file({k: v for k, v in tensors.items() if k != name}, path)
+    assert "lacks" in refusal(folder)
+    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, path)
+    assert f"NaN or infinite weights in {component}" in refusal(folder)
+
+
+def test_pickled_weights_of_t5_are_refused(copy):
+    folder = copy("sd35")
+    (path,) = (folder / "text_encoder_3").glob("*.safetensors")
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+    path.unlink()
+    assert "has pickled weights in text_encoder_3" in refusal(folder)
