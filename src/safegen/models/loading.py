@@ -17,7 +17,8 @@ from safegen.core.tensor_files import read_header
 from safegen.models.checkpoint.diffusers_folder import read_folder
 from safegen.models.checkpoint.metadata import PATCH_FORMAT, CheckpointMetadata
 from safegen.models.checkpoint.single_file_reader import read_single_file
-from safegen.models.model import DTYPES, Model, Pipeline, components_of, text_encoder_names
+from safegen.models.model import DTYPES, Model, Pipeline, components_of
+from safegen.models.text_encoder import text_encoder_names
 from safegen.models.wrapping import pipeline_model, register_model, text_to_image
 
 LORA_ENDINGS = (".lora_down.weight", ".lora_A.weight")

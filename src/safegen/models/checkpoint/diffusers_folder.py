@@ -28,6 +28,7 @@ from safegen.models.checkpoint.folder_schema import (
 )
 from safegen.models.checkpoint.metadata import METADATA_FILE, CheckpointMetadata, parse_metadata
 from safegen.models.model import Model, Pipeline
+from safegen.models.patched_weights import hash_stored
 
 SDXL = "StableDiffusionXLPipeline"
 _NO_IMAGE = {"feature_extractor": None, "image_encoder": None}
@@ -225,7 +226,10 @@ def save_folder(
         if card is not None:
             (tmp / "README.md").write_text(card, encoding="utf-8")
         if metadata is not None:
-            metadata = metadata.model_copy(update={"weights": model.hash_denoiser()})
+            components = hash_stored(model, metadata.patched_components)
+            metadata = metadata.model_copy(
+                update={"weights": model.hash_denoiser(), "components": components}
+            )
             text = json.dumps(metadata.to_json(), indent=1, sort_keys=True)
             (tmp / METADATA_FILE).write_text(text + "\n", encoding="utf-8")
 
