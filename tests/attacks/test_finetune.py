@@ -270,6 +270,6 @@ def test_an_image_without_a_caption_is_skipped_and_counted(triplets):
 
 
 def test_a_model_that_predicts_the_sample_is_refused(make_model, unsafe, tmp_path):
-    with pytest.raises(ConfigError, match="epsilon or v_prediction, got sample"):
+    with pytest.raises(ConfigError, match="flow_prediction, got sample"):
         fine_tune(make_model(prediction_type="sample"), unsafe, (1,), BRIEF, folder=tmp_path / "a")
     assert not (tmp_path / "a").exists()

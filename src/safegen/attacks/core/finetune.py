@@ -111,7 +111,8 @@ def fine_tune(
         Files of the patches by number of updates, to apply after the patches that the model had.
 
     Raises:
-        ConfigError: the precision does not fit the model.
+        ConfigError: the model predicts something else than noise or a velocity, or the precision
+            does not fit.
         FileError: the folder is of another fine-tune or damaged, or cannot be written.
         DivergedError: a loss or a weight is not finite.
         InterruptedRunError: SIGINT or SIGTERM arrived.
