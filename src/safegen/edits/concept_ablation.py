@@ -27,6 +27,8 @@ from safegen.edits.functional.rollout import (
 )
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import mirror_latents
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import predict
 from safegen.models.model import Model
 
 
@@ -201,8 +203,8 @@ class Samples(NamedTuple):
     """Noise to add."""
     t: Tensor
     """Timesteps, (b,)."""
-    anchor: Tensor
-    """Embeddings of the captions, (b, tokens, width)."""
+    anchor: Conditioning
+    """Embeddings of the captions, b rows."""
 
 
 class ConceptAblationObjective:
@@ -224,7 +226,7 @@ class ConceptAblationObjective:
         self.weights |= {"L_p": edit.weight_prior} if edit.weight_prior else {}
         parameters = dict(model.denoiser.named_parameters())
         self.reference = {name: parameters[name].detach().clone() for name in names}
-        self.abar, self.prediction = model.alphas_cumprod().to(model.device), model.prediction
+        self.schedule, self.device = model.noise_schedule, model.device
         texts = [
             [
                 [
@@ -239,7 +241,7 @@ class ConceptAblationObjective:
         self.texts = model.encode_text(unique).float()
         # Row of `texts` by phrase, template and anchor.
         self.rows = torch.tensor([[list(map(unique.index, row)) for row in rows] for rows in texts])
-        self.anchors = model.encode_text(list(edit.anchors)).float()
+        self.anchors = model.encode_text(edit.anchors).float()
         self.latents = self._sample_images(model)
 
     def _sample_images(self, model: Model) -> Tensor:
@@ -247,7 +249,7 @@ class ConceptAblationObjective:
 
         (views, n, c, h, w): the images, and with `hflip` also the mirrored ones.
         """
-        edit, predict = self.edit, frozen_predictor(model.denoiser)
+        edit, frozen = self.edit, frozen_predictor(model.denoiser)
         rollout = Rollout(
             model,
             steps=edit.steps,
@@ -260,7 +262,7 @@ class ConceptAblationObjective:
         text = self.anchors[torch.arange(len(noise)) % len(self.anchors)]
         with rollout_autocast(model, edit.training.precision):
             latents = [
-                rollout.denoise(rollout.timesteps, x, anchor, predict)
+                rollout.denoise(rollout.timesteps, x, anchor, frozen)
                 for x, anchor in zip(noise.split(16), text.split(16), strict=True)
             ]
         views = [torch.cat(latents)]
@@ -286,10 +288,11 @@ class ConceptAblationObjective:
 
     def _draw(self, g: torch.Generator, mine: Tensor) -> tuple[Samples, Tensor, Tensor]:
         """Return samples, and the indices of their captions and of a phrase for each."""
-        b, device = self.edit.training.batch, self.abar.device
+        b, device = self.edit.training.batch, self.device
         image = torch.randint(self.latents.shape[1], (b,), generator=g)[mine]
         phrase = torch.randint(len(self.edit.erase), (b,), generator=g)[mine]
-        t = torch.randint(len(self.abar), (b,), generator=g)[mine].to(device)
+        drawn = torch.randint(len(self.schedule), (b,), generator=g)[mine]
+        t = self.schedule.timesteps[drawn].to(device)
         eps = torch.randn(b, *self.latents.shape[2:], generator=g)[mine].to(device)
         view = torch.randint(len(self.latents), (b,), generator=g)[mine]
         caption = image % len(self.anchors)
@@ -297,45 +300,45 @@ class ConceptAblationObjective:
         return samples, caption, phrase
 
     def compare(
-        self, denoiser: nn.Module, images: Samples, text: Tensor, prior: Samples | None = None
+        self, denoiser: nn.Module, images: Samples, text: Conditioning, prior: Samples | None = None
     ) -> Mapping[str, Tensor]:
         """Return L_c = |e(c) - target|^2 and L_p = |e(anchor) - eps|^2.
 
         Args:
             denoiser: the network in training.
             images: samples of L_c.
-            text: embeddings of the trained texts, (b, tokens, width).
+            text: embeddings of the trained texts, b rows.
             prior: samples of L_p. Default: those of L_c.
         """
         prior = prior or images
-        x = losses.add_noise(images.z, images.eps, self.abar[images.t])
+        x = self.schedule.add_noise(images.z, images.eps, images.t)
         target = self._target(denoiser, images, x, text)
         with detach_start_token(denoiser, enabled=self.edit.detach_start_token):
             if not self.edit.weight_prior:
-                prediction = denoiser(x, images.t, text).sample
+                prediction = predict(denoiser, x, images.t, text)
                 return {"L_c": losses.squared_error(prediction, target)}
-            x_prior = losses.add_noise(prior.z, prior.eps, self.abar[prior.t])
-            texts, t = torch.cat([text, prior.anchor]), torch.cat([images.t, prior.t])
-            erased, preserved = denoiser(torch.cat([x, x_prior]), t, texts).sample.chunk(2)
+            x_prior = self.schedule.add_noise(prior.z, prior.eps, prior.t)
+            texts, t = Conditioning.concat([text, prior.anchor]), torch.cat([images.t, prior.t])
+            erased, preserved = predict(denoiser, torch.cat([x, x_prior]), t, texts).chunk(2)
         return {
             "L_c": losses.squared_error(erased, target),
             "L_p": losses.squared_error(preserved, self._truth(prior)),
         }
 
-    def _target(self, denoiser: nn.Module, images: Samples, x: Tensor, text: Tensor) -> Tensor:
+    def _target(
+        self, denoiser: nn.Module, images: Samples, x: Tensor, text: Conditioning
+    ) -> Tensor:
         """Return the target of L_c for noised latents; see `ConceptAblation.target`."""
         edit = self.edit
         if edit.target == "noise":
             return self._truth(images)
-        predict = frozen_predictor(denoiser, self.reference if edit.target == "base" else None)
-        target = predict(x, images.t, images.anchor)
+        frozen = frozen_predictor(denoiser, self.reference if edit.target == "base" else None)
+        target = frozen(x, images.t, images.anchor)
         if edit.strength and edit.target == "base":
-            push = predict(x, images.t, text)
+            push = frozen(x, images.t, text)
             target = losses.negative_guidance(target, push, target, strength=edit.strength)
         return target
 
     def _truth(self, samples: Samples) -> Tensor:
         """Return what a perfect denoiser predicts: the noise, or the velocity."""
-        if self.prediction == "epsilon":
-            return samples.eps
-        return losses.velocity(samples.eps, samples.z, self.abar[samples.t])
+        return self.schedule.target(samples.z, samples.eps, samples.t)

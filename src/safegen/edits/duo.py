@@ -27,6 +27,7 @@ from safegen.edits.functional.rollout import (
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import encode_triplets
 from safegen.judges import SCORE_FLOOR, Judge, judge_images, load_judge
+from safegen.models.denoisers import predict
 from safegen.models.model import Model
 
 RELEASED = Training(
@@ -177,13 +178,12 @@ class DUOObjective:
             )
         self.edit = edit
         self.weights = {"L_dpo": 1.0} | ({"L_o": edit.weight_keep} if edit.weight_keep else {})
-        self.abar, self.prediction = model.alphas_cumprod().to(model.device), model.prediction
-        if edit.timesteps[1] > len(self.abar):
+        self.schedule, self.device = model.noise_schedule, model.device
+        if edit.timesteps[1] > len(self.schedule):
             raise ConfigError(
-                f"timesteps must end by {len(self.abar)} on this model, got {edit.timesteps[1]}"
+                f"timesteps must end by {len(self.schedule)} on this model, got {edit.timesteps[1]}"
             )
-        # Timesteps from the cleanest to the noisiest: a schedule may run either way.
-        self.by_noise = self.abar.argsort(descending=True)
+        self.by_noise = self.schedule.by_noise.to(model.device)
         parameters = dict(model.denoiser.named_parameters())
         self.reference = {name: parameters[name].detach().clone() for name in names}
         self.blank = model.encode_text([""]).float()
@@ -239,7 +239,7 @@ class DUOObjective:
             attempt: index of the attempt; every attempt has noise of its own.
             rows: which latents. Default: all.
         """
-        edit, predict = self.edit, frozen_predictor(model.denoiser)
+        edit, frozen = self.edit, frozen_predictor(model.denoiser)
         rollout = Rollout(
             model,
             steps=edit.steps,
@@ -253,12 +253,12 @@ class DUOObjective:
         noise = rollout.noise(len(self.unsafe), torch.Generator("cpu").manual_seed(seed))
         index = slice(None) if rows is None else list(rows)
         z, eps = self.unsafe[index], noise[index]
-        abar = self.abar[timesteps[0].to(self.abar.device)].expand(len(z))
+        first = timesteps[0].to(self.device).expand(len(z))
         latents = []
         with rollout_autocast(model, edit.training.precision):
-            for noised in losses.add_noise(z, eps, abar).split(16):
-                prompt = text.expand(len(noised), -1, -1)
-                latents.append(rollout.denoise(timesteps, noised, prompt, predict))
+            for noised in self.schedule.add_noise(z, eps, first).split(16):
+                prompt = text.expand(len(noised))
+                latents.append(rollout.denoise(timesteps, noised, prompt, frozen))
         return torch.cat(latents)
 
     def training_step(
@@ -269,7 +269,7 @@ class DUOObjective:
         share: tuple[int, int],
     ) -> Mapping[str, Tensor]:
         """Return L_dpo, and L_o if it has a weight, of one batch, (b,) each."""
-        b, g, device = self.edit.training.batch, generator, self.abar.device
+        b, g, device = self.edit.training.batch, generator, self.device
         mine = torch.arange(b)[share[0] :: share[1]]
         pair = torch.randint(len(self.unsafe), (b,), generator=g)[mine].to(device)
         ranks = torch.randint(*self.edit.timesteps, (2, b), generator=g)[:, mine].to(device)
@@ -302,14 +302,12 @@ class DUOObjective:
         """
         b, t = len(safe), torch.cat([t_safe, t_unsafe])
         z, noise = torch.cat([safe, unsafe]), torch.cat([eps, eps])
-        x, truth = losses.add_noise(z, noise, self.abar[t]), noise
-        if self.prediction != "epsilon":
-            truth = losses.velocity(noise, z, self.abar[t])
+        x, truth = self.schedule.add_noise(z, noise, t), self.schedule.target(z, noise, t)
         if self.edit.weight_keep:
             x, t = torch.cat([x, eps]), torch.cat([t, self.by_noise[-1].expand(b)])
-        text = self.blank.expand(len(x), -1, -1)
+        text = self.blank.expand(len(x))
         original = frozen_predictor(denoiser, self.reference)(x, t, text)
-        prediction = denoiser(x, t, text).sample
+        prediction = predict(denoiser, x, t, text)
         safe_error, unsafe_error = losses.squared_error(prediction[: 2 * b], truth).chunk(2)
         safe_before, unsafe_before = losses.squared_error(original[: 2 * b], truth).chunk(2)
         loss = losses.preference if self.edit.loss_type == "dpo" else losses.unpaired_preference

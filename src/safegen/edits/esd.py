@@ -26,6 +26,8 @@ from safegen.edits.functional.rollout import (
 )
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import read_captions
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import predict
 from safegen.models.model import Model
 
 PUBLISHED = Training(
@@ -166,10 +168,11 @@ class ESDObjective:
         self.rollout = Rollout(
             model, steps=edit.steps, guidance=edit.guidance, scheduler=edit.scheduler
         )
-        self.text = model.encode_text(list(edit.erase)).float()
+        self.text = model.encode_text(edit.erase).float()
         self.trained_text = self.text
         if edit.erase_from is not None:
-            self.trained_text = model.encode_text([edit.erase_from]).float().expand_as(self.text)
+            erased_from = model.encode_text([edit.erase_from]).float()
+            self.trained_text = erased_from.expand(len(self.text))
         captions = read_captions(edit.captions) if edit.weight_retain else []
         self.captions = model.encode_text(captions).float() if captions else self.text[:0]
         self.weights = {"L_e": 1.0} | ({"L_r": edit.weight_retain} if captions else {})
@@ -178,16 +181,16 @@ class ESDObjective:
     def _sample_trajectories(self, model: Model) -> list[dict[str, Tensor]]:
         """Return the latents of every step and the original predictions there, for each phrase."""
         trajectories, n, seed = [], self.edit.trajectories, self.edit.training.seed * 1_000_003
-        predict = frozen_predictor(model.denoiser)
+        frozen = frozen_predictor(model.denoiser)
         with rollout_autocast(model, self.edit.training.precision):
             for i in range(len(self.text)):
                 noise = self.rollout.noise(n, torch.Generator("cpu").manual_seed(seed + i))
                 parts = []
                 for x in noise.split(8):
-                    text = self.trained_text[i].expand(len(x), -1, -1)
-                    extra = {"erase": self.text[i].expand(len(x), -1, -1)}
+                    text = self.trained_text[[i]].expand(len(x))
+                    extra = {"erase": self.text[[i]].expand(len(x))}
                     extra = extra if self.edit.erase_from is not None else {}
-                    parts.append(self.rollout.trajectory(x, text, predict, extra))
+                    parts.append(self.rollout.trajectory(x, text, frozen, extra))
                 merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 trajectories.append(merged)
         return trajectories
@@ -241,8 +244,8 @@ class ESDObjective:
         denoiser: nn.Module,
         sample: Mapping[str, Tensor],
         t: Tensor,
-        text: Tensor,
-        captions: Tensor | None,
+        text: Conditioning,
+        captions: Conditioning | None,
     ) -> Mapping[str, Tensor]:
         """Return L_e and L_r for given latents and original predictions.
 
@@ -251,8 +254,8 @@ class ESDObjective:
             sample: latents `x`, the original predictions `text` and `blank`, and with `erase_from`
                 also `erase`, the prediction for the phrases: (b, c, h, w) each.
             t: timesteps of the latents, (b,).
-            text: embeddings of the trained text, (b, tokens, width).
-            captions: embeddings of captions, (b, tokens, width). None leaves L_r out.
+            text: embeddings of the trained text, b rows.
+            captions: embeddings of captions, b rows. None leaves L_r out.
         """
         x, blank, strength = sample["x"], sample["blank"], self.edit.strength
         if "erase" in sample:
@@ -263,11 +266,10 @@ class ESDObjective:
         if self.attack:
             text = self.attack(denoiser, x, t, text, want=target, before=push)
         if captions is None:
-            return {"L_e": losses.squared_error(denoiser(x, t, text).sample, target)}
+            return {"L_e": losses.squared_error(predict(denoiser, x, t, text), target)}
         retained_target = frozen_predictor(denoiser, self.reference)(x, t, captions)
-        erased, retained = denoiser(
-            torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, captions])
-        ).sample.chunk(2)
+        both = Conditioning.concat([text, captions])
+        erased, retained = predict(denoiser, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return {
             "L_e": losses.squared_error(erased, target),
             "L_r": losses.squared_error(retained, retained_target),

@@ -14,6 +14,7 @@ from torch import Tensor
 from safegen.core.concept import Concept
 from safegen.edits.base import ClosedFormEdit, join_quoted
 from safegen.edits.functional.closed_form import (
+    ConceptEmbeddings,
     adversarial_embeddings,
     embed_concept,
     projections,
@@ -124,19 +125,34 @@ class RECE(ClosedFormEdit):
         return defaults
 
     def solve(self, model: Model) -> dict[str, Tensor]:
-        """Return the new keys and values of cross-attention.
+        """Return the new projections of text; see `closed_form.projections`.
 
         Every round starts from the weights of the round before: targets and preserved outputs are
         theirs, as in the published code.
         """
-        concept = embed_concept(
-            model,
-            self.erase,
-            [self.guide] * len(self.erase),
-            tokens=self.tokens,
-            preserve=self.preserve * (len(self.erase) if self.preserve_per_phrase else 1),
-            captions=self.captions,
-        )
+        start = self.build_uce().solve(model) if self.start == "uce" else None
+        solved: dict[str, Tensor] = {}
+        for part, original in projections(model).items():
+            concept = embed_concept(
+                model,
+                self.erase,
+                [self.guide] * len(self.erase),
+                part=part,
+                tokens=self.tokens,
+                preserve=self.preserve * (len(self.erase) if self.preserve_per_phrase else 1),
+                captions=self.captions,
+            )
+            edited = {name: start[name] for name in original} if start else None
+            solved |= self._solve_part(original, concept, edited)
+        return solved
+
+    def _solve_part(
+        self,
+        original: dict[str, Tensor],
+        concept: ConceptEmbeddings,
+        edited: dict[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """Return the new projections that read one part of the text, after all rounds."""
         scales = self.model_dump(include={"erase_scale", "preserve_scale", "lamb"})
 
         def erase(weights: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
@@ -145,11 +161,7 @@ class RECE(ClosedFormEdit):
                 for name, w in weights.items()
             }
 
-        original = projections(model)
-        if self.start == "uce":
-            edited = self.build_uce().solve(model)
-        else:
-            edited = erase(original, concept.erased)
+        edited = edited or erase(original, concept.erased)
         for _ in range(self.rounds):
             adversarial = adversarial_embeddings(
                 list(edited.values()), list(original.values()), concept.erased, ridge=self.ridge

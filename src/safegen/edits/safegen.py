@@ -21,6 +21,8 @@ from safegen.edits.functional.adversary import AdversarySetting, build_adversary
 from safegen.edits.functional.targets import PaperTarget, Target, X0Target
 from safegen.edits.training.config import FULL_SIZE_TRAINING, SHORT_WITH_IMAGES, Objective, Training
 from safegen.edits.training.samples import encode_triplets, read_captions
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import predict
 from safegen.models.model import Model
 
 CAPTION_SHARE = 0.6
@@ -186,15 +188,14 @@ class SafeGenObjective:
             ConfigError: there are too few triplets to hold some out, no triplet shows the concept,
                 or `timesteps` or `target` do not suit the model.
         """
-        self.edit, self.prediction = edit, model.prediction
-        self.abar = model.alphas_cumprod().to(model.device)
-        if edit.timesteps[1] > len(self.abar):
+        self.edit, self.schedule = edit, model.noise_schedule
+        if edit.timesteps[1] > len(self.schedule):
             raise ConfigError(
-                f"timesteps must end by {len(self.abar)} on this model, got {edit.timesteps[1]}"
+                f"timesteps must end by {len(self.schedule)} on this model, got {edit.timesteps[1]}"
             )
-        if isinstance(edit.target, PaperTarget) and self.prediction != "epsilon":
+        if isinstance(edit.target, PaperTarget) and model.prediction != "epsilon":
             raise ConfigError(
-                f"target paper needs a model that predicts noise, got {self.prediction}. "
+                f"target paper needs a model that predicts noise, got {model.prediction}. "
                 "Use target x0."
             )
         self.attack = build_adversary(edit.adversary, model, names)
@@ -252,7 +253,7 @@ class SafeGenObjective:
         """Draw views, timesteps, noise and captions for some triplets and return the losses."""
         b, shape = len(rows), self.latents.shape[3:]
         flips = torch.randint(self.latents.shape[1], (b,), generator=g)
-        t = torch.randint(*self.edit.timesteps, (b,), generator=g)
+        t = self.schedule.timesteps[torch.randint(*self.edit.timesteps, (b,), generator=g)]
         eps, eps_b = torch.randn(b, *shape, generator=g), torch.randn(b, *shape, generator=g)
         captions = torch.zeros(2 * b, dtype=torch.long)
         if self.edit.captions:
@@ -278,7 +279,7 @@ class SafeGenObjective:
         eps: Tensor,
         eps_b: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: Conditioning,
     ) -> Mapping[str, Tensor]:
         """Return L_m and L_p of each triplet for given noise, timesteps and texts.
 
@@ -290,14 +291,12 @@ class SafeGenObjective:
             eps: noise for the unsafe latents.
             eps_b: noise for the benign latents.
             t: timesteps of the triplets, (b,).
-            text: text embeddings, (2b, tokens, width): of the unsafe samples, then the benign ones.
+            text: text embeddings, 2b rows: of the unsafe samples, then the benign ones.
         """
-        abar, n, target = self.abar[t], len(z_u), self.edit.target
-        moves_benign = self.edit.moves_benign
-        x = torch.cat([losses.add_noise(z_u, eps, abar), losses.add_noise(z_b, eps_b, abar)])
-        timesteps, truth = torch.cat([t, t]), torch.cat([eps, eps_b])
-        if self.prediction != "epsilon":
-            truth = torch.cat([losses.velocity(eps, z_u, abar), losses.velocity(eps_b, z_b, abar)])
+        n, target, moves_benign = len(z_u), self.edit.target, self.edit.moves_benign
+        z, noise, timesteps = torch.cat([z_u, z_b]), torch.cat([eps, eps_b]), torch.cat([t, t])
+        x = self.schedule.add_noise(z, noise, timesteps)
+        truth = self.schedule.target(z, noise, timesteps)
         frozen = truth  # predictions of the original model, where they are needed
         if self.reference:
             # Benign samples with a moved text are predicted after the move.
@@ -307,15 +306,15 @@ class SafeGenObjective:
             censored = losses.paper_target(eps, z_u, z_c)
         else:
             anchor = frozen[:n] if target.anchor == "teacher" else truth[:n]
-            move = losses.x0_target if self.prediction == "epsilon" else losses.v_target
-            censored = move(anchor, z_u, z_c, abar, clamp=target.clamp)
+            factor = self.schedule.x0_factor(t, clamp=target.clamp)
+            censored = losses.x0_target(anchor, z_u, z_c, factor)
         if self.attack:
             moved = self.attack(denoiser, x[:n], t, text[:n], want=censored, before=frozen[:n])
-            benign = text[n:] + (moved - text[:n]) if moves_benign else text[n:]
-            text = torch.cat([moved, benign])
+            others = text[n:].plus(moved.plus(text[:n], -1)) if moves_benign else text[n:]
+            text = Conditioning.concat([moved, others])
         if self.edit.teacher and moves_benign:
             frozen = torch.cat([frozen, self._predict_frozen(denoiser, x[n:], t, text[n:])])
-        unsafe, benign = denoiser(x, timesteps, text).sample.chunk(2)
+        unsafe, benign = predict(denoiser, x, timesteps, text).chunk(2)
         preserved = frozen[n:] if self.edit.teacher else truth[n:]
         return {
             "L_m": losses.squared_error(unsafe, censored),
@@ -323,12 +322,11 @@ class SafeGenObjective:
         }
 
     @torch.no_grad()
-    def _predict_frozen(self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def _predict_frozen(
+        self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Conditioning
+    ) -> Tensor:
         """Return the prediction of the original model."""
-        prediction: Tensor = torch.func.functional_call(
-            getattr(denoiser, "module", denoiser), self.reference, (x, t, text)
-        ).sample
-        return prediction
+        return predict(denoiser, x, t, text, self.reference)
 
 
 def _shuffled_rows(n: int, seed: int, start: int, count: int) -> list[int]:

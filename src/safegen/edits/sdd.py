@@ -19,6 +19,8 @@ from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
 from safegen.edits.functional.rollout import Rollout, frozen_predictor, rollout_autocast
 from safegen.edits.training.config import SHORT, Objective, Training
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import predict
 from safegen.models.model import Model
 
 PUBLISHED = Training(
@@ -124,7 +126,7 @@ class SDDObjective:
         parameters = dict(model.denoiser.named_parameters())
         self.reference = {name: parameters[name].detach().clone() for name in names}
         self.rollout = Rollout(model, steps=edit.steps, guidance=edit.guidance)
-        self.text = model.encode_text(list(edit.erase)).float()
+        self.text = model.encode_text(edit.erase).float()
         self.rollout_text = model.encode_text([", ".join(edit.erase)]).float()
         self._ema_weights: Callable[[], Mapping[str, Tensor]] | None = None
         base = edit.rollout == "base"
@@ -138,10 +140,10 @@ class SDDObjective:
         """Return the latents of every step of the original model's images, (n, steps, c, h, w)."""
         generator = torch.Generator("cpu").manual_seed(self.edit.training.seed * 1_000_003)
         noise = self.rollout.noise(self.edit.trajectories, generator)
-        predict = frozen_predictor(model.denoiser)
+        frozen = frozen_predictor(model.denoiser)
         with rollout_autocast(model, self.edit.training.precision):
             parts = [
-                self.rollout.trajectory(x, self.rollout_text.expand(len(x), -1, -1), predict, {})
+                self.rollout.trajectory(x, self.rollout_text.expand(len(x)), frozen, {})
                 for x in noise.split(8)
             ]
         return torch.cat([part["x"] for part in parts])
@@ -166,13 +168,13 @@ class SDDObjective:
             assert self._ema_weights is not None, "the trainer calls set_ema first"
             stops = stops[:1].expand(len(mine))  # all samples of a batch stop at one step
             noise = self.rollout.noise(b, g)[mine.to(device)]
-            prompt = self.rollout_text.expand(len(noise), -1, -1)
+            prompt = self.rollout_text.expand(len(noise))
             teacher = frozen_predictor(denoiser, self._ema_weights())
             x = self.rollout.sample_until(int(stops[0]), noise, prompt, teacher)
         return self.compare(denoiser, x, self.rollout.timesteps[stops].to(device), text)
 
     def compare(
-        self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor
+        self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Conditioning
     ) -> Mapping[str, Tensor]:
         """Return L_d = |e(c) - sg e(blank)|^2 and L_a = |e(blank) - e0(blank)|^2.
 
@@ -182,16 +184,15 @@ class SDDObjective:
             denoiser: the network in training.
             x: latents, (b, c, h, w).
             t: timesteps of the latents, (b,).
-            text: embeddings of the phrases, (b, tokens, width).
+            text: embeddings of the phrases, b rows.
         """
-        blank_text = self.rollout.negative_text.expand(len(x), -1, -1)
+        blank_text = self.rollout.negative_text.expand(len(x))
         if not self.edit.weight_anchor:
             target = frozen_predictor(denoiser)(x, t, blank_text)
-            return {"L_d": losses.squared_error(denoiser(x, t, text).sample, target)}
+            return {"L_d": losses.squared_error(predict(denoiser, x, t, text), target)}
         original = frozen_predictor(denoiser, self.reference)(x, t, blank_text)
-        prediction, blank = denoiser(
-            torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, blank_text])
-        ).sample.chunk(2)
+        both = Conditioning.concat([text, blank_text])
+        prediction, blank = predict(denoiser, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return {
             "L_d": losses.squared_error(prediction, blank.detach()),
             "L_a": losses.squared_error(blank, original),

@@ -137,23 +137,27 @@ class UCE(ClosedFormEdit):
         return super().defaults_from(concept, settings) | {"captions": concept.captions}
 
     def solve(self, model: Model) -> dict[str, Tensor]:
-        """Return the new keys and values of cross-attention."""
+        """Return the new projections of text; see `closed_form.projections`."""
         erase, guides = list(self.erase), [self.guide] * len(self.erase)
         if self.expand and not self.debias:
             erase, guides = (expand_phrases(texts, self.concept_type) for texts in (erase, guides))
-        concept = embed_concept(
-            model,
-            erase,
-            guides,
-            tokens=self.tokens,
-            preserve=self.preserve,
-            captions=self.captions,
-            debias=self.debias,
-        )
         scales = self.model_dump(include={"erase_scale", "preserve_scale", "lamb"})
-        return {
-            name: solve_projection(
-                w, concept.erased, concept.targets @ w.T, concept.preserved, **scales
+        solved: dict[str, Tensor] = {}
+        for part, weights in projections(model).items():
+            concept = embed_concept(
+                model,
+                erase,
+                guides,
+                part=part,
+                tokens=self.tokens,
+                preserve=self.preserve,
+                captions=self.captions,
+                debias=self.debias,
             )
-            for name, w in projections(model).items()
-        }
+            solved |= {
+                name: solve_projection(
+                    w, concept.erased, concept.targets @ w.T, concept.preserved, **scales
+                )
+                for name, w in weights.items()
+            }
+        return solved

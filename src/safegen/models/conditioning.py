@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Weight = int | float
+"""Factor of a sum; the method `float` hides the type's name in the class."""
+
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
@@ -55,6 +58,10 @@ class Conditioning:
         """Return `n` rows, a multiple of b: every row repeated equally often, repeats adjacent."""
         return self.repeat_interleave(n // len(self))
 
+    def split(self, size: int) -> list[Conditioning]:
+        """Return the rows in parts of at most `size`."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
     def float(self) -> Conditioning:
         """Return the embeddings in fp32."""
         return self._map(lambda value: value.float())
@@ -62,6 +69,13 @@ class Conditioning:
     def to(self, *args: Any) -> Conditioning:
         """Return the embeddings on a device or in a dtype; the arguments are those of a tensor."""
         return self._map(lambda value: value.to(*args))
+
+    def plus(self, other: Conditioning, weight: Weight = 1.0) -> Conditioning:
+        """Return the embeddings plus `weight` times others; further inputs stay."""
+        pooled = self.pooled
+        if pooled is not None and other.pooled is not None:
+            pooled = pooled + weight * other.pooled
+        return Conditioning(self.hidden + weight * other.hidden, pooled, self.added)
 
     def replace_hidden(self, hidden: Tensor) -> Conditioning:
         """Return the embeddings with other token embeddings."""

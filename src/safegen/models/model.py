@@ -25,7 +25,7 @@ from safegen.core.text import short_repr
 from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef
 from safegen.models.conditioning import Conditioning
 from safegen.models.noise_schedule import NoiseSchedule, prediction_type
-from safegen.models.pipeline_specs import EMBEDDED_GUIDANCE, denoiser_name, encode_texts
+from safegen.models.pipeline_specs import EMBEDDED_GUIDANCE, denoiser_name, encode_texts, text_masks
 from safegen.models.selectors import plain_name, weights_by_name
 from safegen.models.text_encoder import expand_prompt
 
@@ -291,9 +291,20 @@ class Model:
         ids: Tensor = self._tokenize(texts, return_tensors="pt").input_ids
         return ids.to(self.device)
 
-    def last_token_positions(self, texts: list[str]) -> list[int]:
-        """Return the position of each text's last token in its embedding; 0 for an empty text."""
-        return [sum(row) - 2 for row in self._tokenize(texts).attention_mask]
+    def token_spans(self, texts: Sequence[str]) -> list[list[tuple[int, int, int]]]:
+        """Return start, last own token and stop of each span of each text's token embeddings.
+
+        SD 3 has the tokens of CLIP, then those of T5; FLUX those of T5; the others one span of
+        CLIP. The last token of an empty text is the first one of the span.
+        """
+        masks = text_masks(self.pipeline, texts)
+        spans: list[list[tuple[int, int, int]]] = [[] for _ in texts]
+        start = 0
+        for rows in masks:
+            for span, row in zip(spans, rows, strict=True):
+                span.append((start, start + max(sum(row) - 2, 0), start + len(row)))
+            start += len(rows[0])
+        return spans
 
     def _tokenize(self, texts: list[str], **options: Any) -> Any:
         tokenizer = self.pipeline.tokenizer

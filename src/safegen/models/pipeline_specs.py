@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from safegen.models.conditioning import Conditioning
+from safegen.models.text_encoder import expand_prompt
 
 LENGTH_OPTION = "max_sequence_length"
 """Option of a call that sets how many tokens T5 reads, where a pipeline has it."""
@@ -150,6 +151,26 @@ def call_defaults(pipe: Any) -> dict[str, Any]:
         limit = int(tokenizer.model_max_length)
         defaults[LENGTH_OPTION] = min(defaults[LENGTH_OPTION], limit)
     return defaults
+
+
+def text_masks(pipe: Any, texts: Sequence[str]) -> list[list[list[int]]]:
+    """Return the attention mask of each text, by span of its token embeddings.
+
+    A mask is 1 at the marks and tokens of a text. Encoders that share columns share a span.
+    """
+    names = [name for name in ("tokenizer", "tokenizer_2", "tokenizer_3") if hasattr(pipe, name)]
+    known = [t for name in names if (t := getattr(pipe, name)) is not None]
+    t5 = [tokenizer for tokenizer in known if is_t5(tokenizer)]
+    clip = [tokenizer for tokenizer in known if not is_t5(tokenizer)][:1]
+    spans = t5 if spec_name(type(pipe)) == "FluxPipeline" else [*clip, *t5]
+    length = call_defaults(pipe).get(LENGTH_OPTION)
+    masks = []
+    for tokenizer in spans:
+        limit = length if is_t5(tokenizer) else tokenizer.model_max_length
+        expanded = [expand_prompt(pipe, text, tokenizer) for text in texts]
+        options = {"padding": "max_length", "max_length": limit, "truncation": True}
+        masks.append([list(row) for row in tokenizer(expanded, **options).attention_mask])
+    return masks
 
 
 def is_t5(tokenizer: Any) -> bool:

@@ -17,8 +17,8 @@ from safegen.edits.functional.closed_form import adversarial_embeddings, project
 from safegen.edits.functional.inversion import InversionAttack
 from safegen.edits.functional.text_search import adv_unlearn_text, fast_gradient_text
 from safegen.edits.training.lora import merged_weight
+from safegen.models.conditioning import Conditioning
 from safegen.models.model import Model
-from safegen.models.selectors import select_parameters
 
 MAX_RADIUS = 2.0
 """Maximum radius of a step, relative to the norm of the embedding."""
@@ -32,18 +32,18 @@ class EmbeddingAttack(Protocol):
         denoiser: nn.Module,
         x_t: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: Conditioning,
         *,
         want: Tensor,
         before: Tensor,
-    ) -> Tensor:
-        """Return the text embeddings to train on instead of `text`, (b, tokens, width).
+    ) -> Conditioning:
+        """Return the text embeddings to train on instead of `text`, b rows.
 
         Args:
             denoiser: the network in training.
             x_t: noised latents, (b, c, h, w).
             t: timesteps, (b,).
-            text: embeddings to start from, (b, tokens, width).
+            text: embeddings to start from, b rows.
             want: target of the denoiser, (b, c, h, w).
             before: original prediction for the erased concept, (b, c, h, w).
         """
@@ -140,7 +140,7 @@ class AdvUnlearn(Adversary):
         Raises:
             ConfigError: the prefix leaves no room for the text.
         """
-        _, *tokens = model.encode_text([""])[0].float()
+        _, *tokens = model.encode_text([""]).hidden[0].float()
         if self.tokens >= len(tokens):
             raise ConfigError(
                 f"adversary.tokens must be below {len(tokens)} on this model, got {self.tokens}. "
@@ -185,12 +185,14 @@ class ReceAdversary(Adversary):
             ConfigError: no key or value of cross-attention is trained, so that the solution is the
                 text itself.
         """
-        if not set(select_parameters(model.denoiser, "kv2")) & set(names):
+        original = projections(model)["hidden"]
+        trained = {name for name in original if any(n.startswith(_module(name)) for n in names)}
+        if not trained:
             raise ConfigError(
-                "adversary closed-form needs trained keys and values of attn2, got none. "
-                "Use selector kv2, attn2, attention or all, or another adversary."
+                "adversary closed-form needs trained projections of text "
+                f"({', '.join(list(original)[:2])}, ...), got none. Use another selector, such as "
+                "all, or another adversary."
             )
-        original = projections(model)
         device = "cpu" if model.device.type == "mps" else model.device  # MPS has no float64
 
         @torch.no_grad()
@@ -198,18 +200,19 @@ class ReceAdversary(Adversary):
             denoiser: nn.Module,
             x_t: Tensor,
             t: Tensor,
-            text: Tensor,
+            text: Conditioning,
             *,
             want: Tensor,
             before: Tensor,
-        ) -> Tensor:
+        ) -> Conditioning:
             net = getattr(denoiser, "module", denoiser)
             modules = [net.get_submodule(name.removesuffix(".weight")) for name in original]
             edited = [merged_weight(module).to(device) for module in modules]
             unedited = [w.to(device) for w in original.values()]
-            keys = text.flatten(0, 1).to(device)
+            hidden = text.hidden
+            keys = hidden.flatten(0, 1).to(device)
             embeddings = adversarial_embeddings(edited, unedited, keys, ridge=self.ridge)
-            return embeddings.reshape(text.shape).to(text)
+            return text.replace_hidden(embeddings.reshape(hidden.shape).to(hidden))
 
         return attack
 
@@ -249,7 +252,7 @@ class InversionAdversary(Adversary):
         Raises:
             ConfigError: the word leaves no room for the marks at both ends of a text.
         """
-        limit = model.encode_text([""]).shape[1] - 2
+        limit = int(model.pipeline.tokenizer.model_max_length) - 2
         if self.num_vectors > limit:
             raise ConfigError(
                 f"adversary.num_vectors must be at most {limit} on this model, "
@@ -257,6 +260,11 @@ class InversionAdversary(Adversary):
             )
         settings = self.model_dump(exclude={"name"})
         return InversionAttack(model, **settings)
+
+
+def _module(name: str) -> str:
+    """Return the module of a weight, before which peft and LoRAs put their own names."""
+    return name.removesuffix("weight")
 
 
 def parse_adversary(value: object) -> float | Adversary:

@@ -6,7 +6,7 @@ Everything is float64, as the Gram matrices are badly conditioned.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,8 @@ TEMPLATES = {
 """Released prompt templates by type of concept, for `expand_phrases`."""
 
 Weight = Float[Tensor, "out in"]
+TextInput = Literal["hidden", "pooled"]
+"""Part of a `Conditioning` that a projection reads."""
 
 
 def solve_projection(
@@ -125,7 +127,7 @@ def debias_value(
 
 
 class ConceptEmbeddings(NamedTuple):
-    """Text embeddings of a closed-form edit, one per row."""
+    """Text embeddings of a closed-form edit that some projections read, one per row."""
 
     erased: Tensor
     """Embeddings with new keys and values, (n, width)."""
@@ -146,6 +148,7 @@ def embed_concept(
     erase: Sequence[str],
     guides: Sequence[str],
     *,
+    part: TextInput,
     tokens: str,
     preserve: Sequence[str] = (),
     captions: Sequence[str] = (),
@@ -159,6 +162,7 @@ def embed_concept(
         model: the model.
         erase: phrases to erase, or to debias.
         guides: text that replaces each phrase.
+        part: which embeddings.
         tokens: positions that are edited; see `embed`.
         preserve: phrases to preserve: at the same positions, or with `tail` at every position, as
             UCE's first code does.
@@ -175,49 +179,71 @@ def embed_concept(
                 "Choose another guide."
             )
     texts = list(debias or dict.fromkeys(guides))
-    others = dict(zip(texts, embed(model, texts, tokens=tokens), strict=True))
+    others = dict(zip(texts, embed(model, texts, part=part, tokens=tokens), strict=True))
     keys, targets = [], []
-    for key, guide in zip(embed(model, erase, tokens=tokens), guides, strict=True):
-        # Tails of different texts are cut to the shortest.
-        n = min(len(key), *(len(others[text]) for text in debias or (guide,)))
-        keys.append(key[:n])
-        if debias:
-            attributes = [other[:n] for other in others.values()]
-            targets.append(debias_value(key[:n], attributes, list(debias.values())))
-        else:
-            targets.append(others[guide][:n])
+    for key_spans, guide in zip(embed(model, erase, part=part, tokens=tokens), guides, strict=True):
+        for span, key in enumerate(key_spans):
+            # Tails of different texts are cut to the shortest.
+            n = min(len(key), *(len(others[text][span]) for text in debias or (guide,)))
+            keys.append(key[:n])
+            if debias:
+                attributes = [other[span][:n] for other in others.values()]
+                targets.append(debias_value(key[:n], attributes, list(debias.values())))
+            else:
+                targets.append(others[guide][span][:n])
     erased = torch.cat(keys)
     positions = "all" if tokens == "tail" else tokens
-    preserved = [erased[:0], *(embed(model, preserve, tokens=positions) if preserve else [])]
+    kept = embed(model, preserve, part=part, tokens=positions) if preserve else []
+    preserved = [erased[:0], *(rows for spans in kept for rows in spans)]
     if captions:
-        rows = embed(model, read_captions(captions), tokens="all")
-        preserved.append(torch.cat(rows) / len(rows) ** 0.5)
+        listed = embed(model, read_captions(captions), part=part, tokens="all")
+        preserved += [rows / len(listed) ** 0.5 for spans in listed for rows in spans]
     return ConceptEmbeddings(erased, torch.cat(targets), torch.cat(preserved))
 
 
-def projections(model: Model) -> dict[str, Tensor]:
-    """Return the key and value projections of cross-attention by name, float64, on the CPU."""
+def projections(model: Model) -> dict[TextInput, dict[str, Tensor]]:
+    """Return the projections that read text by name and by what they read, float64, on the CPU.
+
+    In a UNet these are the keys and values of cross-attention. A transformer has keys and values of
+    text too, but only its `context_embedder` and the first layer of its `text_embedder` map the
+    embeddings themselves, the others what earlier blocks made of them (as in the code of UCE for
+    FLUX, arXiv:2308.14761).
+    """
     parameters = dict(model.denoiser.named_parameters())
-    return {
-        name: parameters[name].detach().cpu().double()
-        for name in select_parameters(model.denoiser, "kv2")
-        if name.endswith(".weight")
-    }
+    selector = "kv2" if model.denoiser_name == "unet" else "context"
+    weights: dict[TextInput, dict[str, Tensor]] = {}
+    for name in select_parameters(model.denoiser, selector):
+        if name.endswith(".weight"):
+            part: TextInput = "pooled" if "text_embedder" in name else "hidden"
+            weights.setdefault(part, {})[name] = parameters[name].detach().cpu().double()
+    return weights
 
 
-def embed(model: Model, texts: Sequence[str], *, tokens: str) -> list[Tensor]:
-    """Return the text embeddings of each text, (k, width), float64, on the CPU.
+def embed(
+    model: Model, texts: Sequence[str], *, part: TextInput, tokens: str
+) -> list[list[Tensor]]:
+    """Return the embeddings of each text, (k, width) for each of its spans, float64, on the CPU.
 
     Args:
         model: the model.
         texts: the texts.
-        tokens: positions. `last` is the last token of the text (of an empty text, the start token),
-            `tail` everything from there on, `all` every position, padding included.
+        part: `hidden` has a span for each encoder whose tokens follow each other, such as CLIP and
+            T5 of SD 3; `pooled` is one row.
+        tokens: positions in a span. `last` is the last token of the text (of an empty text, the
+            first), `tail` everything from there on, `all` every position, padding included.
     """
-    encoded = model.encode_text(list(texts)).cpu().double()
+    encoded = model.encode_text(list(texts))
+    if part == "pooled":
+        assert encoded.pooled is not None
+        return [[row[None]] for row in encoded.pooled.cpu().double()]
     embeddings = []
-    for rows, last in zip(encoded, model.last_token_positions(list(texts)), strict=True):
-        ranges = {"last": (last, last + 1), "tail": (last, len(rows)), "all": (0, len(rows))}
-        start, stop = ranges[tokens]
-        embeddings.append(rows[start:stop])
+    for rows, spans in zip(
+        encoded.hidden.cpu().double(), model.token_spans(list(texts)), strict=True
+    ):
+        chosen = {
+            "last": [(last, last + 1) for _, last, _ in spans],
+            "tail": [(last, stop) for _, last, stop in spans],
+            "all": [(start, stop) for start, _, stop in spans],
+        }
+        embeddings.append([rows[start:stop] for start, stop in chosen[tokens]])
     return embeddings

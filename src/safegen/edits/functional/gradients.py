@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 
 @contextmanager
 def detach_start_token(denoiser: nn.Module, *, enabled: bool = True) -> Iterator[None]:
-    """Make the start token's keys and values in cross-attention constants inside the block.
+    """Make the keys and values of the first token of text constants inside the block.
 
     Outputs do not change; the weights get no gradient from that token.
 
@@ -22,13 +23,21 @@ def detach_start_token(denoiser: nn.Module, *, enabled: bool = True) -> Iterator
     hooks = [
         module.register_forward_hook(_detach_first_row)
         for name, module in denoiser.named_modules()
-        if enabled and name.endswith((".attn2.to_k", ".attn2.to_v"))
+        if enabled and name.endswith(_text_layers(denoiser))
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _text_layers(denoiser: nn.Module) -> tuple[str, ...]:
+    """Return the endings of the keys and values of text: SD 3.5 also has an attn2, of the image."""
+    network = getattr(denoiser, "module", denoiser)
+    if isinstance(network, UNet2DConditionModel):
+        return (".attn2.to_k", ".attn2.to_v")
+    return (".add_k_proj", ".add_v_proj")
 
 
 def _detach_first_row(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from safegen.edits.functional import losses
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import predict
 from safegen.models.model import Model
 from safegen.models.text_encoder import replaced_embeddings
 
@@ -53,8 +55,8 @@ class InversionAttack:
         moments = self.optimizer.state[self.vectors]
         return {"vectors": self.vectors.detach(), "remainder": self.remainder, **moments}
 
-    def encode(self) -> Tensor:
-        """Return the fp32 embeddings (1, tokens, width) of the word alone."""
+    def encode(self) -> Conditioning:
+        """Return the fp32 embeddings of the word alone, one row."""
         k = len(self.vectors)
 
         def replace(_: Tensor, embeddings: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ class InversionAttack:
             replaced_embeddings(self.encoder, replace),
         ):
             hidden: Tensor = self.encoder(self.ids)[0]
-        return hidden.float()
+        return Conditioning(hidden.float())
 
     def loss(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, before: Tensor) -> Tensor:
         """Return |eps(x_t, t, word) - before|^2 of each sample, (b,).
@@ -74,19 +76,19 @@ class InversionAttack:
         With noise in place of `before` it is textual inversion (Gal et al. 2022, arXiv:2208.01618,
         eq. 2). The original prediction is its mean over noises, if the original model is right.
         """
-        text = self.encode().expand(len(x_t), -1, -1)
-        return losses.squared_error(denoiser(x_t, t, text).sample, before)
+        text = self.encode().expand(len(x_t))
+        return losses.squared_error(predict(denoiser, x_t, t, text), before)
 
     def __call__(
         self,
         denoiser: nn.Module,
         x_t: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: Conditioning,
         *,
         want: Tensor,
         before: Tensor,
-    ) -> Tensor:
+    ) -> Conditioning:
         """Train the word, and return the texts with the first ones replaced by it.
 
         Without gradients, as in a validation, the word stays as it is.
@@ -98,8 +100,8 @@ class InversionAttack:
             for _ in range(self.steps):
                 self._learn(denoiser, x_t, t, before)
         with torch.no_grad():
-            word = self.encode().to(text).expand(count, -1, -1)
-        return torch.cat([word, text[count:]])
+            word = self.encode().to(text.hidden).hidden.expand(count, -1, -1)
+        return text.replace_hidden(torch.cat([word, text.hidden[count:]]))
 
     def _learn(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, before: Tensor) -> None:
         """Take one step of Adam; all processes of a training take the same one."""

@@ -32,72 +32,21 @@ def paper_target(eps: Latent, z_u: Latent, z_c: Latent) -> Latent:
     return eps + (z_u - z_c)
 
 
-def x0_target(anchor: Latent, z_u: Latent, z_c: Latent, abar: PerSample, *, clamp: float) -> Latent:
-    """Return a noise target that moves the implied x0 from the unsafe to the censored image (ours).
+def x0_target(anchor: Latent, z_u: Latent, z_c: Latent, factor: Float[Tensor, "b 1 1 1"]) -> Latent:
+    """Return a target that moves the implied x0 from the unsafe to the censored image (ours).
 
-    anchor + min(sqrt(abar / (1 - abar)), clamp) (z_u - z_c). With the added noise as anchor the
-    implied x0 is z_c at every timestep: solve sqrt(abar) z_c + sqrt(1 - abar) e = x_t for e. The
-    factor is 34 at t = 0 on the SD 1.x schedule, hence the clamp; where it binds, the implied x0
-    lies between the two.
+    anchor + factor (z_u - z_c). With the perfect prediction as anchor and an unclamped factor of
+    `NoiseSchedule.x0_factor` the implied x0 is z_c at every timestep, for noise and both
+    velocities. On the SD 1.x schedule the factor is 34 at t = 0, hence its clamp; where it binds,
+    the implied x0 lies between the two.
 
     Args:
-        anchor: the added noise, or the prediction of the original model.
+        anchor: `NoiseSchedule.target` of the unsafe image, or the prediction of the original model.
         z_u: scaled latents of the unsafe images.
         z_c: scaled latents of their censored twins.
-        abar: the schedule's cumulative alpha at each sample's timestep, in (0, 1).
-        clamp: largest factor; unitless, > 0.
+        factor: how far a prediction moves x0; see `NoiseSchedule.x0_factor`.
     """
-    factor = (abar / (1 - abar)).sqrt().clamp(max=clamp)
-    return anchor + factor[:, None, None, None] * (z_u - z_c)
-
-
-def v_target(anchor: Latent, z_u: Latent, z_c: Latent, abar: PerSample, *, clamp: float) -> Latent:
-    """Return the target of `x0_target` for a model that predicts v (ours).
-
-    anchor + min(1 / sqrt(1 - abar), clamp) (z_u - z_c), from x0 = sqrt(abar) x_t - sqrt(1 - abar) v
-    (Salimans & Ho 2022, arXiv:2202.00512). With the velocity of the unsafe image as anchor the
-    implied x0 is z_c.
-
-    Args:
-        anchor: the velocity of the unsafe image, or the prediction of the original model.
-        z_u: scaled latents of the unsafe images.
-        z_c: scaled latents of their censored twins.
-        abar: the schedule's cumulative alpha at each sample's timestep, in (0, 1).
-        clamp: largest factor; unitless, >= 1.
-    """
-    factor = (1 - abar).rsqrt().clamp(max=clamp)
-    return anchor + factor[:, None, None, None] * (z_u - z_c)
-
-
-def velocity(eps: Latent, z: Latent, abar: PerSample) -> Latent:
-    """Return the v-prediction target sqrt(abar) eps - sqrt(1 - abar) z (arXiv:2202.00512)."""
-    shape = (-1, 1, 1, 1)
-    return abar.sqrt().view(shape) * eps - (1 - abar).sqrt().view(shape) * z
-
-
-def implied_x0(prediction: Latent, x: Latent, abar: PerSample, *, kind: str) -> Latent:
-    """Return the clean latents that a prediction for `x` implies (arXiv:2202.00512, appendix D).
-
-    Args:
-        prediction: prediction of the network.
-        x: noised latents.
-        abar: the schedule's cumulative alpha at each sample's timestep, in (0, 1).
-        kind: `epsilon` or `v_prediction`.
-    """
-    a, s = abar.sqrt().view(-1, 1, 1, 1), (1 - abar).sqrt().view(-1, 1, 1, 1)
-    return (x - s * prediction) / a if kind == "epsilon" else a * x - s * prediction
-
-
-def implied_noise(prediction: Latent, x: Latent, abar: PerSample, *, kind: str) -> Latent:
-    """Return the noise that a prediction for `x` implies; see `implied_x0`."""
-    a, s = abar.sqrt().view(-1, 1, 1, 1), (1 - abar).sqrt().view(-1, 1, 1, 1)
-    return prediction if kind == "epsilon" else a * prediction + s * x
-
-
-def add_noise(z: Latent, eps: Latent, abar: PerSample) -> Latent:
-    """Return x_t = sqrt(abar) z + sqrt(1 - abar) eps (Ho et al. 2020, eq. 4)."""
-    shape = (-1, 1, 1, 1)
-    return abar.sqrt().view(shape) * z + (1 - abar).sqrt().view(shape) * eps
+    return anchor + factor * (z_u - z_c)
 
 
 def negative_guidance(base: Latent, push: Latent, origin: Latent, *, strength: float) -> Latent:
@@ -166,15 +115,10 @@ def unpaired_preference(
 
 
 __all__ = [
-    "add_noise",
-    "implied_noise",
-    "implied_x0",
     "negative_guidance",
     "paper_target",
     "preference",
     "squared_error",
     "unpaired_preference",
-    "v_target",
-    "velocity",
     "x0_target",
 ]

@@ -9,20 +9,27 @@ from typing import Any, Literal
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor, nn
 
+from safegen.models import denoisers
+from safegen.models.conditioning import Conditioning
 from safegen.models.generation import check_num_steps
 from safegen.models.model import DTYPES, Model
+from safegen.models.noise_schedule import FLOW_PREDICTION
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Latents (b, c, h, w), timesteps (b,), text embeddings (b, tokens, width) -> prediction."""
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""Latents (b, c, h, w), timesteps (b,), embeddings of b texts -> prediction (b, c, h, w)."""
 
 
 SchedulerName = Literal["ddim", "pndm", "dpm-solver"]
 """Scheduler of a rollout. `pndm` is that of the SD 1.x pipelines; it repeats its second timestep.
 
-`dpm-solver` is DPM-Solver++, the multistep one.
+`dpm-solver` is DPM-Solver++, the multistep one. Flow matching has one scheduler, Euler steps of its
+ODE, under each of these names.
 """
 
 
@@ -50,8 +57,7 @@ class Rollout:
         self.steps, self.guidance = steps, guidance
         self.scheduler = build_scheduler(model, scheduler)
         self.scheduler.set_timesteps(steps)
-        side = int(model.denoiser.config.sample_size)
-        self.shape, self.device = (int(model.denoiser.config.in_channels), side, side), model.device
+        self.shape, self.device = model.latent_shape, model.device
         self.negative_text = model.encode_text([negative_prompt]).float()
 
     @property
@@ -65,25 +71,25 @@ class Rollout:
         return torch.randn(n, *self.shape, generator=generator).to(self.device)
 
     @torch.no_grad()
-    def sample_until(self, stop: int, x: Tensor, text: Tensor, predict: Predict) -> Tensor:
+    def sample_until(self, stop: int, x: Tensor, text: Conditioning, predict: Predict) -> Tensor:
         """Return the latents after `stop` steps, which belong to the timestep `timesteps[stop]`.
 
         Args:
             stop: number of steps; 0 returns the noise.
             x: noise, (b, c, h, w).
-            text: embeddings of the prompt, (b, tokens, width).
+            text: embeddings of the prompt, b rows.
             predict: the network.
         """
         return self.denoise(self.timesteps[:stop], x, text, predict)
 
     @torch.no_grad()
-    def denoise(self, timesteps: Tensor, x: Tensor, text: Tensor, predict: Predict) -> Tensor:
+    def denoise(self, timesteps: Tensor, x: Tensor, text: Conditioning, predict: Predict) -> Tensor:
         """Return the latents after a step at each of some timesteps.
 
         Args:
             timesteps: successive entries of `timesteps`.
             x: latents of the first one, (b, c, h, w).
-            text: embeddings of the prompt, (b, tokens, width).
+            text: embeddings of the prompt, b rows.
             predict: the network.
         """
         self.scheduler.set_timesteps(self.steps)  # forget the predictions of another rollout
@@ -93,15 +99,15 @@ class Rollout:
 
     @torch.no_grad()
     def trajectory(
-        self, x: Tensor, text: Tensor, predict: Predict, extra: Mapping[str, Tensor]
+        self, x: Tensor, text: Conditioning, predict: Predict, extra: Mapping[str, Conditioning]
     ) -> dict[str, Tensor]:
         """Return the latents of every timestep and the predictions for several texts there.
 
         Args:
             x: noise, (n, c, h, w).
-            text: embeddings of the prompt, (n, tokens, width).
+            text: embeddings of the prompt, n rows.
             predict: the network.
-            extra: embeddings of further texts by name, (n, tokens, width) each.
+            extra: embeddings of further texts by name, n rows each.
 
         Returns:
             `x` (latents), `text` and `blank` (predictions) and the predictions for each extra
@@ -120,22 +126,22 @@ class Rollout:
         return {name: torch.stack(values, dim=1) for name, values in rows.items()}
 
     def predict_cfg(
-        self, t: Tensor, x: Tensor, text: Tensor, predict: Predict
+        self, t: Tensor, x: Tensor, text: Conditioning, predict: Predict
     ) -> tuple[Tensor, Tensor]:
         """Return the predictions for a text and for the negative prompt, from one forward pass.
 
         Args:
             t: timestep of all latents, or one of each, (b,).
             x: latents, (b, c, h, w).
-            text: embeddings of the prompts, (b, tokens, width).
+            text: embeddings of the prompts, b rows.
             predict: the network.
         """
-        texts = torch.cat([text, self.negative_text.expand(len(x), -1, -1)])
+        texts = Conditioning.concat([text, self.negative_text.expand(len(x))])
         timesteps = self.expand_timesteps(t, len(x)).repeat(2)
         cond, uncond = predict(torch.cat([x, x]), timesteps, texts).float().chunk(2)
         return cond, uncond
 
-    def predict_guided(self, t: Tensor, x: Tensor, text: Tensor, predict: Predict) -> Tensor:
+    def predict_guided(self, t: Tensor, x: Tensor, text: Conditioning, predict: Predict) -> Tensor:
         """Return the guided prediction; with guidance 1 the negative prompt is left out.
 
         The arguments are those of `predict_cfg`.
@@ -156,6 +162,8 @@ class Rollout:
 def build_scheduler(model: Model, name: SchedulerName) -> Any:
     """Return a scheduler with the model's noise schedule."""
     config = model.pipeline.scheduler.config
+    if model.prediction == FLOW_PREDICTION:
+        return FlowMatchEulerDiscreteScheduler.from_config(config, use_dynamic_shifting=False)
     if name == "pndm":
         return PNDMScheduler.from_config(config, skip_prk_steps=True)
     if name == "dpm-solver":
@@ -176,14 +184,9 @@ def frozen_predictor(net: nn.Module, tensors: Mapping[str, Tensor] | None = None
         tensors: values for some of its weights during the call, such as those before the training.
     """
 
-    def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         with torch.no_grad():
-            if tensors is None:
-                prediction: Tensor = net(x, t, text).sample
-            else:
-                prediction = torch.func.functional_call(
-                    getattr(net, "module", net), dict(tensors), (x, t, text)
-                ).sample
+            prediction = denoisers.predict(net, x, t, text, tensors)
         # Autocast caches the casts made here without a gradient; the training must not reuse them.
         torch.clear_autocast_cache()
         return prediction.float()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.settings import MethodSettings
-from safegen.edits.functional import losses
 from safegen.edits.functional.rollout import (
     Rollout,
     SchedulerName,
@@ -20,6 +19,8 @@ from safegen.edits.functional.rollout import (
     rollout_autocast,
 )
 from safegen.edits.rl.rewards import advantages
+from safegen.models import denoisers
+from safegen.models.conditioning import Conditioning
 from safegen.models.model import Model
 
 BACKWARD = 2
@@ -57,14 +58,13 @@ class DenoisingPolicy:
             ConfigError: the schedule has fewer timesteps.
         """
         self.model, self.precision = model, precision
-        self.abar = model.alphas_cumprod().to(model.device)
-        self.prediction = model.prediction
+        self.schedule = model.noise_schedule
         parameters = dict(model.denoiser.named_parameters())
         self.trained = {name: parameters[name] for name in names}
         self.reference = {name: p.detach().clone() for name, p in self.trained.items()}
         self.sampler = Rollout(model, steps=steps, guidance=guidance, scheduler=scheduler)
         chunks = [list(texts[i : i + 64]) for i in range(0, len(texts), 64)]
-        self.text = torch.cat([model.encode_text(chunk).float() for chunk in chunks])
+        self.text = Conditioning.concat([model.encode_text(chunk).float() for chunk in chunks])
         self.has_distance = has_distance
         self.passes_state = torch.zeros(2)
         """The count `passes` in two parts, which fp32 holds exactly; a checkpoint saves it."""
@@ -82,20 +82,19 @@ class DenoisingPolicy:
     @property
     def device(self) -> torch.device:
         """Device of the network."""
-        return self.abar.device
+        return self.model.device
 
-    def predict(self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def predict(self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """Return the prediction in training, in fp32, with a gradient."""
         self.passes += len(x) * (1 + BACKWARD)
-        prediction: Tensor = denoiser(x, t, text).sample
-        return prediction.float()
+        return denoisers.predict(denoiser, x, t, text).float()
 
     def predict_frozen(
         self,
         denoiser: nn.Module,
         x: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: Conditioning,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return a prediction without a gradient, of the weights as they are or of others."""
@@ -103,7 +102,7 @@ class DenoisingPolicy:
         return frozen_predictor(denoiser, tensors)(x, t, text)
 
     def distance(
-        self, denoiser: nn.Module, prediction: Tensor, x: Tensor, t: Tensor, text: Tensor
+        self, denoiser: nn.Module, prediction: Tensor, x: Tensor, t: Tensor, text: Conditioning
     ) -> Tensor:
         """Return the squared distance of predictions to those of the original model, (b,).
 
@@ -118,7 +117,7 @@ class DenoisingPolicy:
         self,
         denoiser: nn.Module,
         x: Tensor,
-        text: Tensor,
+        text: Conditioning,
         timesteps: Tensor | None = None,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
@@ -127,12 +126,12 @@ class DenoisingPolicy:
         Args:
             denoiser: the network.
             x: latents of the first timestep, (b, c, h, w).
-            text: embeddings of the prompts, (b, tokens, width).
+            text: embeddings of the prompts, b rows.
             timesteps: successive timesteps of the sampler. Default: all.
             tensors: values for some weights of the network.
         """
 
-        def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
             return self.predict_frozen(denoiser, x, t, text, tensors)
 
         steps = self.sampler.timesteps if timesteps is None else timesteps
@@ -145,11 +144,11 @@ class DenoisingPolicy:
 
     def truth(self, eps: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """Return what the network should predict for latents `z` noised with `eps`."""
-        return eps if self.prediction == "epsilon" else losses.velocity(eps, z, self.abar[t])
+        return self.schedule.target(z, eps, t)
 
     def x0(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Return the clean latents that a prediction implies."""
-        return losses.implied_x0(prediction, x, self.abar[t], kind=self.prediction)
+        return self.schedule.implied_x0(prediction, x, t)
 
 
 @dataclass
@@ -263,14 +262,14 @@ class Algorithm(ABC):
         return advantages(rewards, weights, groups, std=self.deviation)
 
     def rollout(
-        self, denoiser: nn.Module, noise: Tensor, text: Tensor, generator: torch.Generator
+        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw one batch of images.
 
         Args:
             denoiser: the network.
             noise: initial noise, (b, c, h, w).
-            text: embeddings of the prompts, (b, tokens, width).
+            text: embeddings of the prompts, b rows.
             generator: source of further draws.
 
         Returns:

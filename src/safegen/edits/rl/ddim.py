@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
-from safegen.edits.functional import losses
 from safegen.edits.functional.rollout import Predict
 from safegen.edits.rl.algorithm import (
     Algorithm,
@@ -24,6 +23,8 @@ from safegen.edits.rl.algorithm import (
     per_image,
 )
 from safegen.edits.rl.v_grpo import clipped_surrogate
+from safegen.models.conditioning import Conditioning
+from safegen.models.noise_schedule import EPSILON
 
 ClipRange = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
 """Largest change of the ratio that is rewarded. `auto` is 0.0128 / sqrt(D) for D latent values."""
@@ -60,8 +61,11 @@ def ddim_mean(
         kind: `epsilon` or `v_prediction`.
     """
     prediction, x, abar = prediction.float(), x.float(), abar.float()
-    x0 = losses.implied_x0(prediction, x, abar, kind=kind)
-    eps = losses.implied_noise(prediction, x, abar, kind=kind)
+    a, s = (value.sqrt().view(-1, 1, 1, 1) for value in (abar, 1 - abar))
+    if kind == EPSILON:
+        x0, eps = (x - s * prediction) / a, prediction
+    else:
+        x0, eps = a * x - s * prediction, a * prediction + s * x
     a_prev, sigma = (value.float().view(-1, 1, 1, 1) for value in (abar_prev, std))
     return a_prev.sqrt() * x0 + (1 - a_prev - sigma.square()).clamp(min=0).sqrt() * eps
 
@@ -98,15 +102,16 @@ class DDIMSteps:
         scheduler = policy.sampler.scheduler
         if not isinstance(scheduler, DDIMScheduler):
             raise ConfigError(
-                f"scheduler must be ddim for log-probabilities of steps, got "
-                f"{type(scheduler).__name__}. Set scheduler to ddim, or algorithm to v_grpo."
+                "scheduler must be ddim for log-probabilities of steps, got "
+                f"{type(scheduler).__name__}. Set scheduler to ddim, or algorithm to v_grpo or nft "
+                "(flow matching has no ddim)."
             )
         timesteps = policy.sampler.timesteps.cpu()
         previous = timesteps - scheduler.config.num_train_timesteps // policy.sampler.steps
         table = scheduler.alphas_cumprod.double()
         final = torch.as_tensor(scheduler.final_alpha_cumprod).double()
         abar, abar_prev = table[timesteps], torch.where(previous >= 0, table[previous], final)
-        device, self.kind = policy.device, policy.prediction
+        device, self.kind = policy.device, policy.schedule.prediction
         self.timesteps = timesteps.to(device)
         self.abar, self.abar_prev = abar.float().to(device), abar_prev.float().to(device)
         self.std = ddim_deviation(abar, abar_prev, eta).float().to(device)
@@ -158,7 +163,7 @@ class SamplerAlgorithm(Algorithm, ABC):
         self,
         denoiser: nn.Module,
         x: Tensor,
-        text: Tensor,
+        text: Conditioning,
         trained: Sequence[int],
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -167,7 +172,7 @@ class SamplerAlgorithm(Algorithm, ABC):
         Args:
             denoiser: the network.
             x: latents before the first of the steps, (b, c, h, w).
-            text: embeddings of the prompts, (b, tokens, width).
+            text: embeddings of the prompts, b rows.
             trained: indices of successive steps.
             generator: source of the noise.
 
@@ -218,7 +223,7 @@ class SamplerAlgorithm(Algorithm, ABC):
             kl = squared / (2 * std.square())
         return LossTerms(loss, kl, {"ratio": ratio.detach(), "clipped": clipped})
 
-    def _mean(self, predict: Predict, x: Tensor, step: Tensor, text: Tensor) -> Tensor:
+    def _mean(self, predict: Predict, x: Tensor, step: Tensor, text: Conditioning) -> Tensor:
         """Return the mean of a guided step of each image."""
         t = self.steps.timesteps[step]
         return self.steps.mean(self.policy.sampler.predict_guided(t, x, text, predict), x, step)

@@ -14,6 +14,7 @@ from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, DenoisingPolicy, RolloutBatch
 from safegen.edits.rl.ddim import ClipRange, SamplerAlgorithm
 from safegen.edits.rl.rewards import advantages
+from safegen.models.conditioning import Conditioning
 
 MIN_DEVIATION = 1e-3
 """Smallest deviation of a step; 0.02 is that of the last step of Stable Diffusion's schedule."""
@@ -107,7 +108,7 @@ class DDPOAlgorithm(SamplerAlgorithm):
         return values, advantages({"total": total}, {"total": 1.0}, groups)[1]
 
     def rollout(
-        self, denoiser: nn.Module, noise: Tensor, text: Tensor, generator: torch.Generator
+        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw images with noise at every step; see `Algorithm.rollout`."""
         x, extra = self.sample(denoiser, noise, text, self.trained, generator)

@@ -22,6 +22,7 @@ from safegen.edits.rl.algorithm import (
     per_image,
 )
 from safegen.edits.rl.forward import draw_pairs, noise_images
+from safegen.models.conditioning import Conditioning
 
 
 class DRaFT(AlgorithmSettings):
@@ -84,7 +85,7 @@ class DRaFTAlgorithm(Algorithm):
         self.reward = reward
 
     def rollout(
-        self, denoiser: nn.Module, noise: Tensor, text: Tensor, generator: torch.Generator
+        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw images, and keep their latents before the last steps."""
         first, last = self._timesteps()
@@ -95,7 +96,7 @@ class DRaFTAlgorithm(Algorithm):
         self, denoiser: nn.Module, batch: RolloutBatch, size: int, generator: torch.Generator
     ) -> None:
         """Draw timesteps and noise of the distance to the original model."""
-        batch.extra |= draw_pairs(batch, 1, len(self.policy.abar), generator, shared=False)
+        batch.extra |= draw_pairs(batch, 1, self.policy.schedule, generator, shared=False)
 
     def loss(self, denoiser: nn.Module, batch: RolloutBatch, index: int) -> LossTerms:
         """Return minus the reward, or the distance to the bounded target, and the regularizer."""
@@ -117,11 +118,11 @@ class DRaFTAlgorithm(Algorithm):
         steps, k = self.policy.sampler.timesteps, self.settings.last_steps
         return steps[: len(steps) - k], steps[len(steps) - k :]
 
-    def _denoise_last(self, denoiser: nn.Module, x: Tensor, text: Tensor) -> Tensor:
+    def _denoise_last(self, denoiser: nn.Module, x: Tensor, text: Conditioning) -> Tensor:
         """Return clean latents after the last steps, with a gradient through all of them."""
         sampler = self.policy.sampler
 
-        def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
             return self.policy.predict(denoiser, x, t, text)
 
         for t in self._timesteps()[1]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safegen.edits.functional import losses
 from safegen.edits.rl.algorithm import DenoisingPolicy, RolloutBatch
+from safegen.models.conditioning import Conditioning
+from safegen.models.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -23,31 +24,36 @@ class NoisedImages:
     """Noised latents, (b pairs, c, h, w)."""
     t: Tensor
     """Timesteps, (b pairs,)."""
-    text: Tensor
-    """Embeddings of the prompts, (b pairs, tokens, width)."""
+    text: Conditioning
+    """Embeddings of the prompts, b pairs rows."""
 
 
 def draw_pairs(
-    batch: RolloutBatch, pairs: int, timesteps: int, generator: torch.Generator, *, shared: bool
+    batch: RolloutBatch,
+    pairs: int,
+    schedule: NoiseSchedule,
+    generator: torch.Generator,
+    *,
+    shared: bool,
 ) -> dict[str, Tensor]:
     """Return stratified timesteps and noise for every image: `t` (n, pairs) and `eps`.
 
     Args:
         batch: the images of a rollout.
         pairs: draws of an image.
-        timesteps: timesteps of the schedule.
+        schedule: schedule of the model.
         generator: source of the draws.
         shared: whether the images of a group share their draws.
     """
     owner = batch.groups if shared else torch.arange(len(batch.groups))
     count = int(owner.max()) + 1
-    t = stratified_timesteps(count, pairs, timesteps, generator)
+    t = schedule.timesteps[stratified_timesteps(count, pairs, len(schedule), generator)]
     eps = torch.randn(count, pairs, *batch.latents.shape[1:], generator=generator)
     return {"t": t[owner], "eps": eps[owner]}
 
 
 def stratified_timesteps(n: int, pairs: int, timesteps: int, generator: torch.Generator) -> Tensor:
-    """Return timesteps (n, pairs), one in each of `pairs` equal parts of the schedule."""
+    """Return indices of timesteps (n, pairs), one in each of `pairs` equal parts."""
     part = torch.rand(n, pairs, generator=generator) + torch.arange(pairs)
     return (part * timesteps / pairs).long().clamp(max=timesteps - 1)
 
@@ -58,5 +64,5 @@ def noise_images(policy: DenoisingPolicy, batch: RolloutBatch) -> NoisedImages:
     z = batch.latents.to(policy.device).repeat_interleave(pairs, 0)
     t = batch.extra["t"].flatten().to(policy.device)
     eps = batch.extra["eps"].flatten(0, 1).to(policy.device)
-    text = policy.text[batch.prompts.to(policy.device)].repeat_interleave(pairs, 0)
-    return NoisedImages(z, eps, losses.add_noise(z, eps, policy.abar[t]), t, text)
+    text = policy.text[batch.prompts.to(policy.device)].repeat_interleave(pairs)
+    return NoisedImages(z, eps, policy.schedule.add_noise(z, eps, t), t, text)

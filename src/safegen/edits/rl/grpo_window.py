@@ -14,6 +14,7 @@ from safegen.core.settings import MAX_STEPS
 from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, DenoisingPolicy, RolloutBatch
 from safegen.edits.rl.ddim import ClipRange, SamplerAlgorithm
+from safegen.models.conditioning import Conditioning
 
 MIN_DEVIATION = 0.03
 """Smallest deviation of a trained step; below it, rounding moves the ratio."""
@@ -88,7 +89,7 @@ class GRPOWindowAlgorithm(SamplerAlgorithm):
         return {"rollouts": self.rollouts}
 
     def rollout(
-        self, denoiser: nn.Module, noise: Tensor, text: Tensor, generator: torch.Generator
+        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw images with noise in the window; see `Algorithm.rollout`."""
         if self.start is None or self.source is not generator:

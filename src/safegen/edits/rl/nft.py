@@ -19,6 +19,7 @@ from safegen.edits.rl.algorithm import (
     per_image,
 )
 from safegen.edits.rl.forward import draw_pairs, noise_images
+from safegen.models.conditioning import Conditioning
 
 
 class NFT(AlgorithmSettings):
@@ -74,7 +75,7 @@ class NFTAlgorithm(Algorithm):
         return {"updates": self.updates, **{f"old/{k}": v for k, v in self.old.items()}}
 
     def rollout(
-        self, denoiser: nn.Module, noise: Tensor, text: Tensor, generator: torch.Generator
+        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw one batch of images with the old weights."""
         return self.policy.draw(denoiser, noise, text, tensors=self.old).cpu(), {}
@@ -83,8 +84,8 @@ class NFTAlgorithm(Algorithm):
         self, denoiser: nn.Module, batch: RolloutBatch, size: int, generator: torch.Generator
     ) -> None:
         """Draw timesteps and noise of every image."""
-        timesteps = len(self.policy.abar)
-        batch.extra |= draw_pairs(batch, self.settings.pairs, timesteps, generator, shared=False)
+        schedule = self.policy.schedule
+        batch.extra |= draw_pairs(batch, self.settings.pairs, schedule, generator, shared=False)
 
     def loss(self, denoiser: nn.Module, batch: RolloutBatch, index: int) -> LossTerms:
         """Return the loss and the distance to the original predictions."""

@@ -70,8 +70,8 @@ class VGRPOAlgorithm(Algorithm):
         self, denoiser: nn.Module, batch: RolloutBatch, size: int, generator: torch.Generator
     ) -> None:
         """Draw timesteps and noise of every group, and compute the losses before the update."""
-        timesteps = len(self.policy.abar)
-        batch.extra |= draw_pairs(batch, self.settings.pairs, timesteps, generator, shared=True)
+        schedule = self.policy.schedule
+        batch.extra |= draw_pairs(batch, self.settings.pairs, schedule, generator, shared=True)
         if self.keeps_old:
             with torch.no_grad(), self.policy.autocast():
                 rows = torch.arange(len(batch.prompts)).split(size)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from safegen.edits.training.config import Training
 
@@ -28,8 +30,12 @@ def prepared_network(
     required_grad = {name: p.requires_grad for name, p in parameters.items()}
     checkpointing = config.gradient_checkpointing and not denoiser.is_gradient_checkpointing
     on_cpu = parameters[names[0]].device.type == "cpu"
-    processors = dict(getattr(denoiser, "attn_processors", {})) if on_cpu else {}
+    is_unet = isinstance(denoiser, UNet2DConditionModel)
+    processors = dict(denoiser.attn_processors) if on_cpu and is_unet else {}
+    plain = sdpa_kernel(SDPBackend.MATH) if on_cpu and not is_unet else nullcontext()
+    stack = ExitStack()
     try:
+        stack.enter_context(plain)
         if processors:  # on a CPU, the backward pass of fused attention is slower
             denoiser.set_attn_processor(AttnProcessor())  # type: ignore[operator]
         for name, p in parameters.items():
@@ -40,6 +46,7 @@ def prepared_network(
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         yield {name: parameters[name] for name in names}
     finally:
+        stack.close()
         vars(denoiser).pop("forward", None)  # accelerate's autocast wrapper
         vars(denoiser).pop("_original_forward", None)
         if checkpointing:
