@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, SafegenWarning
 from safegen.core.tensor_files import write_tensors
 from safegen.models.checkpoint.metadata import METADATA_KEY
 from safegen.models.model import Model
@@ -22,6 +23,10 @@ from safegen.patches.patch import Patch
 
 FAMILY_WEIGHTS = (".attn2.to_k.weight", ".attn2.to_v.weight")
 """Weights by which InvokeAI tells the family of a UNet's LoRA."""
+
+
+class IgnoredKeysWarning(SafegenWarning):
+    """A known program ignores some keys of a LoRA and generates without them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +235,12 @@ def save_lora(
 
     Raises:
         FileError: `path` exists or cannot be written.
+
+    Warns:
+        IgnoredKeysWarning: diffusers ignores some of the keys.
     """
+    if keys == "kohya":
+        _warn_of_ignored_keys(lora, model)
     factors = dict(lora.factors)
     if keys == "kohya" and not any(name.endswith(FAMILY_WEIGHTS) for name in factors):
         factors |= _zero_factors(model)
@@ -244,6 +254,20 @@ def save_lora(
         METADATA_KEY: json.dumps(metadata, sort_keys=True),
     } | _base_model_header(model)
     write_tensors(path, {name: value.to(dtype) for name, value in tensors.items()}, header)
+
+
+def _warn_of_ignored_keys(lora: Lora, model: Model) -> None:
+    """Warn of layers that diffusers (0.42) leaves out of kohya's form without an error."""
+    kind = type(model.denoiser).__name__
+    ignored = [name for name in lora.factors if kind == SD3 or "blocks." not in name]
+    if kind in (SD3, FLUX) and ignored:
+        warnings.warn(
+            f"diffusers ignores {len(ignored)} of {len(lora.factors)} layers of this LoRA with "
+            f"kohya's keys, first {ignored[0].removesuffix('.weight')}, and generates without "
+            "them. For diffusers use --keys diffusers",
+            IgnoredKeysWarning,
+            stacklevel=3,
+        )
 
 
 def _zero_factors(model: Model) -> dict[str, tuple[Tensor, Tensor]]:

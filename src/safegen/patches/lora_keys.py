@@ -62,7 +62,7 @@ class LoraModule:
     ) -> Iterator[tuple[str, Factors]]:
         """Yield each weight with its factors: its rows of `up` without columns of zeros.
 
-        The inverse of `fuse` but for the padding. Other fused factors are split exactly, too.
+        The inverse of `fuse`, without its padding. Other fused factors are split exactly, too.
         """
         up = swap_halves(up) if self.is_swapped else up
         if len(self.weights) == 1:
