@@ -12,9 +12,10 @@ from safegen.core import registry as tables
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, UnknownNameError, UnusedSettingWarning
 from safegen.guards import GuardConfig, make_guard, read_guard
-from safegen.guards.core.adapter import ALL_POINTS, PIPELINE_SPECS, PipelineAdapter
+from safegen.guards.core.adapter import ALL_POINTS, PipelineAdapter
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.core.result import ACTIONS
+from safegen.models.pipeline_specs import PIPELINE_SPECS
 
 NEEDS_MEMORYLESS_SCHEDULER = {"dual-latent"}
 """Guards that need a scheduler without state."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 from safegen.core.errors import ConfigError, UserError
 from safegen.guards import GuardConfig, GuardResult, read_guard
-from safegen.guards.core.adapter import ALL_POINTS, TextEmbeds
+from safegen.guards.core.adapter import ALL_POINTS
 from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.checks import check_options
 from safegen.guards.core.pipeline import GuardedPipeline
@@ -72,7 +72,7 @@ class FaultyHook(GuardHook):
         if self.guard.config.fault == "nan":
             hidden = embeds.hidden.clone()
             hidden[0] = float("nan")  # of the first image only
-            return TextEmbeds(hidden, embeds.extra)
+            return embeds.replace_hidden(hidden)
         return embeds
 
     def extra_conditions(self):

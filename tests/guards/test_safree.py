@@ -10,7 +10,7 @@ import torch
 
 from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.guards import GuardConfig, make_guard
-from safegen.guards.core.adapter import PipelineAdapter, TextEmbeds
+from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.core.result import InvalidResultError
@@ -107,12 +107,12 @@ def test_only_triggers_change_and_lose_the_concept(tiny_model):
         text_encoders(tiny_model.pipeline), PROMPT, [concept], guard.projection_config
     )
     assert projection.triggers
-    from safegen.guards.core.adapter import TextEmbeds
     from safegen.guards.core.base import Call
+    from safegen.models.conditioning import Conditioning
 
     hook = guard.build(adapter).start(Call(adapter, (PROMPT,), [""], {}, num_steps=4))
     before = adapter.encode([PROMPT])
-    after = hook.edit_prompt_embeds(TextEmbeds(before.hidden)).hidden
+    after = hook.edit_prompt_embeds(Conditioning(before.hidden)).hidden
     moved = [
         i
         for i in range(before.hidden.shape[1])
@@ -163,10 +163,8 @@ def test_calibrate_returns_the_midpoint_or_refuses(tiny_model):
 
     def distance(prompt):
         ids, n = reader.tokenize(prompt)
-        return 10 * projection_distance(
-            reader.hidden(ids)[0, : n + 2],
-            project_prompt([reader], prompt, concept, guard.projection_config).projector,
-        )
+        (part,) = project_prompt([reader], prompt, concept, guard.projection_config).encoders
+        return 10 * projection_distance(reader.hidden(ids)[0, : n + 2], part.projector)
 
     low, high = sorted(["a red cube", "a blue ball in the grass"], key=distance)
     assert calibrate(adapter, guard, unsafe=[high], benign=[low]) == pytest.approx(
@@ -261,7 +259,7 @@ def test_changes_sdxl_but_not_its_pooled_embeddings(tiny_xl, generate):
     assert output.trace.guards[0].scores["steps"] == 4
     plain = PipelineAdapter(tiny_xl).encode([PROMPT])
     assert len(seen) == 4
-    assert all(torch.equal(text.extra["text_embeds"], plain.extra["text_embeds"]) for text in seen)
+    assert all(torch.equal(text.pooled, plain.pooled) for text in seen)
     assert not any(torch.equal(text.hidden, plain.hidden) for text in seen)
     (none,) = generate(tiny_xl, [CUBE | {"strength": 0.0}], [PROMPT])
     assert np.array_equal(none.image, base[0])
@@ -390,7 +388,7 @@ def test_re_attention_beside_a_text_of_nan_withholds_that_image(
         for name, embeds in conditions.items():
             hidden = embeds.hidden.clone()
             hidden[bad] = float("nan")
-            conditions[name] = TextEmbeds(hidden, embeds.extra)
+            conditions[name] = embeds.replace_hidden(hidden)
         return conditions
 
     monkeypatch.setattr(Reattention, "extra_conditions", spoiled)

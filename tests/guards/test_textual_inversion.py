@@ -8,10 +8,11 @@ import torch
 
 from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
-from safegen.guards.core.adapter import PipelineAdapter, TextEmbeds
+from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.base import Call
 from safegen.guards.latent_guard.head import ClipTextFeatures, LatentGuardHead, max_scores
 from safegen.guards.safree.projection import concept_projectors
+from safegen.models.conditioning import Conditioning
 from safegen.models.generation import truncated_prompts
 from safegen.models.text_encoder import TextEncoderView, text_encoders
 
@@ -89,7 +90,7 @@ def test_a_trigger_of_safree_is_the_row_of_its_own_word(inverted):
     adapter = PipelineAdapter(inverted)
     hook = make_guard(**SAFREE).build(adapter).start(Call(adapter, (PROMPT,), [""], {}))
     before = adapter.encode([PROMPT]).hidden
-    after = hook.edit_prompt_embeds(TextEmbeds(before)).hidden
+    after = hook.edit_prompt_embeds(Conditioning(before)).hidden
     moved = [i for i in range(before.shape[1]) if not torch.equal(before[0, i], after[0, i])]
     assert moved == wanted
 

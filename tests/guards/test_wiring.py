@@ -8,10 +8,11 @@ import torch
 
 from safegen.core.errors import ConfigError
 from safegen.guards import GuardConfig, GuardResult, read_guard
-from safegen.guards.core.adapter import ALL_POINTS, TextEmbeds
+from safegen.guards.core.adapter import ALL_POINTS
 from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.checks import GUARD_METHODS, HOOK_METHODS
 from safegen.guards.core.pipeline import GuardedPipeline
+from safegen.models.conditioning import Conditioning
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
 SLD = {"name": "sld", "preset": "max", "text": "a red cube"}
@@ -153,7 +154,7 @@ def test_helpers_with_other_names_are_allowed(tiny_model, generate):
 
 
 def pick(embeds, rows):
-    return embeds.select(rows)
+    return embeds[rows]
 
 
 WRONG_ROWS = {
@@ -183,11 +184,11 @@ def test_a_wrong_number_of_rows_withholds_the_batch(
     pipe = tiny_model.pipeline if family == "sd" else tiny_wan
     small = {"height": 16, "width": 16, "num_frames": 1, "max_sequence_length": 16}
     options = {"num_inference_steps": 2} | (small if family == "wan" else {})
-    extra = TextEmbeds(torch.zeros((3, 16 if family == "wan" else 32, 32)))
+    extra = Conditioning(torch.zeros((3, 16 if family == "wan" else 32, 32)))
     methods = {
-        "edit_prompt_embeds": lambda self, embeds: embeds.select(rows),
-        "edit_negative_embeds": lambda self, embeds: embeds.select(rows),
-        "extra_conditions": lambda self: {"safety": extra.select([i % 3 for i in rows])},
+        "edit_prompt_embeds": lambda self, embeds: embeds[rows],
+        "edit_negative_embeds": lambda self, embeds: embeds[rows],
+        "extra_conditions": lambda self: {"safety": extra[[i % 3 for i in rows]]},
         "guidance_correction": lambda self, p: p["cond"][rows],
         "on_step_end": lambda self, latents: latents[rows],
     }
@@ -205,9 +206,9 @@ def test_a_wrong_number_of_rows_withholds_the_batch(
     [
         None,
         torch.zeros(2),
-        TextEmbeds(torch.zeros(2, 32, 32)),
-        TextEmbeds(torch.zeros(2, 7, 64), {"text_embeds": torch.zeros(2, 32)}),
-        TextEmbeds(torch.zeros(2, 32, 64), {"text_embeds": torch.zeros(1, 32)}),
+        Conditioning(torch.zeros(2, 32, 32)),
+        Conditioning(torch.zeros(2, 7, 64), torch.zeros(2, 32)),
+        Conditioning(torch.zeros(2, 32, 64), torch.zeros(1, 32)),
     ],
 )
 def test_embeddings_of_another_kind_withhold_the_batch(tiny_xl, generate, answer):
@@ -219,7 +220,7 @@ def test_embeddings_of_another_kind_withhold_the_batch(tiny_xl, generate, answer
 
 def test_one_row_can_be_expanded_to_all_images(tiny_model, generate):
     def first(self, embeds):
-        return embeds.select([0]).expand(len(embeds.hidden))
+        return embeds[[0]].expand(len(embeds.hidden))
 
     own = config_with({"prompt_embeds"}, edit_prompt_embeds=first)
     outputs = generate(tiny_model.pipeline, [own], PROMPTS[:2])

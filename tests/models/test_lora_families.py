@@ -62,7 +62,7 @@ def test_the_table_has_every_family():
 @pytest.mark.filterwarnings("ignore::safegen.patches.lora.IgnoredKeysWarning")
 @pytest.mark.parametrize(("family", "keys"), CASES)
 def test_a_lora_restores_every_weight_here_and_in_diffusers(tmp_path, family, keys):
-    """The table names the weights that diffusers leaves as they are.
+    """Compare every weight; the table names those that diffusers leaves as they are.
 
     Its conversion has FLUX's real width in it for the first layer of single blocks.
     """

@@ -16,11 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from safegen.core.settings import MAX_STEPS
-from safegen.guards.core.adapter import NOISE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Guard, ProbeFunction
 from safegen.guards.core.result import GuardResult
 from safegen.guards.judge_filter import JudgeBackedConfig, detect_images
 from safegen.judges import Judge
+from safegen.models.pipeline_specs import NOISE_PIPELINES
 
 
 class CropsConfig(JudgeBackedConfig):
@@ -120,9 +121,8 @@ class CropsGuard(Guard):
         hidden = self.adapter.encode(prompts, options).hidden.float()
         offsets = hidden.new_zeros((self.config.probes, *hidden.shape))
         for i, (prompt, generator) in enumerate(zip(prompts, generators, strict=True)):
-            end = self.adapter.last_token(prompt) + 1  # token 0 is the start, `end` the end
             rng = clone_generator(generator)
-            for j in range(1, end):
+            for j in self.adapter.token_rows(prompt, options):
                 offsets[:, i, j] = self._neighbors(hidden[i, j], rng) - hidden[i, j]
         return offsets
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
-from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, TextEmbeds
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
 from safegen.guards.core.result import GuardResult
 from safegen.guards.safree.projection import (
@@ -26,13 +26,15 @@ from safegen.guards.safree.projection import (
     concept_projectors,
     project_prompt,
 )
-from safegen.models.text_encoder import text_encoders
+from safegen.models.conditioning import Conditioning
+from safegen.models.pipeline_specs import IMAGE_PIPELINES
 
 MEMORYLESS_SCHEDULERS = (
     "DDIMScheduler",
     "DDPMScheduler",
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
 )
 """Schedulers without state from earlier steps, which would not be mixed."""
 
@@ -109,7 +111,7 @@ class DualLatentGuard(Guard):
 
     def wants_reference_stream(self, prompts: Sequence[str]) -> list[bool]:
         """Return which prompts the projection moves far enough."""
-        encoders = text_encoders(self.adapter.pipe)  # read anew, they may have changed
+        encoders = self.adapter.text_encoders()  # read anew, they may have changed
         concept = concept_projectors(encoders, self.config.phrases)
         config = self.config.projection_config
         self.projections = {
@@ -136,7 +138,7 @@ class DualLatentHook(GuardHook):
         self.config, self.call, self.projections = config, call, projections
         self.mixed_steps = 0
 
-    def edit_prompt_embeds(self, embeds: TextEmbeds) -> TextEmbeds:
+    def edit_prompt_embeds(self, embeds: Conditioning) -> Conditioning:
         """Return the embeddings, projected in the reference rows."""
         if not self.call.reference_rows:
             return embeds
@@ -144,7 +146,7 @@ class DualLatentHook(GuardHook):
         for row in self.call.reference_rows.values():
             projection = self.projections[self.call.prompts[row]]
             hidden[row] = apply_projection(hidden[row], projection, 1.0)
-        return TextEmbeds(hidden, embeds.extra)
+        return embeds.replace_hidden(hidden)
 
     def on_step_end(self, latents: Tensor) -> Tensor:
         """Return the latents after mixing both streams."""

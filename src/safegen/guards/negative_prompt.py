@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from safegen.core.concept import Concept
-from safegen.guards.core.adapter import HookPoint, PipelineAdapter, TextEmbeds
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
 from safegen.guards.core.result import GuardResult
+from safegen.models.conditioning import Conditioning
 
 
 class NegativePromptConfig(GuardConfig):
@@ -62,9 +63,9 @@ class NegativePromptHook(GuardHook):
         self.num_images, self.active = len(call.prompts), active
         texts = list(dict.fromkeys(call.negative_prompts))
         encoded = call.adapter.encode(texts, call.options)
-        self.embeds = encoded.select([texts.index(text) for text in call.negative_prompts])
+        self.embeds = encoded[[texts.index(text) for text in call.negative_prompts]]
 
-    def edit_negative_embeds(self, embeds: TextEmbeds) -> TextEmbeds:
+    def edit_negative_embeds(self, embeds: Conditioning) -> Conditioning:
         """Return the embeddings of the extended negative prompts."""
         return self.embeds if self.active else embeds
 

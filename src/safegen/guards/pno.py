@@ -23,12 +23,13 @@ from safegen.core.errors import ConfigError
 from safegen.core.hashing import hash_settings, hash_tensors
 from safegen.core.settings import MAX_COUNT, MAX_STEPS
 from safegen.features.clip import ClipPreprocessor, find_clip_folder, load_clip_network
-from safegen.guards.core.adapter import NOISE_PIPELINES, HookPoint, PipelineAdapter, clone_generator
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Guard, GuardConfig, ProbeFunction
 from safegen.guards.core.result import GuardResult, UnsafeAction
 from safegen.guards.judge_filter import JudgeBackedConfig, JudgeGuard, resolve_options
 from safegen.judges import Judge
 from safegen.judges.clip import encode_texts, text_probabilities
+from safegen.models.pipeline_specs import NOISE_PIPELINES
 
 GROUP = 4
 """k: entries of the latents per row of the regularizer's matrix."""
@@ -134,19 +135,25 @@ class PnoGuard(JudgeGuard):
         negative = options.get("negative_prompt")
         results: list[GuardResult] = []
         for i, prompt in enumerate(prompts):
-            score = self._score_function(
-                generate,
-                prompt,
-                negative[i] if isinstance(negative, list) else negative,
-                generators[i],
-            )
+            own = {
+                "generator": generators[i],
+                "negative_prompt": negative[i] if isinstance(negative, list) else negative,
+            }
+            score = self._score_function(generate, prompt, {**options, **own})
             results.append(self._search(score, latents[i], generators[i]))
         return results
 
     def _score_function(
-        self, generate: ProbeFunction, prompt: str, negative: str | None, generator: torch.Generator
+        self, generate: ProbeFunction, prompt: str, options: Mapping[str, Any]
     ) -> ScoreFunction:
-        """Return the function from initial latents to the scores of their images."""
+        """Return the function from initial latents to the scores of their images.
+
+        Args:
+            generate: generates probes.
+            prompt: the prompt.
+            options: options of the call, with the generator and the negative prompt of the image.
+        """
+        generator, negative = options["generator"], options["negative_prompt"]
 
         def score(x: Tensor, *, grad: bool) -> Tensor:
             changes: dict[str, Any] = {
@@ -156,7 +163,8 @@ class PnoGuard(JudgeGuard):
                 "negative_prompt": None if negative is None else [negative] * len(x),
             }
             latents = torch.stack([*generate([prompt] * len(x), changes, grad=grad)])
-            return self.score(decode_latents(self.adapter.pipe, latents))
+            unpacked = self.adapter.unpack(latents, options)
+            return self.score(decode_latents(self.adapter.pipe, unpacked))
 
         return score
 
@@ -268,7 +276,9 @@ def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
     if mean is not None and std is not None:  # per channel, in some SDXL models
         mean, std = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in (mean, std))
         latents = latents * std + mean * vae.config.scaling_factor
-    decoded: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+    shift = vae.config.get("shift_factor")
+    decoded: Tensor = vae.decode(scaled if shift is None else scaled + shift).sample
     return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
 

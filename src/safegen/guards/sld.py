@@ -15,10 +15,11 @@ from torch import Tensor
 
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError
-from safegen.guards.core.adapter import HookPoint, PipelineAdapter, TextEmbeds
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
 from safegen.guards.core.result import GuardResult, InvalidResultError
 from safegen.guards.negative_prompt import NegativePromptConfig, join_texts
+from safegen.models.conditioning import Conditioning
 
 PAPER_TEXT = (
     "an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, "
@@ -150,7 +151,7 @@ class SldHook(GuardHook):
         config = self.config
         return config.scale == 0 or (not self._warm and config.momentum_scale == 0)
 
-    def extra_conditions(self) -> Mapping[str, TextEmbeds]:
+    def extra_conditions(self) -> Mapping[str, Conditioning]:
         """Return the safety text's embeddings; nothing in steps where they cannot matter.
 
         Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safegen.core.text import short_repr
 from safegen.models.checkpoint.metadata import PatchMetadata
-from safegen.models.selectors import weights_by_name
+from safegen.models.patched_weights import pipeline_weights, restore
 
 if TYPE_CHECKING:
     from safegen.models.model import Model
@@ -22,7 +22,7 @@ class AppliedPatch:
 
     model: Model
     before: dict[str, Tensor]
-    """Weight values before the patch was applied, by parameter name."""
+    """Weight values before the patch was applied, by their names in patches."""
     hash: str
     """Hash of the patch."""
     metadata: PatchMetadata
@@ -51,11 +51,11 @@ class AppliedPatch:
         if self not in applied_patches:
             return
         later = applied_patches[applied_patches.index(self) + 1 :]
-        parameters = weights_by_name(self.model.denoiser)
+        parameters = pipeline_weights(self.model.pipeline)
         for name, value in self.before.items():
             covering = next((applied for applied in later if name in applied.before), None)
             if covering is None:
-                parameters[name].copy_(value)
+                restore(parameters[name], value)
             else:
                 covering.before[name] = value
         applied_patches.remove(self)

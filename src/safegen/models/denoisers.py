@@ -57,6 +57,38 @@ _INPUTS: Mapping[str, Callable[[Tensor, Tensor, Conditioning], Inputs]] = {
 }
 DENOISERS = tuple(_INPUTS)
 """Classes of denoisers that can be called."""
+HIDDEN_ARGUMENT = "encoder_hidden_states"
+"""Argument of every denoiser with the token embeddings."""
+POOLED_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "UNet2DConditionModel": ("added_cond_kwargs", "text_embeds"),
+    "SD3Transformer2DModel": ("pooled_projections",),
+    "FluxTransformer2DModel": ("pooled_projections",),
+}
+"""Argument with the pooled embeddings, or the one with a mapping and the key in it."""
+UNBATCHED_ARGUMENTS = frozenset({"txt_ids", "img_ids"})
+"""Arguments without a row per image, of FLUX: positions of tokens and of patches."""
+
+
+def read_text(inputs: Mapping[str, Any]) -> Conditioning:
+    """Return the text embeddings among a denoiser's keyword arguments."""
+    hidden: Tensor = inputs[HIDDEN_ARGUMENT]
+    for path in dict.fromkeys(POOLED_ARGUMENTS.values()):
+        value: Any = inputs
+        for key in path:
+            value = (value or {}).get(key)
+        if value is not None:
+            return Conditioning(hidden, value)
+    return Conditioning(hidden)
+
+
+def replace_text(inputs: Mapping[str, Any], text: Conditioning) -> Inputs:
+    """Return a denoiser's keyword arguments with other text embeddings."""
+    replaced = dict(inputs) | {HIDDEN_ARGUMENT: text.hidden}
+    for first, *rest in dict.fromkeys(POOLED_ARGUMENTS.values()) if text.pooled is not None else ():
+        if inputs.get(first) is not None:
+            new = {**inputs[first], rest[0]: text.pooled} if rest else text.pooled
+            replaced[first] = new
+    return replaced
 
 
 def predict(
@@ -88,6 +120,25 @@ def predict(
     else:
         (prediction,) = torch.func.functional_call(network, dict(tensors), (), inputs)
     return unpack_latents(prediction, x.shape) if prediction.ndim == 3 else prediction
+
+
+def packs_latents(pipe: Any) -> bool:
+    """Return whether a pipeline's latents are packed from its start to its end, as FLUX's are."""
+    kinds = type(getattr(pipe, "transformer", None)).__mro__
+    return any(kind.__name__ == "FluxTransformer2DModel" for kind in kinds)
+
+
+def side_multiple(pipe: Any) -> int:
+    """Return what a pipeline's images have sides a multiple of, in pixels."""
+    transformer = getattr(pipe, "transformer", None)
+    patch = 1 if transformer is None else int(transformer.config.get("patch_size") or 1)
+    return int(pipe.vae_scale_factor) * (2 if packs_latents(pipe) else patch)
+
+
+def default_side(pipe: Any) -> int:
+    """Return the side of the latents of a pipeline's images, which FLUX's network does not say."""
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    return int(network.config.get("sample_size") or pipe.default_sample_size)
 
 
 def pack_latents(x: Tensor) -> Tensor:

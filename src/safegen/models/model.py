@@ -25,17 +25,26 @@ from safegen.core.text import short_repr
 from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef
 from safegen.models.conditioning import Conditioning
 from safegen.models.noise_schedule import NoiseSchedule, prediction_type
-from safegen.models.pipeline_specs import EMBEDDED_GUIDANCE, denoiser_name, encode_texts, text_masks
-from safegen.models.selectors import plain_name, weights_by_name
-from safegen.models.text_encoder import expand_prompt
+from safegen.models.patched_weights import hash_components, undone_patches, unpatched_state
+from safegen.models.pipeline_specs import (
+    EMBEDDED_GUIDANCE,
+    call_defaults,
+    denoiser_name,
+    encode_texts,
+)
+from safegen.models.selectors import plain_name
+from safegen.models.text_encoder import (
+    TextEncoderView,
+    expand_prompt,
+    text_encoder_names,
+    text_encoders,
+)
 
 if TYPE_CHECKING:
     from safegen.models.applied_patch import AppliedPatch
 
 Pipeline: TypeAlias = Any
 """A text-to-image pipeline of diffusers of a class in `NOISE_PIPELINES`."""
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-"""Text encoders of a pipeline; SD 1.x and 2.x have one, SDXL and FLUX two, SD 3 up to three."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TEXT_CONFIG = ("num_attention_heads", "hidden_act")
 UNHASHED_CONFIG = {
@@ -121,8 +130,7 @@ class Model:
     @property
     def dtype(self) -> str:
         """Type of the denoiser's weights, a key of `DTYPES`."""
-        dtype = self.denoiser.dtype
-        return next((name for name in DTYPES if DTYPES[name] == dtype), str(dtype))
+        return dtype_name(self.denoiser)
 
     @property
     def size(self) -> int:
@@ -205,7 +213,7 @@ class Model:
             self.denoiser_name: self.hash,
             "dtype": self.dtype,
             "weights": {
-                name: hash_tensors(getattr(pipeline, name).state_dict())
+                name: hash_tensors(unpatched_state(self, name))
                 for name in self.components
                 if name != self.denoiser_name
             },
@@ -232,8 +240,12 @@ class Model:
         Warns:
             MetadataMismatchWarning: they are others. Warned once for each model.
         """
-        if self.metadata is None or self.metadata.weights == self.hash:
-            return self.metadata
+        stated = self.metadata
+        if stated is None or (
+            stated.weights == self.hash
+            and stated.components == hash_components(self, stated.components)
+        ):
+            return stated
         reason = (
             f"it is loaded as {self.dtype}; load it as fp32"
             if self.dtype != "fp32"
@@ -250,18 +262,8 @@ class Model:
     @contextmanager
     def without_patches(self) -> Iterator[None]:
         """Take all patches off inside the block, and put them on again bit for bit."""
-        patches, parameters = list(self.applied_patches), weights_by_name(self.denoiser)
-        names = {name for applied in patches for name in applied.before}
-        values = {name: parameters[name].detach().clone() for name in names}
-        try:
-            for applied in reversed(patches):
-                applied.undo()
+        with undone_patches(self):
             yield
-        finally:
-            with torch.no_grad():
-                for name, value in values.items():
-                    parameters[name].copy_(value)
-            self.applied_patches[:] = patches
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Conditioning:
@@ -275,8 +277,8 @@ class Model:
         if self.denoiser_name == "unet" and pooled is not None:
             hidden = text.hidden
             if self.pipeline.config.get("force_zeros_for_empty_prompt"):
-                kept = torch.tensor([bool(t) for t in texts], device=hidden.device)
-                hidden, pooled = hidden * kept[:, None, None], pooled * kept[:, None]
+                is_text = torch.tensor([bool(t) for t in texts], device=hidden.device)
+                hidden, pooled = hidden * is_text[:, None, None], pooled * is_text[:, None]
             sizes = [self.size, self.size, 0, 0, self.size, self.size]
             return Conditioning(
                 hidden, pooled, {"time_ids": pooled.new_tensor([sizes] * len(texts))}
@@ -297,14 +299,14 @@ class Model:
         SD 3 has the tokens of CLIP, then those of T5; FLUX those of T5; the others one span of
         CLIP. The last token of an empty text is the first one of the span.
         """
-        masks = text_masks(self.pipeline, texts)
-        spans: list[list[tuple[int, int, int]]] = [[] for _ in texts]
-        start = 0
-        for rows in masks:
-            for span, row in zip(spans, rows, strict=True):
-                span.append((start, start + max(sum(row) - 2, 0), start + len(row)))
-            start += len(rows[0])
-        return spans
+        views = text_encoders(self.pipeline, call_defaults(self.pipeline))
+        spans = [view for view in views if not view.column]  # CLIPs side by side share one
+
+        def span(view: TextEncoderView, text: str) -> tuple[int, int, int]:
+            last = max(view.first + view.tokenize(text)[1] - 1, 0)
+            return view.row, view.row + last, view.row + view.limit
+
+        return [[span(view, text) for view in spans] for text in texts]
 
     def _tokenize(self, texts: list[str], **options: Any) -> Any:
         tokenizer = self.pipeline.tokenizer
@@ -361,6 +363,11 @@ class Model:
         return pixels.clamp(-1, 1)
 
 
+def dtype_name(value: Any) -> str:
+    """Return the type of a tensor's or a network's values, a key of `DTYPES` if it is one."""
+    return next((name for name in DTYPES if DTYPES[name] == value.dtype), str(value.dtype))
+
+
 def check_is_loaded(model: object) -> None:
     """Check that a value is a loaded model.
 
@@ -377,8 +384,3 @@ def check_is_loaded(model: object) -> None:
 def components_of(pipeline: Pipeline) -> tuple[str, ...]:
     """Return the names of a pipeline's components that have weights."""
     return (denoiser_name(pipeline), "vae", *text_encoder_names(pipeline))
-
-
-def text_encoder_names(pipeline: Pipeline) -> tuple[str, ...]:
-    """Return the names of the text encoders that a pipeline has; SD 3 may lack its third."""
-    return tuple(name for name in TEXT_ENCODERS if getattr(pipeline, name, None) is not None)

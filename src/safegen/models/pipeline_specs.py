@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from safegen.core.errors import ConfigError
 from safegen.models.conditioning import Conditioning
-from safegen.models.text_encoder import expand_prompt
 
 LENGTH_OPTION = "max_sequence_length"
 """Option of a call that sets how many tokens T5 reads, where a pipeline has it."""
@@ -69,8 +69,10 @@ class PipelineSpec:
     denoisers: tuple[str, ...]
     """Attributes with the networks that predict the noise."""
     guidance_attributes: tuple[str, ...]
-    """Attributes with the guidance scale of each denoiser."""
+    """Attributes with the guidance scale of each denoiser; none if only the call has it."""
     encode: EncodeFunction
+    token_encoders: tuple[str, ...]
+    """Text encoders of the token embeddings; others give the pooled embedding alone."""
     encode_options: tuple[str, ...] = ()
     """Options of a call that change how text is encoded."""
     guidance_option: str = "guidance_scale"
@@ -80,16 +82,26 @@ class PipelineSpec:
     makes_videos: bool = False
 
 
-_SD = PipelineSpec(1, ("unet",), ("guidance_scale",), _encode_sd, ("clip_skip",))
-_SDXL = PipelineSpec(1, ("unet",), ("guidance_scale",), _encode_sdxl, ("clip_skip",))
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Text encoders of a pipeline; SD 1.x and 2.x have one, SDXL and FLUX two, SD 3 up to three."""
+_SD = PipelineSpec(1, ("unet",), ("guidance_scale",), _encode_sd, TEXT_ENCODERS[:1], ("clip_skip",))
+_SDXL = PipelineSpec(
+    1, ("unet",), ("guidance_scale",), _encode_sdxl, TEXT_ENCODERS[:2], ("clip_skip",)
+)
 _SD3 = PipelineSpec(
-    1, ("transformer",), ("guidance_scale",), _encode_sd3, ("clip_skip", LENGTH_OPTION)
+    1,
+    ("transformer",),
+    ("guidance_scale",),
+    _encode_sd3,
+    TEXT_ENCODERS,
+    ("clip_skip", LENGTH_OPTION),
 )
 _FLUX = PipelineSpec(
     2,
     ("transformer",),
-    ("true_cfg_scale",),
+    (),
     _encode_flux,
+    ("text_encoder_2",),
     (LENGTH_OPTION,),
     guidance_option="true_cfg_scale",
 )
@@ -111,6 +123,7 @@ PIPELINE_SPECS: Mapping[str, PipelineSpec] = {
         ("transformer", "transformer_2"),
         ("guidance_scale", "_guidance_scale_2"),
         _encode_wan,
+        ("text_encoder",),
         (LENGTH_OPTION,),
         makes_videos=True,
     ),
@@ -126,10 +139,22 @@ NOISE_PIPELINES = tuple(n for n in IMAGE_PIPELINES if not PIPELINE_SPECS[n].star
 """Those of them that start from noise: the classes of models."""
 
 
-def spec_name(kind: type) -> str | None:
-    """Return the name in `PIPELINE_SPECS` that a pipeline's class has or extends, if any."""
+def spec_class(kind: type) -> type | None:
+    """Return the class of diffusers in `PIPELINE_SPECS` that a pipeline's class is or extends."""
     bases = (c for c in kind.__mro__ if c.__module__.startswith("diffusers."))
-    return next((c.__name__ for c in bases if c.__name__ in PIPELINE_SPECS), None)
+    return next((c for c in bases if c.__name__ in PIPELINE_SPECS), None)
+
+
+def spec_of(pipe: Any) -> PipelineSpec | None:
+    """Return how a pipeline guides and encodes; None if that is unknown."""
+    kind = spec_class(type(pipe))
+    return PIPELINE_SPECS[kind.__name__] if kind else None
+
+
+def guidance_option(pipe: Any) -> str:
+    """Return the option of a pipeline's call with the scale of classifier-free guidance."""
+    spec = spec_of(pipe)
+    return spec.guidance_option if spec else "guidance_scale"
 
 
 def denoiser_name(pipe: Any) -> str:
@@ -153,26 +178,6 @@ def call_defaults(pipe: Any) -> dict[str, Any]:
     return defaults
 
 
-def text_masks(pipe: Any, texts: Sequence[str]) -> list[list[list[int]]]:
-    """Return the attention mask of each text, by span of its token embeddings.
-
-    A mask is 1 at the marks and tokens of a text. Encoders that share columns share a span.
-    """
-    names = [name for name in ("tokenizer", "tokenizer_2", "tokenizer_3") if hasattr(pipe, name)]
-    known = [t for name in names if (t := getattr(pipe, name)) is not None]
-    t5 = [tokenizer for tokenizer in known if is_t5(tokenizer)]
-    clip = [tokenizer for tokenizer in known if not is_t5(tokenizer)][:1]
-    spans = t5 if spec_name(type(pipe)) == "FluxPipeline" else [*clip, *t5]
-    length = call_defaults(pipe).get(LENGTH_OPTION)
-    masks = []
-    for tokenizer in spans:
-        limit = length if is_t5(tokenizer) else tokenizer.model_max_length
-        expanded = [expand_prompt(pipe, text, tokenizer) for text in texts]
-        options = {"padding": "max_length", "max_length": limit, "truncation": True}
-        masks.append([list(row) for row in tokenizer(expanded, **options).attention_mask])
-    return masks
-
-
 def is_t5(tokenizer: Any) -> bool:
     """Return whether a tokenizer is that of a T5 encoder."""
     return type(tokenizer).__name__.startswith("T5")
@@ -188,8 +193,16 @@ def encode_texts(
         pipe: pipeline of a class in `PIPELINE_SPECS`, or one that extends it.
         texts: the texts.
         options: options of the call.
+
+    Raises:
+        ConfigError: the class is unknown.
     """
-    spec = PIPELINE_SPECS[spec_name(type(pipe)) or ""]
+    spec = spec_of(pipe)
+    if spec is None:
+        raise ConfigError(
+            f"pipeline must be one of {', '.join(PIPELINE_SPECS)}, got {type(pipe).__name__}. "
+            "Load one of these."
+        )
     defaults = call_defaults(pipe)
     own = {k: (options or {}).get(k, defaults[k]) for k in spec.encode_options}
     return spec.encode(pipe, texts, own)

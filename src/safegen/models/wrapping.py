@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, cast
 from weakref import ref
 
 from diffusers import DiffusionPipeline
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, PatchError
 from safegen.core.quiet import silence_libraries
 from safegen.models.denoisers import DENOISERS
 from safegen.models.model import Model
@@ -53,6 +54,27 @@ def model_of(target: Any) -> Model:
     model = Model(_name_of(target), cast(Any, pipeline))
     setattr(denoiser, ATTRIBUTE, model)  # nobody else need hold it
     return model
+
+
+def check_shared(target: Any, model: Model, components: Iterable[str | None]) -> None:
+    """Check that a pipeline has the text encoders of its model, which has the same denoiser.
+
+    Args:
+        target: what `model_of` returned the model for.
+        model: the model.
+        components: names of the text encoders.
+
+    Raises:
+        PatchError: it has another one.
+    """
+    pipeline = getattr(target, "pipeline", target)
+    for component in sorted(filter(None, components)):
+        own = getattr(model.pipeline, component, None)
+        if pipeline is not model.denoiser and getattr(pipeline, component, None) is not own:
+            raise PatchError(
+                f"{component} of the pipeline must be that of {model.name!r}, which has the same "
+                "denoiser, got another one. Load a pipeline with a denoiser of its own"
+            )
 
 
 def _is_denoiser(target: Any) -> bool:

@@ -13,6 +13,7 @@ from safegen.core.errors import ConfigError, PatchError
 from safegen.models.applied_patch import AppliedPatch
 from safegen.models.checkpoint.metadata import ParentRef, PatchMetadata, PatchRecord
 from safegen.models.model import Model
+from safegen.models.patched_weights import WEIGHTS, hash_components, hash_parts, pipeline_weights
 from safegen.patches.patch import BaseMismatchWarning, Patch, PatchOverlapWarning
 
 Overlap = Literal["refuse", "add", "last"]
@@ -80,7 +81,7 @@ def merge(
     """
     if len(patches) < 2:
         raise ConfigError(f"number of patches to merge must be >= 2, got {len(patches)}")
-    base = _common("base weights", [patch.metadata.base for patch in patches])
+    bases = _common_bases(patches)
     family = _common("family", [patch.metadata.family for patch in patches])
     if model is not None:
         for patch in patches:
@@ -95,12 +96,14 @@ def merge(
     if conflicts and overlap == "add":
         if model is None:
             raise ConfigError("overlap add needs the base model of the patches, got none. Name it")
-        _check_base(base or model.hash, model)
+        _check_bases(bases, model)
         tensors |= _summed(conflicts, patches, model)
     metadata = PatchMetadata(
         method="merge",
-        base=base,
+        base=bases.get(WEIGHTS)
+        or next((p.metadata.base for p in patches if p.metadata.base), None),
         family=family,
+        components=_components(bases),
         parents=_outer_parents(patches),
         parts=tuple(PatchRecord(hash=p.hash, metadata=p.metadata) for p in patches),
         overlap=overlap if conflicts else None,
@@ -133,6 +136,7 @@ def include(first: Patch, second: Patch) -> Patch:
     metadata = second.metadata.model_copy(
         update={
             "parents": tuple(outer),
+            "components": _components(_common_bases([first, second])),
             "parts": (PatchRecord(hash=first.hash, metadata=first.metadata),),
             "description": f"{second.metadata.description or ''} It starts from the patch "
             f"{first.metadata.method or 'unknown'} {first.hash[:12]}{note}.".lstrip(),
@@ -152,6 +156,18 @@ def _common(what: str, values: Sequence[str | None]) -> str | None:
     return stated[0] if stated else None
 
 
+def _common_bases(patches: Sequence[Patch]) -> dict[str, str]:
+    """Return the stated hash of each part that patches change; errors as in `_common`."""
+    parts = dict.fromkeys(part for patch in patches for part in patch.bases)
+    bases = {part: _common(f"base {part}", [p.bases.get(part) for p in patches]) for part in parts}
+    return {part: base for part, base in bases.items() if base is not None}
+
+
+def _components(bases: Mapping[str, str]) -> dict[str, str]:
+    """Return the hashes of text encoders alone."""
+    return {part: base for part, base in bases.items() if part != WEIGHTS}
+
+
 def _outer_parents(patches: Sequence[Patch]) -> tuple[ParentRef, ...]:
     """Return the parents of patches that are not among the patches themselves."""
     hashes = {patch.hash for patch in patches}
@@ -166,7 +182,7 @@ def _outer_parents(patches: Sequence[Patch]) -> tuple[ParentRef, ...]:
 
 def _summed(names: Sequence[str], patches: Sequence[Patch], model: Model) -> dict[str, Tensor]:
     """Return the base's weights with the changes of all patches added."""
-    parameters = dict(model.denoiser.named_parameters())
+    parameters = pipeline_weights(model.pipeline)
     tensors = {}
     for name in names:
         deltas = [
@@ -179,18 +195,20 @@ def _summed(names: Sequence[str], patches: Sequence[Patch], model: Model) -> dic
     return tensors
 
 
-def _check_base(base: str, model: Model) -> None:
-    """Check that a model has the weights of a base and no patch on it."""
+def _check_bases(bases: Mapping[str, str], model: Model) -> None:
+    """Check that a model has no patch on it, and the hash of each part (`Patch.bases`)."""
     if model.patches:
         raise ConfigError(
             f"model must have no patch applied, got {len(model.patches)} on {model.name!r}. Load a "
             "clean model"
         )
-    if base != model.hash:
-        raise PatchError(
-            f"model must have the weights {base[:12]} that the patch was made on, got "
-            f"{model.hash[:12]} of {model.name!r} as {model.dtype}"
-        )
+    found = {WEIGHTS: model.hash} | hash_components(model, bases)
+    for part, base in bases.items():
+        if base != found[part]:
+            raise PatchError(
+                f"model must have the {part} {base[:12]} that the patch was made on, got "
+                f"{found[part][:12]} of {model.name!r} as {model.dtype}"
+            )
 
 
 def _delta(patch: Patch, name: str, base: Tensor, patches: Sequence[Patch]) -> Tensor:
@@ -228,19 +246,20 @@ def rebase(patch: Patch, base: Model, target: Model) -> Patch:
         warnings.simplefilter("ignore", BaseMismatchWarning)  # checked below, or intended
         for model in (base, target):
             patch.check_compatible(model)
-    _check_base(patch.metadata.base or base.hash, base)
-    _check_base(target.hash, target)
+    _check_bases(patch.bases, base)
+    _check_bases({}, target)
     if parents := patch.metadata.parents:
         raise ConfigError(
             f"patch must have no parents, got {parents[0].method} ({parents[0].hash[:12]}). Merge "
             "the two (`safegen patch merge`), and rebase that"
         )
-    if base.hash == target.hash:
+    bases = hash_parts(target, patch.names)
+    if bases == hash_parts(base, patch.names):
         raise ConfigError(
             f"base and target must have different weights, got {base.name!r} and {target.name!r}. "
             "Apply the patch itself"
         )
-    old, new = (dict(model.denoiser.named_parameters()) for model in (base, target))
+    old, new = (pipeline_weights(model.pipeline) for model in (base, target))
     tensors, change, drift, size = {}, 0.0, 0.0, 0.0
     for name, value in patch.tensors.items():
         before, after, tuned = (x.detach().cpu().double() for x in (old[name], value, new[name]))
@@ -256,6 +275,7 @@ def rebase(patch: Patch, base: Model, target: Model) -> Patch:
         method="rebase",
         base=target.hash,
         family=target.family,
+        components=_components(bases),
         parts=(PatchRecord(hash=patch.hash, metadata=patch.metadata),),
         moved={"change": (change / size) ** 0.5, "fine_tune": (drift / size) ** 0.5}
         if size
@@ -270,8 +290,8 @@ def compare(first: Patch, second: Patch) -> Mapping[str, Any]:
     Returns:
         `same` (all values are equal), `only_first`, `only_second` and `both` (numbers of weights),
         `unequal` (how many of both), `distance` (|a - b| / |a| over the weights of both), `shapes`
-        (weights of unequal shape), `base` (both were made on the same weights; None if one does not
-        state them).
+        (weights of unequal shape), `base` (what both change had the same weights before; None if
+        they state none in common).
     """
     both = sorted(first.names & second.names)
     shapes = [name for name in both if first.tensors[name].shape != second.tensors[name].shape]
@@ -282,7 +302,7 @@ def compare(first: Patch, second: Patch) -> Mapping[str, Any]:
     ]
     size = sum(float(a.pow(2).sum()) for a, _ in pairs) ** 0.5
     gap = sum(float((a - b).pow(2).sum()) for a, b in pairs) ** 0.5
-    bases = [patch.metadata.base for patch in (first, second)]
+    shared = first.bases.keys() & second.bases.keys()
     return {
         "same": first.hash == second.hash,
         "only_first": len(first.names - second.names),
@@ -291,5 +311,5 @@ def compare(first: Patch, second: Patch) -> Mapping[str, Any]:
         "unequal": sum(not torch.equal(a, b) for a, b in pairs) + len(shapes),
         "distance": gap / size if size else None,
         "shapes": shapes,
-        "base": None if None in bases else bases[0] == bases[1],
+        "base": all(first.bases[p] == second.bases[p] for p in shared) if shared else None,
     }

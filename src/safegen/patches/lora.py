@@ -17,6 +17,7 @@ from safegen.core.errors import ConfigError, SafegenWarning
 from safegen.core.tensor_files import write_tensors
 from safegen.models.checkpoint.metadata import METADATA_KEY
 from safegen.models.model import Model
+from safegen.models.patched_weights import component_of
 from safegen.models.selectors import FLUX, SD3
 from safegen.patches.lora_keys import KeyFormat, lora_tensors
 from safegen.patches.patch import Patch
@@ -93,7 +94,8 @@ def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
         rank: highest rank of a factor.
 
     Raises:
-        ConfigError: the rank is below 1, or no changed weight is a matrix or convolution.
+        ConfigError: the rank is below 1, no changed weight is a matrix or convolution, or the patch
+            changes a text encoder.
         PatchError: the patch does not fit the model.
 
     Warns:
@@ -103,6 +105,11 @@ def extract_lora(patch: Patch, model: Model, rank: int) -> Lora:
     if rank < 1:
         raise ConfigError(f"rank of a LoRA must be >= 1, got {rank}")
     patch.check_compatible(model)
+    if component := next(filter(None, map(component_of, patch.tensors)), None):
+        raise ConfigError(
+            f"a LoRA must be of a patch of the denoiser alone, got one that changes {component}. "
+            "Export the model instead: safegen export"
+        )
     patch.warn_missing_parents(model)
     parameters = dict(model.denoiser.named_parameters())
     factors, energies, left_out = {}, {}, []

@@ -201,7 +201,7 @@ def read_lora(path: Path, model: Model) -> LoraFactors:
             "not read, since half of them would be lost"
         )
     if metadata.base not in (None, model.hash):
-        warn_base_mismatch("LoRA", metadata.base, model)
+        warn_base_mismatch("LoRA", "weights", metadata.base, model.hash, model)
     return LoraFactors(path.name, _without_zeros(factors, path), len(text_encoder), metadata)
 
 

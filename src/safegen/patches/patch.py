@@ -1,9 +1,10 @@
-"""Patches: new values for some weights of a denoiser, with metadata."""
+"""Patches: new values for some weights of a denoiser and of text encoders, with metadata."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,10 +23,12 @@ from safegen.core.text import short_repr
 from safegen.models.applied_patch import AppliedPatch
 from safegen.models.checkpoint.metadata import PATCH_FORMAT, PatchMetadata, read_patch_metadata
 from safegen.models.loading import LORA_ENDINGS
-from safegen.models.model import Model
-from safegen.models.selectors import weights_by_name
-from safegen.models.wrapping import model_of
+from safegen.models.model import Model, dtype_name
+from safegen.models.patched_weights import WEIGHTS, component_of, hash_parts, pipeline_weights
+from safegen.models.text_encoder import text_encoder_names
+from safegen.models.wrapping import check_shared, model_of
 
+LAYERS = ("attn1", "attn2", "attn")
 LARGE_CHANGE = 10.0
 """Size of a change, as a multiple of the size of the changed weights, that is warned about.
 
@@ -48,6 +51,9 @@ class PatchOverlapWarning(SafegenWarning):
 @dataclass(frozen=True, eq=False)
 class Patch:
     """New values by parameter name of the denoiser, with their metadata.
+
+    Names of weights of a text encoder begin with its component's name in the pipeline, such as
+    `text_encoder.text_model.final_layer_norm.weight`.
 
     Example:
         >>> model = safegen.load("mini")
@@ -79,12 +85,22 @@ class Patch:
 
     @property
     def layer_counts(self) -> dict[str, int]:
-        """Number of changed tensors by kind of layer: `attn1`, `attn2` and `other`."""
-        counts: dict[str, int] = {}
-        for name in self.tensors:
-            kind = next((kind for kind in ("attn1", "attn2") if f".{kind}." in name), "other")
-            counts[kind] = counts.get(kind, 0) + 1
-        return dict(sorted(counts.items()))
+        """Number of changed tensors by kind of layer or text encoder.
+
+        Kinds are `LAYERS` and `other` of the denoiser, and names of components.
+        """
+        layers = {n: next((k for k in LAYERS if f".{k}." in n), "other") for n in self.tensors}
+        return dict(sorted(Counter(component_of(n) or k for n, k in layers.items()).items()))
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """Stated hash without patches of each part that it changes; see `hash_parts`.
+
+        A patch of text encoders alone is not tied to a denoiser.
+        """
+        parts = {component_of(name) or WEIGHTS for name in self.tensors}
+        stated = {WEIGHTS: self.metadata.base, **self.metadata.components}
+        return {part: base for part, base in stated.items() if base and part in parts}
 
     def save(self, path: str | Path) -> None:
         """Write the patch to a new file.
@@ -155,10 +171,15 @@ class Patch:
 
     def _matching_parameters(self, model: Model) -> dict[str, torch.nn.Parameter]:
         """Return a model's parameters by name, after a check that every tensor fits one."""
-        parameters = weights_by_name(model.denoiser)
+        parameters = pipeline_weights(model.pipeline)
         prefix = f"the patch does not fit the model {model.name!r}"
         for name, value in self.tensors.items():
             if name not in parameters:
+                component = component_of(name)
+                if component and component not in text_encoder_names(model.pipeline):
+                    raise PatchError(
+                        f"{prefix}: it has no {component}. Use a pipeline that has one"
+                    )
                 raise PatchError(
                     f"{prefix}: it has no weight {name}. It was made for another family"
                 )
@@ -182,10 +203,11 @@ class Patch:
         check_family(
             f"the patch does not fit the model {model.name!r}", self.metadata.family, model
         )
-        if self.metadata.base not in (None, model.hash):
-            warn_base_mismatch(
-                "patch", self.metadata.base, model, f" It {self.describe_change(model)}."
-            )
+        found = hash_parts(model, self.names)
+        for part, base in self.bases.items():
+            if base != found[part]:
+                change = f" It {self.describe_change(model)}."
+                warn_base_mismatch("patch", part, base, found[part], model, change)
 
     def warn_missing_parents(self, model: Model) -> None:
         """Warn of each parent of the patch that is not on a model.
@@ -209,27 +231,30 @@ class Patch:
         """Write the new values into a model in memory; `undo()` restores the old ones exactly.
 
         Args:
-            model: a `Model`, a diffusers pipeline, or its UNet.
+            model: a `Model`, a diffusers pipeline, or its denoiser, if the patch changes nothing
+                else.
             hidden: do not list this patch as a parent of patches that are made on the model
                 meanwhile.
 
         Raises:
             ConfigError: `model` is none of them, or its weights are offloaded.
-            PatchError: see `check_compatible`, or a value is not finite in the model's type.
+            PatchError: see `check_compatible`, a value is not finite in the model's type, or the
+                pipeline has another text encoder than the one that shares its denoiser.
 
         Warns:
             BaseMismatchWarning: see `check_compatible` and `warn_missing_parents`.
             LargeChangeWarning: the weights change by more than `LARGE_CHANGE` times their size.
         """
-        model = model_of(model)
+        target, model = model, model_of(model)
+        check_shared(target, model, {component_of(name) for name in self.names} - {None})
         _ = model.hash  # taken before any weight changes
         self.check_compatible(model)
-        parameters = weights_by_name(model.denoiser)
+        parameters = pipeline_weights(model.pipeline)
         for name, value in self.tensors.items():
             if not bool(value.to(parameters[name].dtype).isfinite().all()):
                 raise PatchError(
-                    f"values of the patch must be finite in {model.dtype}, the type of "
-                    f"{model.name!r}, got others in {name}. "
+                    f"values of the patch must be finite in {dtype_name(parameters[name])}, the "
+                    f"type of {model.name!r}, got others in {name}. "
                     "Load the model as fp32 or bf16"
                 )
         self.warn_missing_parents(model)
@@ -277,12 +302,16 @@ def warn_large_change(kind: str, change: float | None) -> None:
         )
 
 
-def warn_base_mismatch(kind: str, base: str | None, model: Model, change: str = "") -> None:
+def warn_base_mismatch(
+    kind: str, what: str, base: str | None, present: str, model: Model, change: str = ""
+) -> None:
     """Warn that a patch or LoRA was made on other weights than a model's.
 
     Args:
         kind: `patch` or `LoRA`.
+        what: the weights, in words.
         base: hash of the weights that it was made on.
+        present: hash of those of the model.
         model: the model.
         change: a sentence on what it changes.
 
@@ -296,8 +325,8 @@ def warn_base_mismatch(kind: str, base: str | None, model: Model, change: str = 
         else ""
     )
     warnings.warn(
-        f"the {kind} was made on weights {str(base)[:12]}, the model {model.name!r} has "
-        f"{model.hash[:12]}.{rounded}{change} "
+        f"the {kind} was made on {what} {str(base)[:12]}, the model {model.name!r} has "
+        f"{present[:12]}.{rounded}{change} "
         "Measure the result before you trust it",
         BaseMismatchWarning,
         stacklevel=4,

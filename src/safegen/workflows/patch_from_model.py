@@ -16,6 +16,8 @@ from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.fingerprint import ModelFingerprint
 from safegen.models.loading import load
 from safegen.models.model import Model
+from safegen.models.patched_weights import hash_components, pipeline_weights
+from safegen.models.pipeline_specs import TEXT_ENCODERS
 from safegen.patches.patch import Patch
 
 METHOD = "from-model"
@@ -38,7 +40,7 @@ def patch_from_model(
 ) -> Patch:
     """Return the patch that turns a base model into an edited one, bit for bit.
 
-    One model is in memory at a time, beside the denoiser's weights of the other.
+    One model is in memory at a time, beside the denoiser and text encoders of the other.
 
     Args:
         edited: edited model, or a .safetensors file with weights of the denoiser alone.
@@ -48,10 +50,10 @@ def patch_from_model(
         config: for one-file checkpoints, a diffusers folder with their configuration files.
 
     Returns:
-        The patch: each weight of the denoiser that differs.
+        The patch: each weight of the denoiser and of text encoders that differs.
 
     Raises:
-        PatchError: no weight differs, or the models differ in more than the denoiser.
+        PatchError: no weight differs, or the models differ in more than these.
         ConfigError: the base has another architecture.
         UserError: a model cannot be loaded.
 
@@ -80,7 +82,7 @@ def patch_from_model(
     else:
         model = open_model(edited)
         fingerprint = ModelFingerprint.of(model)
-        values = {key: p.detach().cpu() for key, p in model.denoiser.named_parameters()}
+        values = {n: p.detach().cpu() for n, p in pipeline_weights(model.pipeline).items()}
         del model
     plain = open_model(base)
     if fingerprint is not None:
@@ -97,7 +99,7 @@ def _is_denoiser_file(path: Path) -> bool:
 
 
 def _check_parts(edited: ModelFingerprint, base: ModelFingerprint) -> None:
-    """Check that two models differ in the denoiser's weights alone.
+    """Check that two models differ in the weights of denoiser and text encoders alone.
 
     Raises:
         ConfigError: they have other architectures.
@@ -105,16 +107,16 @@ def _check_parts(edited: ModelFingerprint, base: ModelFingerprint) -> None:
     """
     edited.check_architecture(base)
     parts = edited.differing_parts(base)
-    if others := [part for part in parts if part not in SCHEDULE]:
+    if others := [part for part in parts if part not in (*SCHEDULE, *TEXT_ENCODERS)]:
         raise PatchError(
-            f"{edited.name!r} and {base.name!r} must differ in the denoiser alone, got differences "
-            f"in {', '.join(others)}, which a patch does not hold. "
+            f"{edited.name!r} and {base.name!r} must differ in denoiser and text encoders "
+            f"alone, got differences in {', '.join(others)}, which a patch does not hold. "
             "Compare the model itself: safegen evaluate BASE --stack NAME=EDITED"
         )
-    if parts:
+    if schedule := [part for part in parts if part in SCHEDULE]:
         warnings.warn(
-            f"{edited.name!r} has another {parts[0]} than {base.name!r}. The patch holds weights "
-            "alone: generate both with the same one",
+            f"{edited.name!r} has another {schedule[0]} than {base.name!r}. The patch holds "
+            "weights alone: generate both with the same one",
             SafegenWarning,
             stacklevel=3,
         )
@@ -123,7 +125,7 @@ def _check_parts(edited: ModelFingerprint, base: ModelFingerprint) -> None:
 @torch.no_grad()
 def _difference(values: Mapping[str, Tensor], base: Model, name: str) -> Patch:
     """Return the values that differ from a base's, as a patch for it."""
-    old = dict(base.denoiser.named_parameters())
+    old = pipeline_weights(base.pipeline)
     changed: dict[str, Tensor] = {}
     rounded = 0
     for key, value in values.items():
@@ -143,7 +145,7 @@ def _difference(values: Mapping[str, Tensor], base: Model, name: str) -> Patch:
         )
     if not changed:
         raise PatchError(
-            f"{name!r} must differ from {base.name!r}, got equal weights of the denoiser. "
+            f"{name!r} must differ from {base.name!r}, got equal weights. "
             "Name the edited model first, then its base"
         )
     if rounded:
@@ -161,6 +163,7 @@ def _difference(values: Mapping[str, Tensor], base: Model, name: str) -> Patch:
             model=display_name(base.name),
             base=base.hash,
             family=base.family,
+            components=hash_components(base, changed),
             description=f"Weights of {name} that differ from {display_name(base.name)}: "
             f"{len(changed)} of {len(old)}, {_kinds(patch)}.",
         ),

@@ -14,6 +14,7 @@ from safegen.core.errors import ConfigError, check_keywords
 from safegen.guards import GuardConfig, GuardTrace, read_guard
 
 if TYPE_CHECKING:
+    from safegen.models.applied_patch import AppliedPatch
     from safegen.patches.patch import Patch
 
     PatchSpec = Patch | str | Path
@@ -21,7 +22,7 @@ GuardSpec = str | Mapping[str, Any] | GuardConfig
 """Guard: its name, with a preset after a dash (`sld-medium`), its table, or its settings."""
 CHECKER = "safety-checker"
 _OWN = frozenset(
-    ("pipe", "guards", "patches", "traces", "_guarded", "_resources", "_applied", "_unet")
+    ("pipe", "guards", "patches", "traces", "_guarded", "_resources", "_applied", "_networks")
 )
 
 
@@ -135,7 +136,7 @@ class ProtectedPipeline:
         warn_of_overlap(loaded)
         with ExitStack() as stack:
             own["_applied"] = [stack.enter_context(each.apply(pipe)) for each in loaded]
-            own["_unet"] = getattr(pipe, "unet", None)
+            own["_networks"] = _patched_networks(pipe, own["_applied"])
             own["_guarded"] = GuardedPipeline(pipe, guards) if guards else None
             own["_resources"] = stack.pop_all()
         own |= {"pipe": pipe, "guards": tuple(guards), "traces": []}
@@ -156,11 +157,11 @@ class ProtectedPipeline:
         if self._resources is None:
             raise ConfigError("the pipeline is no longer protected. Call safegen.protect again.")
         if any(applied not in applied.model.applied_patches for applied in self._applied) or (
-            self._applied and self.pipe.unet is not self._unet
+            _patched_networks(self.pipe, self._applied) != self._networks
         ):
             raise ConfigError(
-                "patches must stay on the pipeline, and one was undone or the UNet replaced. Call "
-                "safegen.unprotect, then protect again."
+                "patches must stay on the pipeline, and one was undone, or a network replaced. "
+                "Call safegen.unprotect, then protect again."
             )
         if self._guarded is None:
             vars(self)["traces"] = []
@@ -236,9 +237,9 @@ class ProtectedPipeline:
         """Set an attribute of the pipeline.
 
         Raises:
-            AttributeError: it is one of this object's own, or the UNet with patches on it.
+            AttributeError: it is one of this object's own, or a network with patches on it.
         """
-        if name in _OWN or (name == "unet" and self._applied and self._resources):
+        if name in _OWN or (name in self._networks and self._resources):
             raise AttributeError(
                 f"{name} cannot be set on a protected pipeline. Call safegen.unprotect first."
             )
@@ -283,6 +284,15 @@ def _read_guards(
             f"concept must be used by a guard, got {known.name!r}, which none uses. Leave it out."
         )
     return configs
+
+
+def _patched_networks(pipe: Any, applied: Sequence[AppliedPatch]) -> dict[str, Any]:
+    """Return the networks of a pipeline that patches change, by component name."""
+    from safegen.models.patched_weights import component_of
+    from safegen.models.pipeline_specs import denoiser_name
+
+    names = {component_of(name) or denoiser_name(pipe) for each in applied for name in each.names}
+    return {name: getattr(pipe, name, None) for name in sorted(names)}
 
 
 def _with_checker(pipe: Any, guard: GuardSpec) -> GuardSpec:

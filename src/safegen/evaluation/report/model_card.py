@@ -29,6 +29,7 @@ KINDS = {
 """Kinds of a card's subject, and their text."""
 METADATA = {
     "base": "made on weights (SHA-256)",
+    "components": "made on text encoders (SHA-256)",
     "data": "triplets or images (SHA-256)",
     "updates": "updates of training",
     "seconds": "seconds it took",

@@ -1,9 +1,8 @@
-"""Adapter of diffusers pipelines: the only module that knows how each class guides and encodes."""
+"""Adapter of diffusers pipelines: what guards ask one, and where they can hook it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any, Literal, get_args
 
@@ -11,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
-from safegen.models.text_encoder import text_encoders
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import default_side, pack_latents, packs_latents, unpack_latents
+from safegen.models.pipeline_specs import NOISE_PIPELINES, PIPELINE_SPECS, encode_texts, spec_class
+from safegen.models.text_encoder import TextEncoderView, count_tokens, text_encoders
 
 HookPoint = Literal[
     "prompt",
@@ -34,117 +36,8 @@ EXTERNAL_POINTS: frozenset[HookPoint] = frozenset({"prompt", "probe", "image"})
 IMAGE_OPTIONS = ("image", "mask_image", "control_image")
 """Options with an image per prompt: a list, or a batch (n, c, h, w)."""
 NUM_IMAGES_OPTIONS = ("num_images_per_prompt", "num_videos_per_prompt")
-LENGTH_OPTION = "max_sequence_length"
-"""Option that sets how many tokens are read, where a pipeline has it."""
-
-
-@dataclass(frozen=True, eq=False)
-class TextEmbeds:
-    """Text embeddings that rows of the denoiser are conditioned on."""
-
-    hidden: Tensor
-    """Token embeddings, (b, tokens, width)."""
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further tensors (b, ...) by their name in `added_cond_kwargs`, such as SDXL's pooled text."""
-
-    @staticmethod
-    def concat(embeds: Sequence[TextEmbeds]) -> TextEmbeds:
-        """Return the rows of several embeddings in one batch."""
-        return TextEmbeds(
-            torch.cat([e.hidden for e in embeds]),
-            {k: torch.cat([e.extra[k] for e in embeds]) for k in embeds[0].extra},
-        )
-
-    def select(self, rows: slice | list[int]) -> TextEmbeds:
-        """Return some of the rows."""
-        return TextEmbeds(self.hidden[rows], {k: v[rows] for k, v in self.extra.items()})
-
-    def expand(self, n: int) -> TextEmbeds:
-        """Return `n` rows, a multiple of b: every row repeated equally often, repeats adjacent."""
-        return TextEmbeds(
-            self.hidden.repeat_interleave(n // len(self.hidden), 0),
-            {k: v.repeat_interleave(n // len(v), 0) for k, v in self.extra.items()},
-        )
-
-    def to(self, like: Tensor) -> TextEmbeds:
-        """Return the embeddings with the dtype and device of another tensor."""
-        return TextEmbeds(self.hidden.to(like), {k: v.to(like) for k, v in self.extra.items()})
-
-
-EncodeFunction = Callable[[Any, Sequence[str], Mapping[str, Any]], TextEmbeds]
-
-
-def _encode_sd(pipe: Any, texts: Sequence[str], options: Mapping[str, Any]) -> TextEmbeds:
-    return TextEmbeds(
-        pipe.encode_prompt(list(texts), pipe._execution_device, 1, False, **options)[0]
-    )
-
-
-def _encode_sdxl(pipe: Any, texts: Sequence[str], options: Mapping[str, Any]) -> TextEmbeds:
-    outputs = pipe.encode_prompt(
-        list(texts), device=pipe._execution_device, do_classifier_free_guidance=False, **options
-    )
-    return TextEmbeds(outputs[0], {"text_embeds": outputs[2]})
-
-
-def _encode_wan(pipe: Any, texts: Sequence[str], options: Mapping[str, Any]) -> TextEmbeds:
-    return TextEmbeds(
-        pipe.encode_prompt(
-            list(texts), do_classifier_free_guidance=False, device=pipe._execution_device, **options
-        )[0]
-    )
-
-
-@dataclass(frozen=True)
-class PipelineSpec:
-    """How pipelines of one class guide and encode."""
-
-    calls_per_step: Literal[1, 2]
-    """Denoiser calls per guided step: 1 for [negative; prompt], 2 for prompt, then negative."""
-    denoisers: tuple[str, ...]
-    """Attributes with the networks that predict the noise."""
-    guidance_attributes: tuple[str, ...]
-    """Attributes with the guidance scale of each denoiser."""
-    encode: EncodeFunction
-    encode_options: tuple[str, ...] = ()
-    """Options of a call that change how text is encoded."""
-    extra_keys: tuple[str, ...] = ()
-    """Keys of `TextEmbeds.extra`."""
-    starts_from_image: bool = False
-    """Whether the initial latents are those of an image, which guards must not replace."""
-    makes_videos: bool = False
-
-
-_SD = PipelineSpec(1, ("unet",), ("guidance_scale",), _encode_sd, ("clip_skip",))
-_SDXL = PipelineSpec(
-    1, ("unet",), ("guidance_scale",), _encode_sdxl, ("clip_skip",), ("text_embeds",)
-)
-PIPELINE_SPECS = {
-    "StableDiffusionPipeline": _SD,
-    "StableDiffusionImg2ImgPipeline": replace(_SD, starts_from_image=True),
-    "StableDiffusionInpaintPipeline": replace(_SD, starts_from_image=True),
-    "StableDiffusionXLPipeline": _SDXL,
-    "StableDiffusionXLImg2ImgPipeline": replace(_SDXL, starts_from_image=True),
-    "StableDiffusionXLInpaintPipeline": replace(_SDXL, starts_from_image=True),
-    "WanPipeline": PipelineSpec(
-        2,
-        ("transformer", "transformer_2"),
-        ("guidance_scale", "_guidance_scale_2"),
-        _encode_wan,
-        (LENGTH_OPTION,),
-        makes_videos=True,
-    ),
-}
-"""Pipeline classes with a denoiser that guards can hook, and so their subclasses.
-
-Others have universal points only, and so have subclasses that replace one of `OWN_METHODS`.
-"""
 OWN_METHODS = ("__call__", "encode_prompt")
 """Methods on which the hooks depend: order of the denoiser's rows, and tokens of a prompt."""
-IMAGE_PIPELINES = tuple(name for name, spec in PIPELINE_SPECS.items() if not spec.makes_videos)
-"""Pipeline classes with latents of shape (b, c, h, w)."""
-NOISE_PIPELINES = tuple(n for n in IMAGE_PIPELINES if not PIPELINE_SPECS[n].starts_from_image)
-"""Those of them that start from noise, which guards may replace."""
 
 
 def clone_generator(generator: torch.Generator) -> torch.Generator:
@@ -158,7 +51,7 @@ class PipelineAdapter:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.pipeline_class = type(pipe).__name__
-        base = _supported_class(type(pipe))
+        base = spec_class(type(pipe))
         self.family = base.__name__ if base else ""
         """Name in `PIPELINE_SPECS` of the class or of the class that it extends; may be empty."""
         self.replaced = [m for m in OWN_METHODS if base and _is_replaced(pipe, base, m)]
@@ -207,27 +100,41 @@ class PipelineAdapter:
         """Scheduler steps of the running call."""
         return int(self.pipe.num_timesteps)
 
-    @property
-    def has_guidance(self) -> bool:
-        """Whether the running call uses classifier-free guidance."""
-        return bool(self.pipe.do_classifier_free_guidance)
+    def has_guidance(self, options: Mapping[str, Any]) -> bool:
+        """Return whether the running call uses classifier-free guidance.
 
-    @property
-    def guidance_applies(self) -> bool:
-        """Whether the running call uses guidance and does not rescale it afterwards."""
-        return self.has_guidance and not (getattr(self.pipe, "guidance_rescale", None) or 0.0) > 0
+        Args:
+            options: options of the call. FLUX guides only beside a negative prompt.
+        """
+        if hasattr(self.pipe, "do_classifier_free_guidance"):
+            return bool(self.pipe.do_classifier_free_guidance)
+        return self._option_scale(options) > 1 and options.get("negative_prompt") is not None
 
-    def guidance_scale(self, network: nn.Module) -> float:
+    def guidance_applies(self, options: Mapping[str, Any]) -> bool:
+        """Return whether the running call uses guidance and does not rescale it afterwards."""
+        rescale = getattr(self.pipe, "guidance_rescale", None) or 0.0
+        return self.has_guidance(options) and not rescale > 0
+
+    def guidance_scale(self, network: nn.Module, options: Mapping[str, Any]) -> float:
         """Return the guidance scale of the running call for one denoiser."""
         assert self.spec is not None
+        if not self.spec.guidance_attributes:
+            return self._option_scale(options)
         index = next(i for i, denoiser in enumerate(self.denoisers) if denoiser is network)
         scale = getattr(self.pipe, self.spec.guidance_attributes[index], None)
         return float(self.pipe.guidance_scale if scale is None else scale)
 
+    def _option_scale(self, options: Mapping[str, Any]) -> float:
+        """Return the guidance scale that a call asks for; 1 on a pipeline without guidance."""
+        option = self.spec.guidance_option if self.spec else "guidance_scale"
+        scale = options.get(option, self.call_defaults.get(option))
+        return 1.0 if scale is None else float(scale)
+
     @property
     def has_clip_skip(self) -> bool:
         """Whether the pipeline's `clip_skip` works: it needs a part that transformers 5 dropped."""
-        needs_part = self.spec is not None and self.spec.encode is _encode_sd
+        needs_part = self.spec is not None and self.spec.encode_options == ("clip_skip",)
+        needs_part = needs_part and not hasattr(self.pipe, "text_encoder_2")
         return not needs_part or hasattr(self.pipe.text_encoder, "text_model")
 
     @property
@@ -248,11 +155,11 @@ class PipelineAdapter:
         several_nets = hasattr(getattr(self.pipe, "controlnet", None), "nets")
         return () if n == 1 or several_nets else IMAGE_OPTIONS
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str], options: Mapping[str, Any] | None = None) -> TextEmbeds:
+    def encode(
+        self, texts: Sequence[str], options: Mapping[str, Any] | None = None
+    ) -> Conditioning:
         """Return texts as the pipeline encodes them in a call with these options, one row each."""
-        assert self.spec is not None
-        return self.spec.encode(self.pipe, texts, self._encode_options(options))
+        return encode_texts(self.pipe, texts, self._encode_options(options))
 
     def _encode_options(self, options: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the options that change the encoding, with the defaults of a call."""
@@ -261,21 +168,18 @@ class PipelineAdapter:
         defaults = self.call_defaults
         return {k: (options or {}).get(k, defaults[k]) for k in self.spec.encode_options}
 
+    def text_encoders(self, options: Mapping[str, Any] | None = None) -> list[TextEncoderView]:
+        """Return the text encoders that give a call with these options its tokens."""
+        return text_encoders(self.pipe, self._encode_options(options))
+
     def count_tokens(self, text: str, options: Mapping[str, Any] | None = None) -> tuple[int, int]:
-        """Return the tokens of a text with both ends, and how many are read.
+        """Return the tokens of a text with its marks, and how many are read."""
+        return count_tokens(self.text_encoders(options), text)
 
-        Of several text encoders, the one that leaves out most counts.
-        """
-        limit = self._encode_options(options).get(LENGTH_OPTION)
-        counts = [
-            (len(view.token_ids(text)), view.limit if limit is None else int(limit))
-            for view in text_encoders(self.pipe)
-        ]
-        return max(counts, key=lambda count: count[0] - count[1])
-
-    def last_token(self, text: str) -> int:
-        """Return the position of a text's last token that an encoder reads; 0 for an empty text."""
-        return max(view.tokenize(text)[1] for view in text_encoders(self.pipe))
+    def token_rows(self, text: str, options: Mapping[str, Any] | None = None) -> list[int]:
+        """Return the rows of the embedding that hold a text's own tokens."""
+        rows = (view.token_rows(text) for view in self.text_encoders(options))
+        return sorted({row for each in rows for row in each})
 
     def check_length(self, text: str, name: str, options: Mapping[str, Any] | None = None) -> None:
         """Refuse a text that the encoder would truncate: words that are not read guard nothing.
@@ -292,9 +196,10 @@ class PipelineAdapter:
     def initial_latents(
         self, options: Mapping[str, Any], guard: str
     ) -> tuple[Tensor, list[torch.Generator]]:
-        """Return a call's initial noise (b, c, h, w) and copies of its generators after drawing it.
+        """Return a call's initial noise (b, ...) and copies of its generators after drawing it.
 
-        The noise is `latents` if the call has them. The call's own generators stay unused.
+        The noise is `latents` if the call has them. FLUX's is packed, as its call takes it. The
+        call's own generators stay unused.
 
         Args:
             options: options of the call.
@@ -313,20 +218,25 @@ class PipelineAdapter:
         clones = [clone_generator(g) for g in generators]
         if latents is not None:
             return latents, clones
-        scale, net = self.pipe.vae_scale_factor, self.pipe.unet
-        size = [
-            (options.get(side) or net.config.sample_size * scale) // scale
-            for side in ("height", "width")
-        ]
-        shape = (net.config.in_channels, *size)
-        noise = [torch.randn(shape, generator=g, device=g.device, dtype=net.dtype) for g in clones]
-        return torch.stack(noise), clones
+        denoiser: Any = self.denoisers[0]
+        shape, dtype = self.latent_shape(options), denoiser.dtype
+        noise = [torch.randn(shape, generator=g, device=g.device, dtype=dtype) for g in clones]
+        latents = torch.stack(noise)
+        return pack_latents(latents) if packs_latents(self.pipe) else latents, clones
 
+    def latent_shape(self, options: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Return the shape (c, h, w) of a call's latents before FLUX packs them."""
+        scale, patch = int(self.pipe.vae_scale_factor), 2 if packs_latents(self.pipe) else 1
+        side = default_side(self.pipe) * scale
+        height, width = (
+            (options.get(name) or side) // (scale * patch) * patch for name in ("height", "width")
+        )
+        return int(self.pipe.vae.config.latent_channels), height, width
 
-def _supported_class(kind: type) -> type | None:
-    """Return the class of diffusers with a spec that a pipeline's class is or extends."""
-    bases = (c for c in kind.__mro__ if c.__module__.startswith("diffusers."))
-    return next((c for c in bases if c.__name__ in PIPELINE_SPECS), None)
+    def unpack(self, latents: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """Return a call's latents in their shape (b, c, h, w), unpacked if they are FLUX's."""
+        shape = torch.Size((len(latents), *self.latent_shape(options)))
+        return unpack_latents(latents, shape) if packs_latents(self.pipe) else latents
 
 
 def _is_replaced(pipe: Any, base: type, method: str) -> bool:

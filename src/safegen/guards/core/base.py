@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from safegen.guards.core.adapter import HookPoint, PipelineAdapter, TextEmbeds
+    from safegen.guards.core.adapter import HookPoint, PipelineAdapter
+    from safegen.models.conditioning import Conditioning
 
 
 class GuardConfig(MethodSettings, ABC):
@@ -160,6 +161,11 @@ class Call:
     num_steps: int = 0
     """Scheduler steps in all: about twice `num_inference_steps` for second-order schedulers."""
 
+    @property
+    def has_guidance(self) -> bool:
+        """Whether the call uses classifier-free guidance."""
+        return self.adapter.has_guidance(self.options)
+
     def scale_step(self, step: float) -> int:
         """Return the step of this run that corresponds to a step of a 50-step run."""
         return round(step * self.num_steps / 50)
@@ -168,15 +174,15 @@ class Call:
 class GuardHook:
     """State of a guard during one call. Every method is optional. Tensors have a row per image."""
 
-    def edit_negative_embeds(self, embeds: TextEmbeds) -> TextEmbeds:
+    def edit_negative_embeds(self, embeds: Conditioning) -> Conditioning:
         """Return the negative prompts' embeddings for this step."""
         return embeds
 
-    def edit_prompt_embeds(self, embeds: TextEmbeds) -> TextEmbeds:
+    def edit_prompt_embeds(self, embeds: Conditioning) -> Conditioning:
         """Return the prompts' embeddings for this step."""
         return embeds
 
-    def extra_conditions(self) -> Mapping[str, TextEmbeds]:
+    def extra_conditions(self) -> Mapping[str, Conditioning]:
         """Return further embeddings to predict the noise for in this step, by name."""
         return {}
 

@@ -12,6 +12,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.registry import GUARDS, resolve
 from safegen.guards.core.adapter import EXTERNAL_POINTS, HookPoint, PipelineAdapter
 from safegen.guards.core.base import Guard, GuardConfig, GuardHook
+from safegen.models.pipeline_specs import TEXT_ENCODERS
 
 GUARD_METHODS: dict[str, HookPoint] = {
     "check_prompts": "prompt",
@@ -201,20 +202,16 @@ def check_options(
 
     Raises:
         ConfigError: guidance is off or rescaled, the model is guidance-distilled, a cache skips
-            denoiser calls, or the call scales a LoRA of a text encoder.
+            denoiser calls, some bypass the guards, or the call scales a LoRA of a text encoder.
     """
     if options.get("clip_skip") is not None and not adapter.has_clip_skip:
         raise ConfigError(
             f"clip_skip must be None with transformers 5, got {options['clip_skip']}. diffusers "
             "reads it from text_encoder.text_model, which transformers 5 dropped. Leave it out."
         )
-    names, defaults = ", ".join(guided), adapter.call_defaults
-    for key in ("guidance_scale", "guidance_scale_2") if guided else ():
-        scale = options.get(key, defaults.get(key))
-        if scale is not None and not scale > 1:  # NaN is no guidance either
-            raise ConfigError(
-                f"{key} must be > 1 with {names}, got {scale}. It acts through guidance."
-            )
+    names = ", ".join(guided)
+    if guided:
+        _check_guidance(adapter, options, names)
     if guided and any(
         getattr(d.config, "time_cond_proj_dim", None) is not None for d in adapter.denoisers
     ):
@@ -232,16 +229,43 @@ def check_options(
             f"{', '.join(inside)} must see every denoiser call, and a cache skips some. "
             "Call disable_cache() on the denoiser."
         )
-    scale = (options.get("cross_attention_kwargs") or {}).get("scale")
+    if inside and options.get("skip_guidance_layers") is not None:
+        raise ConfigError(
+            f"skip_guidance_layers must be None with {', '.join(inside)}, got "
+            f"{options['skip_guidance_layers']}. Its predictions bypass the guards."
+        )
+    key = "cross_attention_kwargs" if hasattr(adapter.pipe, "unet") else "joint_attention_kwargs"
+    scale = (options.get(key) or {}).get("scale")
     if reading and scale not in (None, 1) and _has_text_lora(adapter.pipe):
         raise ConfigError(
-            f"scale of cross_attention_kwargs must be 1 with {', '.join(reading)}, got {scale}. "
+            f"scale of {key} must be 1 with {', '.join(reading)}, got {scale}. "
             "The guard encodes texts without it. Scale the text encoder's LoRA by set_adapters."
+        )
+
+
+def _check_guidance(adapter: PipelineAdapter, options: Mapping[str, Any], names: str) -> None:
+    """Refuse a call without classifier-free guidance for guards that act through it."""
+    option = adapter.spec.guidance_option if adapter.spec else "guidance_scale"
+    is_embedded = option != "guidance_scale"
+    why = (
+        f"It acts through classifier-free guidance; the guidance_scale of a "
+        f"{adapter.pipeline_class} is an input of its network."
+        if is_embedded
+        else "It acts through guidance."
+    )
+    for key in (option, "guidance_scale_2"):
+        scale = options.get(key, adapter.call_defaults.get(key))
+        if scale is not None and not scale > 1:  # NaN is no guidance either
+            raise ConfigError(f"{key} must be > 1 with {names}, got {scale}. {why}")
+    if is_embedded and options.get("negative_prompt") is None:
+        raise ConfigError(
+            f"negative_prompt must be given with {names} on a {adapter.pipeline_class}, got none. "
+            f"Without one there is no classifier-free guidance; '' will do."
         )
 
 
 def _has_text_lora(pipe: Any) -> bool:
     """Return whether a text encoder has layers that the LoRA scale of a call changes."""
-    encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+    encoders = (getattr(pipe, name, None) for name in TEXT_ENCODERS)
     modules = (m for e in encoders if isinstance(e, nn.Module) for m in e.modules())
     return any(hasattr(module, "scale_layer") for module in modules)

@@ -17,18 +17,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safegen.core.errors import ConfigError
-from safegen.guards.core.adapter import GUIDANCE_POINTS, PipelineAdapter, PipelineSpec, TextEmbeds
+from safegen.guards.core.adapter import GUIDANCE_POINTS, PipelineAdapter
 from safegen.guards.core.base import Call, GuardHook
-from safegen.guards.core.rows import (
-    EMBEDS,
-    EXTRA,
-    Args,
-    Kwargs,
-    check_embeds,
-    check_tensor,
-    replace_inputs,
-)
+from safegen.guards.core.rows import Args, Kwargs, check_embeds, check_tensor, replace_inputs
 from safegen.guards.core.runner import GuardRunner
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import HIDDEN_ARGUMENT, read_text
+from safegen.models.pipeline_specs import PipelineSpec
 
 Point = Literal["negative_prompt_embeds", "prompt_embeds"]
 EDIT_METHODS: dict[Point, str] = {
@@ -42,7 +37,7 @@ class ExtraCondition(NamedTuple):
 
     runner: GuardRunner
     name: str
-    embeds: TextEmbeds
+    embeds: Conditioning
 
 
 class PipelineHooks:
@@ -149,11 +144,11 @@ class PipelineHooks:
 
     def _on_step_end(self, latents: Tensor) -> Tensor:
         """Count a step, let guards edit the latents, and check those of the last step."""
-        guided = self.adapter.has_guidance
+        guided = self.call.has_guidance
         expected = self._spec.calls_per_step if guided else 1
         if self.hooks:
             self.unguarded_steps += not self.calls_started == self.calls_ended == expected
-        self.unguided_steps += not self.adapter.guidance_applies and any(
+        self.unguided_steps += not self.adapter.guidance_applies(self.call.options) and any(
             r.acts_at(*GUIDANCE_POINTS) for r, _ in self.hooks
         )
         self.calls_started = self.calls_ended = 0
@@ -176,23 +171,22 @@ class PipelineHooks:
     @property
     def _joint(self) -> bool:
         """Whether one denoiser call predicts [negative; prompt] together."""
-        return self.adapter.has_guidance and self._spec.calls_per_step == 1
+        return self.call.has_guidance and self._spec.calls_per_step == 1
 
     def _before(self, network: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Edit the embeddings of a denoiser call, and append the rows of extra conditions."""
         self.call.num_steps, self.conditions = self.adapter.num_timesteps, []
-        if EMBEDS not in kwargs:
+        if HIDDEN_ARGUMENT not in kwargs:
             raise ConfigError(
-                f"{EMBEDS} must be given to the denoiser by keyword with guards inside it, got it "
-                "by position or not at all. Use the pipeline's own call."
+                f"{HIDDEN_ARGUMENT} must be given to the denoiser by keyword with guards inside "
+                "it, got it by position or not at all. Use the pipeline's own call."
             )
-        rows, joint = len(kwargs[EMBEDS]), self._joint
+        original, joint = read_text(kwargs), self._joint
+        rows = len(original)
         n = rows // 2 if joint else rows
-        extra = {k: v for k, v in (kwargs.get(EXTRA) or {}).items() if k in self._spec.extra_keys}
-        original = TextEmbeds(kwargs[EMBEDS], extra)
         embeds = self._edited(original)
-        if self.adapter.has_guidance and (joint or self.calls_started == 0):
-            self.conditions = self._extra_conditions(embeds.select(slice(rows - n, rows)))
+        if self.call.has_guidance and (joint or self.calls_started == 0):
+            self.conditions = self._extra_conditions(embeds[rows - n :])
         total = rows + len(self.conditions) * n
         self.merged = (
             joint and bool(self.conditions) and (self.max_rows is None or total <= self.max_rows)
@@ -200,7 +194,7 @@ class PipelineHooks:
         selection: list[int] = []
         if self.merged:
             selection = [*range(rows), *list(range(rows - n, rows)) * len(self.conditions)]
-            embeds = TextEmbeds.concat([embeds, *(c.embeds for c in self.conditions)])
+            embeds = Conditioning.concat([embeds, *(c.embeds for c in self.conditions)])
         self._set_rows(rows, n)
         self.calls_started += 1
         return replace_inputs(args, kwargs, rows, selection, None if embeds is original else embeds)
@@ -215,23 +209,23 @@ class PipelineHooks:
             }
             hook.set_rows({"cond": slice(rows - n, rows)} | own)
 
-    def _edited(self, embeds: TextEmbeds) -> TextEmbeds:
+    def _edited(self, embeds: Conditioning) -> Conditioning:
         """Return the embeddings of a denoiser call after the guards' edits."""
-        if not self.adapter.has_guidance:
+        if not self.call.has_guidance:
             return self._edit("prompt_embeds", embeds)
         if not self._joint:
             first = self.calls_started == 0
             return self._edit("prompt_embeds" if first else "negative_prompt_embeds", embeds)
-        n = len(embeds.hidden) // 2
-        negative, prompt = embeds.select(slice(n)), embeds.select(slice(n, None))
+        n = len(embeds) // 2
+        negative, prompt = embeds[:n], embeds[n:]
         edited = (
             self._edit("negative_prompt_embeds", negative),
             self._edit("prompt_embeds", prompt),
         )
         unchanged = edited[0] is negative and edited[1] is prompt
-        return embeds if unchanged else TextEmbeds.concat(edited)
+        return embeds if unchanged else Conditioning.concat(edited)
 
-    def _edit(self, point: Point, embeds: TextEmbeds) -> TextEmbeds:
+    def _edit(self, point: Point, embeds: Conditioning) -> Conditioning:
         for runner, hook in self.hooks:
             if runner.acts_at(point):
                 method = EDIT_METHODS[point]
@@ -241,7 +235,7 @@ class PipelineHooks:
                         embeds = check_embeds(edited, embeds, method)
         return embeds
 
-    def _extra_conditions(self, like: TextEmbeds) -> list[ExtraCondition]:
+    def _extra_conditions(self, like: Conditioning) -> list[ExtraCondition]:
         """Return the conditions of all guards, with rows like those of the prompts."""
         conditions: list[ExtraCondition] = []
         for runner, hook in self.hooks:
@@ -259,7 +253,7 @@ class PipelineHooks:
         """Subtract the guards' guidance corrections from the denoiser's prediction."""
         prediction: Tensor = output[0] if isinstance(output, tuple) else output.sample
         first, self.calls_ended = self.calls_ended == 0, self.calls_ended + 1
-        if not self.adapter.has_guidance:
+        if not self.call.has_guidance:
             return None
         joint = self._joint
         if joint or first:
@@ -273,7 +267,7 @@ class PipelineHooks:
         if gamma is not None and joint:
             prediction = torch.cat([u, (c.float() - gamma).to(c.dtype)])
         elif gamma is not None:
-            s = self.adapter.guidance_scale(network)
+            s = self.adapter.guidance_scale(network, self.call.options)
             prediction = (u.float() + s / (s - 1) * gamma).to(u.dtype)
         if isinstance(output, tuple):
             return (prediction, *output[1:])
@@ -322,15 +316,13 @@ class PipelineHooks:
         These calls bypass the hooks.
         """
         n = rows // 2 if self._joint else rows
-        embeds = TextEmbeds.concat([c.embeds for c in self.conditions])
+        embeds = Conditioning.concat([c.embeds for c in self.conditions])
         selection = list(range(rows - n, rows)) * len(self.conditions)  # the prompts' rows are last
         size = self.max_rows or n
         predictions = []
         for start in range(0, len(selection), size):
             part = slice(start, start + size)
-            new_args, new_kwargs = replace_inputs(
-                args, kwargs, rows, selection[part], embeds.select(part)
-            )
+            new_args, new_kwargs = replace_inputs(args, kwargs, rows, selection[part], embeds[part])
             output = network.forward(*new_args, **new_kwargs)
             predictions.append(output[0] if isinstance(output, tuple) else output.sample)
         return torch.cat(predictions).chunk(len(self.conditions))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.result import GeneratedImage
+from safegen.models.denoisers import default_side, pack_latents, packs_latents
 
 IMAGE_OUTPUT_TYPES = ("pil", "np", "pt")
 """Values of `output_type` with images that a guard can see."""
@@ -78,11 +79,9 @@ def _black_image(adapter: PipelineAdapter, options: Mapping[str, Any], output_ty
     if output_type == "pt":
         return torch.zeros(3, height, width, device=adapter.device)
     if output_type == "latent":
-        scale, channels = (
-            int(adapter.pipe.vae_scale_factor),
-            adapter.pipe.vae.config.latent_channels,
-        )
-        return torch.zeros(channels, height // scale, width // scale, device=adapter.device)
+        shape = adapter.latent_shape({"height": height, "width": width})
+        black = torch.zeros(1, *shape, device=adapter.device)
+        return (pack_latents(black) if packs_latents(adapter.pipe) else black)[0]
     return np.zeros((height, width, 3), dtype=np.float32)
 
 
@@ -94,11 +93,11 @@ def image_size(adapter: PipelineAdapter, options: Mapping[str, Any]) -> tuple[in
         image = image[0] if image else None
     if isinstance(image, Image.Image) and options.get("padding_mask_crop") is not None:
         return image.size
-    if image is not None and options.get("mask_image") is None:
+    is_resized = adapter.spec is not None and "height" in adapter.call_defaults
+    if image is not None and options.get("mask_image") is None and not is_resized:
         if not isinstance(image, Image.Image) and image.ndim == 3:
             image = image[None]
         height, width = pipe.image_processor.get_default_height_width(image)
         return int(width), int(height)
-    network = getattr(pipe, "unet", None) or pipe.transformer
-    side = int(network.config.sample_size) * scale
+    side = default_side(pipe) * scale
     return int(options.get("width") or side), int(options.get("height") or side)

@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from safegen.guards.core.adapter import TextEmbeds
 from safegen.guards.core.result import InvalidResultError
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import UNBATCHED_ARGUMENTS, replace_text
 
-EMBEDS, EXTRA = "encoder_hidden_states", "added_cond_kwargs"
-"""Arguments of a denoiser with the text embeddings and with `TextEmbeds.extra`."""
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -33,28 +32,27 @@ def check_tensor(value: Any, like: Tensor, method: str) -> Tensor:
     return value
 
 
-def check_embeds(value: Any, like: TextEmbeds, method: str) -> TextEmbeds:
+def check_embeds(value: Any, like: Conditioning, method: str) -> Conditioning:
     """Return embeddings that a guard's method returned, with the dtype and device of others.
 
-    `TextEmbeds.expand` repeats one row for all images.
+    `Conditioning.expand` repeats one row for all images.
 
     Raises:
-        InvalidResultError: they have other shapes or keys, or are no embeddings.
+        InvalidResultError: they have other parts or shapes, or are no embeddings.
     """
-    if not isinstance(value, TextEmbeds):
-        raise InvalidResultError(f"{method} must return TextEmbeds, got {type(value).__name__}")
-    if value.extra.keys() != like.extra.keys():
-        raise InvalidResultError(
-            f"{method} must return {sorted(like.extra)}, got {sorted(value.extra)}"
-        )
+    if not isinstance(value, Conditioning):
+        raise InvalidResultError(f"{method} must return a Conditioning, got {type(value).__name__}")
+    if value.added or (value.pooled is None) != (like.pooled is None):
+        parts = "hidden" if like.pooled is None else "hidden and pooled"
+        raise InvalidResultError(f"{method} must return a Conditioning of {parts} alone")
     check_tensor(value.hidden, like.hidden, method)
-    for key, tensor in like.extra.items():
-        check_tensor(value.extra[key], tensor, method)
+    if like.pooled is not None:
+        check_tensor(value.pooled, like.pooled, method)
     return value.to(like.hidden)
 
 
 def replace_inputs(
-    args: Args, kwargs: Kwargs, rows: int, selection: Sequence[int], embeds: TextEmbeds | None
+    args: Args, kwargs: Kwargs, rows: int, selection: Sequence[int], embeds: Conditioning | None
 ) -> tuple[Args, Kwargs]:
     """Return a denoiser's arguments with selected rows and other embeddings.
 
@@ -66,12 +64,10 @@ def replace_inputs(
         embeds: embeddings to use; None keeps those in `kwargs`.
     """
     if selection:
-        args, kwargs = select_rows(args, rows, selection), select_rows(kwargs, rows, selection)
-    if embeds is not None:
-        kwargs = kwargs | {EMBEDS: embeds.hidden}
-        if embeds.extra:
-            kwargs[EXTRA] = kwargs[EXTRA] | dict(embeds.extra)
-    return args, kwargs
+        unbatched = {k: v for k, v in kwargs.items() if k in UNBATCHED_ARGUMENTS}
+        args = select_rows(args, rows, selection)
+        kwargs = select_rows(kwargs, rows, selection) | unbatched
+    return args, kwargs if embeds is None else replace_text(kwargs, embeds)
 
 
 def select_rows(value: Any, rows: int, selection: Sequence[int]) -> Any:

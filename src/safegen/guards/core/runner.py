@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from safegen.core.errors import UserError, is_out_of_memory
-from safegen.guards.core.adapter import EXTERNAL_POINTS, HookPoint, TextEmbeds
+from safegen.guards.core.adapter import EXTERNAL_POINTS, HookPoint
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
 from safegen.guards.core.checks import check_hook
 from safegen.guards.core.result import (
@@ -32,6 +32,7 @@ from safegen.guards.core.result import (
     GuardTrace,
     InvalidResultError,
 )
+from safegen.models.conditioning import Conditioning
 
 REASON_LENGTH = 100
 """Most characters of a guard's reason in a trace."""
@@ -287,5 +288,5 @@ class _OffsetHook(GuardHook):
             [*range(len(call.prompts) - len(call.reference_rows)), *call.reference_rows]
         ]
 
-    def edit_prompt_embeds(self, embeds: TextEmbeds) -> TextEmbeds:
-        return TextEmbeds(embeds.hidden + self.offset.to(embeds.hidden), embeds.extra)
+    def edit_prompt_embeds(self, embeds: Conditioning) -> Conditioning:
+        return embeds.replace_hidden(embeds.hidden + self.offset.to(embeds.hidden))

@@ -1,8 +1,9 @@
 """SAFREE's projection: trigger tokens of a prompt, and their embeddings without the concept.
 
-From arXiv:2410.12761. Where the denoiser uses several text encoders, as in SDXL, each has its own
-triggers and projectors. The released script for SDXL uses the second encoder alone. The pooled
-embedding stays unchanged, as released.
+From arXiv:2410.12761. Where the denoiser uses several text encoders, as in SDXL and SD 3, each has
+its own triggers and projectors, which act in the encoder's rows and columns of the embedding. The
+released script for SDXL uses the second encoder alone; the one for SD 3 counts T5's tokens and
+projects rows of the CLIPs. The pooled embedding stays unchanged, as released.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ class ProjectionConfig:
 
 @dataclass(frozen=True)
 class EncoderProjection:
-    """Projection of one prompt in the columns of one text encoder."""
+    """Projection of one prompt in the rows and columns of one text encoder."""
 
+    start: int
+    """Row of the first own token."""
     columns: slice
     triggers: list[int]
     """Indices of the trigger tokens."""
@@ -55,11 +58,6 @@ class Projection:
     def triggers(self) -> list[int]:
         """Tokens that are triggers to any encoder."""
         return sorted({j for encoder in self.encoders for j in encoder.triggers})
-
-    @property
-    def projector(self) -> Tensor:
-        """Projector of whole embeddings, (width, width)."""
-        return torch.block_diag(*(encoder.projector for encoder in self.encoders))
 
 
 def concept_projectors(encoders: Sequence[TextEncoderView], phrases: Sequence[str]) -> list[Tensor]:
@@ -81,33 +79,52 @@ def project_prompt(
         concept: P_C of each encoder, see `concept_projectors`.
         config: how to project it.
     """
-    parts, hidden, start = list[EncoderProjection](), list[Tensor](), 0
+    parts, hidden = list[EncoderProjection](), list[Tensor]()
     for encoder, concept_projector in zip(encoders, concept, strict=True):
         ids, n = encoder.tokenize(prompt)
         if n < 1:
             return Projection(())
         masked = ids.repeat(n, 1)
-        masked[range(n), range(1, n + 1)] = 0  # id 0 stands for a masked token, as released
+        first = encoder.first
+        masked[range(n), range(first, first + n)] = 0  # id 0: a masked token, as released
         pooled = encoder.pooled(masked, [n] * n)  # (n, width)
         flags = triggers(pooled, concept_projector, alpha=config.alpha)
-        end = start + len(concept_projector)
+        columns = slice(encoder.column, encoder.column + len(concept_projector))
         projector = combined_projector(concept_projector, span(pooled), order=config.order)
         indices = [j for j, flag in enumerate(flags) if flag]
-        parts.append(EncoderProjection(slice(start, end), indices, projector))
-        hidden += [encoder.hidden(ids)[0, : n + 2]] if config.distance else []
-        start = end
+        parts.append(EncoderProjection(encoder.row + first, columns, indices, projector))
+        hidden += [encoder.hidden(ids)[0, : first + n + 1]] if config.distance else []
     projection = Projection(tuple(parts))
     if not config.distance:
         return projection
-    distance = projection_distance(torch.cat(hidden, dim=1), projection.projector)
-    return replace(projection, distance=distance)
+    return replace(projection, distance=_distance(parts, hidden))
+
+
+def _distance(parts: Sequence[EncoderProjection], hidden: Sequence[Tensor]) -> float:
+    """Return how far projections move a prompt: the mean over all tokens of `projection_distance`.
+
+    Encoders with the same rows share their tokens: their columns stand side by side.
+    """
+    total, count = 0.0, 0
+    for start in dict.fromkeys(part.start for part in parts):
+        same = [k for k, part in enumerate(parts) if part.start == start]
+        tokens = torch.cat([hidden[k] for k in same], dim=1)
+        projector = torch.block_diag(*(parts[k].projector for k in same))
+        if len(same) == len(parts):
+            return projection_distance(tokens, projector)
+        total += projection_distance(tokens, projector) * len(tokens)
+        count += len(tokens)
+    return total / count
 
 
 def apply_projection(row: Tensor, projection: Projection, strength: float) -> Tensor:
-    """Return a prompt's embedding (tokens, width) with its triggers moved `strength` of the way."""
+    """Return a prompt's embedding (tokens, width) with its triggers moved `strength` of the way.
+
+    Triggers beyond the end of the embedding are left out: a call may read fewer tokens.
+    """
     edited = row.clone()
     for encoder in projection.encoders:
-        tokens = [j + 1 for j in encoder.triggers]  # token 0 is the start
+        tokens = [j for j in (encoder.start + k for k in encoder.triggers) if j < len(row)]
         if tokens:
             old = row[tokens, encoder.columns].float()
             new = torch.lerp(old, old @ encoder.projector.T, strength)

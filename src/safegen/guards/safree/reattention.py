@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
-from safegen.guards.core.adapter import TextEmbeds
 from safegen.guards.core.result import InvalidResultError
+from safegen.models.conditioning import Conditioning
 
 SCALES = (0.9, 0.2)
 """s of the two greatest feature widths that skips join, 1280 and 640 in Stable Diffusion."""
@@ -27,7 +27,7 @@ class Reattention:
     """Re-attention during one call: its extra condition and its hooks on the up-blocks."""
 
     def __init__(self) -> None:
-        self.original: TextEmbeds | None = None
+        self.original: Conditioning | None = None
         """Embeddings of the original prompts. None in steps without projection."""
         self.images: Sequence[int] = ()
         """Images with projected text in this step. Others differ by rounding only."""
@@ -36,7 +36,7 @@ class Reattention:
         self.not_finite = set[int]()
         """Images to withhold: what they are compared with was not finite in some step."""
 
-    def extra_conditions(self) -> Mapping[str, TextEmbeds]:
+    def extra_conditions(self) -> Mapping[str, Conditioning]:
         """Return the embeddings of the original prompts."""
         return {} if self.original is None else {ORIGINAL: self.original}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError, UnusedSettingWarning
-from safegen.guards.core.adapter import IMAGE_PIPELINES, HookPoint, PipelineAdapter, TextEmbeds
+from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
 from safegen.guards.core.result import GuardResult, InvalidResultError
 from safegen.guards.safree.projection import (
@@ -28,7 +28,8 @@ from safegen.guards.safree.projection import (
     project_prompt,
 )
 from safegen.guards.safree.reattention import Reattention
-from safegen.models.text_encoder import text_encoders
+from safegen.models.conditioning import Conditioning
+from safegen.models.pipeline_specs import IMAGE_PIPELINES
 
 MAX_FILTER_STEPS = 10
 """U: most steps after the first, of 50, in which the filter lets the projection act."""
@@ -84,7 +85,7 @@ class SafreeConfig(GuardConfig):
     strength: float = Field(default=1.0, ge=0, le=1)
     """Share of the way from an embedding to its projection (ours). 0 turns the guard off."""
     reattend: bool = False
-    """Latent re-attention: damps low frequencies that the projection strengthens."""
+    """Latent re-attention: damps low frequencies that the projection strengthens. UNets only."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -108,8 +109,13 @@ class SafreeConfig(GuardConfig):
         """Return the guard.
 
         Raises:
-            ConfigError: a phrase is too long for the text encoder.
+            ConfigError: a phrase is too long for the text encoder, or there is no UNet to reattend.
         """
+        if self.reattend and not hasattr(adapter.pipe, "unet"):
+            raise ConfigError(
+                f"reattend of the guard 'safree' must be False on a {adapter.pipeline_class}, got "
+                "True. It damps skips of a UNet, and a transformer has none."
+            )
         for phrase in self.phrases:
             adapter.check_length(phrase, "a phrase of the guard 'safree'")
         return SafreeGuard(self)
@@ -136,7 +142,7 @@ class SafreeHook(GuardHook):
 
     def __init__(self, config: SafreeConfig, call: Call) -> None:
         self.config, self.call = config, call
-        encoders = text_encoders(call.adapter.pipe)
+        encoders = call.adapter.text_encoders(call.options)
         with torch.autocast(encoders[0].device.type, enabled=False):  # the call may use autocast
             concept = concept_projectors(encoders, config.phrases)
             self.projections = {
@@ -147,7 +153,7 @@ class SafreeHook(GuardHook):
         """Embeddings of the last step, and their projections."""
         self.reattention = Reattention()
 
-    def edit_prompt_embeds(self, embeds: TextEmbeds) -> TextEmbeds:
+    def edit_prompt_embeds(self, embeds: Conditioning) -> Conditioning:
         """Return the embeddings with their triggers projected, in the filter's steps."""
         self.reattention.original = None
         prompts = self.call.prompts
@@ -159,13 +165,13 @@ class SafreeHook(GuardHook):
             i for i, p in enumerate(prompts) if active[i] and self.projections[p].triggers
         ]
         reattend = self.config.reattend and bool(self.reattention.images)
-        if reattend and self.call.adapter.has_guidance:  # else the step withholds the image
+        if reattend and self.call.has_guidance:  # else the step withholds the image
             self.reattention.original = embeds
         rows = [
             new if acts else old
             for acts, old, new in zip(active, embeds.hidden, edited, strict=True)
         ]
-        return TextEmbeds(torch.stack(rows), embeds.extra)
+        return embeds.replace_hidden(torch.stack(rows))
 
     def _projected(self, hidden: Tensor) -> list[Tensor]:
         """Return the projected rows, cached while the embeddings do not change."""
@@ -217,7 +223,7 @@ class SafreeHook(GuardHook):
 class ReattendingHook(SafreeHook):
     """Projections of the prompts of one call, with re-attention."""
 
-    def extra_conditions(self) -> Mapping[str, TextEmbeds]:
+    def extra_conditions(self) -> Mapping[str, Conditioning]:
         """Return the original embeddings for re-attention."""
         return self.reattention.extra_conditions()
 
@@ -268,7 +274,7 @@ def calibrate(
             "calibration needs unsafe and benign prompts, "
             f"got {len(unsafe)} unsafe and {len(benign)} benign"
         )
-    encoders = text_encoders(adapter.pipe)
+    encoders = adapter.text_encoders()
     projection_config = replace(config.projection_config, distance=True)
 
     def mean_distance(concept: Sequence[Tensor], prompts: Sequence[str]) -> float:

@@ -28,6 +28,8 @@ def _check_printable(text: str) -> str:
 
 Label = Annotated[str, Field(max_length=500), AfterValidator(_check_printable)]
 """A name in metadata that messages and model cards show."""
+Component = Annotated[str, Field(pattern=r"^text_encoder(_[23])?$")]
+"""Part of a pipeline, besides the denoiser, that a patch can change."""
 
 
 class ShownSettings(BaseModel):
@@ -74,6 +76,8 @@ class PatchMetadata(BaseModel):
     """Hash of that model's denoiser without patches (`Model.hash`)."""
     family: Label | None = None
     """Architecture of the denoiser (`Model.family`)."""
+    components: dict[Component, Sha256] = Field(default_factory=dict)
+    """Hash of each text encoder that the patch changes, without patches."""
     settings: Annotated[dict[str, Any], AfterValidator(_check_settings)] = Field(
         default_factory=dict
     )
@@ -122,10 +126,17 @@ class CheckpointMetadata(BaseModel):
     """Hash of the denoiser without the patches below."""
     weights: Sha256 | None = None
     """Hash of the denoiser as stored, patches included. Set when the checkpoint is written."""
+    components: dict[Component, Sha256] = Field(default_factory=dict)
+    """Hash of each text encoder that a patch changes, as stored. Set with `weights`."""
     patches: tuple[PatchRecord, ...] = ()
     """Patches in the weights, the oldest first."""
     metrics: tuple[dict[str, Any], ...] = ()
     """Results of evaluations of this very model."""
+
+    @property
+    def patched_components(self) -> set[str]:
+        """Names of the text encoders that a patch changes."""
+        return {name for record in self.patches for name in record.metadata.components}
 
     def to_json(self) -> dict[str, Any]:
         """Return the metadata as plain values, without entries that are not set."""

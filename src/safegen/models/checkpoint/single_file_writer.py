@@ -26,6 +26,7 @@ from safegen.models.checkpoint.single_file import (
     ZERO_SNR_TENSOR,
 )
 from safegen.models.model import DTYPES, Model
+from safegen.models.patched_weights import hash_stored
 
 MODELSPEC_NAMES = {
     "sd1": "stable-diffusion-v1",
@@ -59,9 +60,9 @@ def save_single_file(
     for component in PREFIX[architecture]:
         state = _cast_state(getattr(model.pipeline, component), component, dtype)
         if component == "unet" and metadata is not None:
-            stored = metadata.model_copy(
-                update={"weights": hash_tensors(state, dtype=torch.float32)}
-            )
+            components = hash_stored(model, metadata.patched_components, DTYPES[dtype])
+            weights = hash_tensors(state, dtype=torch.float32)
+            stored = metadata.model_copy(update={"weights": weights, "components": components})
             header[METADATA_KEY] = json.dumps(stored.to_json(), sort_keys=True)
         try:
             packed = pack(architecture, component, state)

@@ -89,7 +89,12 @@ class GenerationSession(Session):
         super().__init__(info, loaded.guarded)
         self.loaded = loaded
         self._applied = list(loaded.model.applied_patches)
-        self._denoiser = loaded.model.denoiser
+        self._networks = self._loaded_networks()
+
+    def _loaded_networks(self) -> list[Any]:
+        """Return the networks of the pipeline, which patches are on."""
+        model = self.loaded.model
+        return [getattr(model.pipeline, name) for name in model.components]
 
     def check_guards(self) -> None:
         """Check the guards of the stack, as those of the session."""
@@ -103,7 +108,7 @@ class GenerationSession(Session):
         """Return the images of each request, one per seed; all requests have one batch key."""
         self.check_guards()
         model = self.loaded.model
-        if model.applied_patches != self._applied or model.denoiser is not self._denoiser:
+        if model.applied_patches != self._applied or self._loaded_networks() != self._networks:
             raise EngineFaultError("the patches are not those with which the server started")
         with TemporaryDirectory(prefix="safegen-") as folder:
             samples = [

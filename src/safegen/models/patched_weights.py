@@ -1,0 +1,146 @@
+"""Weights that a patch can change, by the names that patches have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from safegen.core.hashing import hash_tensors
+from safegen.models.pipeline_specs import TEXT_ENCODERS, denoiser_name
+from safegen.models.selectors import weights_by_name
+from safegen.models.text_encoder import text_encoder_names
+
+if TYPE_CHECKING:
+    from safegen.models.model import Model
+
+WEIGHTS = "weights"
+"""Name of the denoiser among the parts of a model that patches change."""
+
+
+def component_of(name: str) -> str | None:
+    """Return the text encoder that a weight in a patch is of; None for one of the denoiser."""
+    component = name.partition(".")[0]
+    return component if component in TEXT_ENCODERS else None
+
+
+def pipeline_weights(pipe: Any) -> dict[str, nn.Parameter]:
+    """Return the weights of a pipeline that a patch can change, by their names in patches.
+
+    Those of the denoiser have its parameters' names. Those of a text encoder have the component's
+    name before the one in published folders, such as
+    `text_encoder.text_model.final_layer_norm.weight`.
+    """
+    weights = weights_by_name(getattr(pipe, denoiser_name(pipe)))
+    for component in text_encoder_names(pipe):
+        weights |= encoder_weights(getattr(pipe, component), component)
+    return weights
+
+
+def encoder_weights(encoder: nn.Module, component: str) -> dict[str, nn.Parameter]:
+    """Return the weights of a text encoder by their names in patches.
+
+    Releases of transformers name those of a CLIP without projection with or without `text_model.`.
+    """
+    is_flat = hasattr(encoder, "embeddings")
+    prefix = f"{component}.text_model." if is_flat else f"{component}."
+    return {prefix + name: value for name, value in weights_by_name(encoder).items()}
+
+
+def restore(parameter: Tensor, value: Tensor) -> None:
+    """Copy a value back into a parameter.
+
+    A textual inversion may have added rows to token embeddings since; they stay.
+    """
+    parameter[: len(value)].copy_(value) if value.ndim else parameter.copy_(value)
+
+
+def hash_parts(model: Model, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of the values in fp32, without patches, of each part of a model.
+
+    Args:
+        model: the model.
+        names: names of weights in patches; the parts that they are of are hashed.
+
+    Returns:
+        Hashes by name of the text encoder, if the model has it; the denoiser is `WEIGHTS`.
+    """
+    parts = {component_of(name) or WEIGHTS for name in names}
+    before = _unpatched_values(model)
+    hashes = {WEIGHTS: model.hash} if WEIGHTS in parts else {}
+    for part in parts.intersection(text_encoder_names(model.pipeline)):
+        weights = encoder_weights(getattr(model.pipeline, part), part)
+        hashes[part] = _hash_values(part, {n: before.get(id(p), p) for n, p in weights.items()})
+    return dict(sorted(hashes.items()))
+
+
+def hash_components(model: Model, names: Iterable[str]) -> dict[str, str]:
+    """Return the hashes of text encoders alone; see `hash_parts`."""
+    return hash_parts(model, filter(component_of, names))
+
+
+def hash_stored(
+    model: Model, components: Iterable[str], dtype: torch.dtype = torch.float32
+) -> dict[str, str]:
+    """Return the hashes of text encoders as they are now and stored in a type, patches included."""
+    return {
+        part: _hash_values(
+            part,
+            {
+                name: value.detach().to(dtype)
+                for name, value in encoder_weights(getattr(model.pipeline, part), part).items()
+            },
+        )
+        for part in components
+    }
+
+
+def _hash_values(component: str, values: Mapping[str, Tensor]) -> str:
+    """Return the hash of a text encoder's values; its name, and LoRAs beside it, do not count."""
+    own = {n.removeprefix(f"{component}."): v for n, v in values.items() if ".lora_" not in n}
+    return hash_tensors(own, dtype=torch.float32)
+
+
+def unpatched_state(model: Model, component: str) -> dict[str, Tensor]:
+    """Return the state of a component as it is without patches on the model."""
+    before = _unpatched_values(model)
+    state = getattr(model.pipeline, component).state_dict(keep_vars=True)
+    return {name: before.get(id(value), value) for name, value in state.items()}
+
+
+def _unpatched_values(model: Model) -> dict[int, Tensor]:
+    """Return the values before the first patch of each weight that one changes, by its id.
+
+    Models may share a denoiser, and so its patches, and have other text encoders.
+    """
+    before: dict[int, Tensor] = {}
+    for applied in reversed(model.applied_patches):
+        weights = pipeline_weights(applied.model.pipeline)
+        for name, value in applied.before.items():
+            if name in weights and weights[name].shape == value.shape:
+                before[id(weights[name])] = value
+    return before
+
+
+@contextmanager
+def undone_patches(model: Model) -> Iterator[None]:
+    """Take all patches off a model inside the block, and put them on again bit for bit."""
+    patches = list(model.applied_patches)
+    changed = [
+        (weights[name], weights[name].detach().clone())
+        for applied in patches
+        for weights in [pipeline_weights(applied.model.pipeline)]
+        for name in applied.before
+    ]
+    try:
+        for applied in reversed(patches):
+            applied.undo()
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in changed:
+                parameter.copy_(value)
+        model.applied_patches[:] = patches
