@@ -14,7 +14,9 @@ from torch import Tensor
 
 from safegen.core.errors import ConfigError
 from safegen.edits.training.samples import read_captions
+from safegen.models.conditioning import Conditioning
 from safegen.models.model import Model
+from safegen.models.pipeline_specs import encode_texts
 from safegen.models.selectors import select_parameters
 
 OBJECTS = ("image", "photo", "portrait", "picture", "painting")
@@ -224,6 +226,8 @@ def embed(
 ) -> list[list[Tensor]]:
     """Return the embeddings of each text, (k, width) for each of its spans, float64, on the CPU.
 
+    An empty text has the embedding of its marks, also where the model guides away from zeros.
+
     Args:
         model: the model.
         texts: the texts.
@@ -232,7 +236,8 @@ def embed(
         tokens: positions in a span. `last` is the last token of the text (of an empty text, the
             first), `tail` everything from there on, `all` every position, padding included.
     """
-    encoded = model.encode_text(list(texts))
+    parts = [list(texts[i : i + 64]) for i in range(0, len(texts), 64)]
+    encoded = Conditioning.concat([encode_texts(model.pipeline, part) for part in parts])
     if part == "pooled":
         assert encoded.pooled is not None
         return [[row[None]] for row in encoded.pooled.cpu().double()]
