@@ -207,9 +207,12 @@ def is_t5(tokenizer: Any) -> bool:
     return type(tokenizer).__name__.startswith("T5")
 
 
-@torch.no_grad()
 def encode_texts(
-    pipe: Any, texts: Sequence[str], options: Mapping[str, Any] | None = None
+    pipe: Any,
+    texts: Sequence[str],
+    options: Mapping[str, Any] | None = None,
+    *,
+    with_gradient: bool = False,
 ) -> Conditioning:
     """Return texts as a pipeline encodes them in a call with these options, one row each.
 
@@ -217,6 +220,7 @@ def encode_texts(
         pipe: pipeline of a class in `PIPELINE_SPECS`, or one that extends it.
         texts: the texts.
         options: options of the call.
+        with_gradient: whether gradients flow to what the text encoders read.
 
     Raises:
         ConfigError: the class is unknown.
@@ -229,4 +233,5 @@ def encode_texts(
         )
     defaults = call_defaults(pipe)
     own = {k: (options or {}).get(k, defaults[k]) for k in spec.encode_options}
-    return spec.encode(pipe, texts, own)
+    with torch.set_grad_enabled(with_gradient):
+        return spec.encode(pipe, texts, own)
