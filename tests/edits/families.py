@@ -10,6 +10,7 @@ EDITS = (
     "duo",
     "esd",
     "sdd",
+    "des",
     "shielddiff",
     "uce",
     "rece",
