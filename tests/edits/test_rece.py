@@ -60,11 +60,8 @@ def test_no_rounds_equal_uce_at_every_position(tiny_model):
 
 def test_two_rounds_equal_the_written_out_steps(tiny_model):
     """Each round starts from the weights of the previous round."""
-    (c,), (blank,) = (
-        embed(tiny_model, ["red cube"], tokens="all"),
-        embed(tiny_model, [" "], tokens="all"),
-    )
-    original = projections(tiny_model)
+    ((c,), (blank,)) = embed(tiny_model, ["red cube", " "], part="hidden", tokens="all")
+    original = projections(tiny_model)["hidden"]
     weights, keys = dict(original), c
     for i in range(3):
         if i:
@@ -85,7 +82,8 @@ def test_two_rounds_equal_the_written_out_steps(tiny_model):
 
 def test_every_round_increases_the_distance_of_adversarial_embeddings(tiny_model):
     """Distance to the original outputs for the weights after 0, 1 and 2 rounds."""
-    (c,), original = embed(tiny_model, ["red cube"], tokens="all"), projections(tiny_model)
+    ((c,),) = embed(tiny_model, ["red cube"], part="hidden", tokens="all")
+    original = projections(tiny_model)["hidden"]
     near = []
     for rounds in range(3):
         edited = {

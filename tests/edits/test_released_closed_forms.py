@@ -54,7 +54,7 @@ def uce_2025(model, erase, guides, preserve, **scales):
 
     pairs = [(last(old), last(new)) for old, new in zip(erase, guides, strict=True)]
     kept = [last(text) for text in preserve]
-    return {n: solve(w, pairs, kept, **scales) for n, w in projections(model).items()}
+    return {n: solve(w, pairs, kept, **scales) for n, w in projections(model)["hidden"].items()}
 
 
 def uce_first_code(model, erase, guides, preserve, **scales):
@@ -68,12 +68,12 @@ def uce_first_code(model, erase, guides, preserve, **scales):
         n = len(a) - max(i, j)
         pairs.append((a[i : i + n], b[j : j + n]))
     kept = [encode(model, text)[0] for text in preserve]
-    return {n: solve(w, pairs, kept, **scales) for n, w in projections(model).items()}
+    return {n: solve(w, pairs, kept, **scales) for n, w in projections(model)["hidden"].items()}
 
 
 def rece_rounds(model, weights, erase, guide, preserve, *, rounds, ridge, **scales):
     """Return the weights after `close_form_emb_regzero` and `edit_model_adversarial` in turn."""
-    original = projections(model)
+    original = projections(model)["hidden"]
     texts, blank = [encode(model, text)[0] for text in erase], encode(model, guide)[0]
     kept = [encode(model, text)[0] for text in preserve]
     for _ in range(rounds):
@@ -88,7 +88,7 @@ def rece_rounds(model, weights, erase, guide, preserve, *, rounds, ridge, **scal
 
 def distance(model, patch, weights):
     """Return the distance of two edits relative to the change that the second one makes."""
-    original = projections(model)
+    original = projections(model)["hidden"]
     assert patch.tensors.keys() == weights.keys()
     apart = sum(float((patch.tensors[n].double() - w).norm() ** 2) for n, w in weights.items())
     change = sum(float((w - original[n]).norm() ** 2) for n, w in weights.items())

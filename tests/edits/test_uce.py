@@ -103,6 +103,12 @@ def test_zero_lamb_raises(system):
 # ------------------------------------------------------------ on a model
 
 
+def rows_of(model, text, tokens="last"):
+    """Return the token embeddings of a text, which has one span."""
+    ((rows,),) = embed(model, [text], part="hidden", tokens=tokens)
+    return rows
+
+
 def test_only_keys_and_values_of_cross_attention_change(tiny_model):
     patch = UCE(erase=("red cube",)).apply(tiny_model)
     names = {
@@ -110,7 +116,7 @@ def test_only_keys_and_values_of_cross_attention_change(tiny_model):
         for n, _ in tiny_model.denoiser.named_parameters()
         if "attn2.to_k" in n or "attn2.to_v" in n
     }
-    assert set(patch.tensors) == names == set(projections(tiny_model))
+    assert set(patch.tensors) == names == set(projections(tiny_model)["hidden"])
     assert {v.dtype for v in patch.tensors.values()} == {torch.float32}
     assert 0 < patch.metadata.moved < 1
 
@@ -118,10 +124,8 @@ def test_only_keys_and_values_of_cross_attention_change(tiny_model):
 def test_the_erased_phrase_gets_the_keys_and_values_of_the_guide(tiny_model):
     """With all weight on it, at the word's last token, in every layer."""
     patch = UCE(erase=("red cube",), guide="a tree", lamb=1e-7).apply(tiny_model)
-    (word,), (guide,) = (
-        embed(tiny_model, [text], tokens="last") for text in ("red cube", "a tree")
-    )
-    for name, w in projections(tiny_model).items():
+    word, guide = (rows_of(tiny_model, text) for text in ("red cube", "a tree"))
+    for name, w in projections(tiny_model)["hidden"].items():
         assert_close(patch.tensors[name].double() @ word.T, w @ guide.T, rtol=0, atol=2e-4)
         assert not torch.allclose(w @ word.T, w @ guide.T, rtol=0, atol=0.01)
 
@@ -157,14 +161,12 @@ def test_the_edit_is_the_published_formula(tiny_model):
 
 
 def test_embeddings_of_each_choice_of_positions(tiny_model):
-    (rows,) = tiny_model.encode_text(["a red cube"]).double()
-    (last,), (tail,), (every,) = (
-        embed(tiny_model, ["a red cube"], tokens=t) for t in ("last", "tail", "all")
-    )
+    rows = tiny_model.encode_text(["a red cube"]).hidden[0].double()
+    last, tail, every = (rows_of(tiny_model, "a red cube", t) for t in ("last", "tail", "all"))
     assert torch.equal(last, rows[3:4])  # start, a, red, cube
     assert torch.equal(tail, rows[3:])
     assert torch.equal(every, rows)
-    (blank,) = embed(tiny_model, [""], tokens="last")
+    blank = rows_of(tiny_model, "")
     assert_close(blank, rows[:1], rtol=0, atol=1e-6)  # the start mark, which no text changes
 
 
@@ -173,12 +175,13 @@ def test_captions_are_preserved(tiny_model, tmp_path):
     captions = (str(tmp_path / "calm.txt"),)
     free = UCE(erase=("red cube",)).apply(tiny_model)
     held = UCE(erase=("red cube",), captions=captions, preserve_scale=100.0).apply(tiny_model)
-    calm = torch.cat(embed(tiny_model, ["a blue ball in the grass", "a green cone"], tokens="all"))
+    texts = ("a blue ball in the grass", "a green cone")
+    calm = torch.cat([rows_of(tiny_model, text, "all") for text in texts])
 
     def moved(patch):
         return sum(
             float(((patch.tensors[n].double() - w) @ calm.T).norm())
-            for n, w in projections(tiny_model).items()
+            for n, w in projections(tiny_model)["hidden"].items()
         )
 
     assert moved(held) < 0.2 * moved(free)
@@ -303,11 +306,11 @@ def test_a_debiased_phrase_gets_shares_of_the_attributes(tiny_model, tokens):
     patch = UCE(
         erase=("red cube", "ball"), debias={"a tree": 0.3, "grass": -0.2}, tokens=tokens, lamb=1e-7
     ).apply(tiny_model)
-    (tree, grass), words = (
-        embed(tiny_model, t, tokens=tokens) for t in (["a tree", "grass"], ["red cube", "ball"])
+    tree, grass, *words = (
+        rows_of(tiny_model, text, tokens) for text in ("a tree", "grass", "red cube", "ball")
     )
     n = min(len(rows) for rows in (tree, grass, *words))
-    for name, w in projections(tiny_model).items():
+    for name, w in projections(tiny_model)["hidden"].items():
         for word in words:
             want = w @ (word[:1] + 0.3 * tree[:1] - 0.2 * grass[:1]).T
             assert_close(

@@ -36,7 +36,7 @@ SAFREE = {"name": "safree", "phrases": [TEXT, "red"]}
 
 
 def nightly(*values):
-    """Return values whose tests run nightly."""
+    """Return values of parameters that are tested nightly."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
@@ -180,15 +180,15 @@ def test_a_negative_prompt_is_the_pipelines_own(pipes, generate, row):
 
 @pytest.mark.parametrize("row", ["flux"])
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"true_cfg_scale": 1.0}, "true_cfg_scale must be > 1 with sld, got 1.0. It acts through"),
         ({"true_cfg_scale": float("nan")}, "true_cfg_scale must be > 1 with sld, got nan"),
         ({"negative_prompt": None}, "negative_prompt must be given with sld on a FluxPipeline"),
     ],
 )
-def test_guidance_on_flux_needs_true_guidance(pipes, generate, row, changes, says):
-    with pytest.raises(ConfigError, match=says) as caught:
+def test_guidance_on_flux_needs_true_guidance(pipes, generate, row, changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
         generate(pipes[row], [{"name": "sld", "text": TEXT}], [PROMPT], **options_of(row) | changes)
     assert "\n" not in str(caught.value)
 

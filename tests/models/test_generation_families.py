@@ -34,7 +34,7 @@ def draw(model, samples, **settings):
     return [np.asarray(image).astype(int) for image in generate(model, samples, config)]
 
 
-def own(model, **options):
+def call_pipeline(model, **options):
     """Return the image of the pipeline's own call for `CUBE`."""
     call = {"num_inference_steps": 2, "guidance_scale": 5.0} | options
     if model.name != "sd3":  # without T5, the length is that of its zeros
@@ -63,18 +63,20 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(models, family):
 @pytest.mark.parametrize("family", ["sd3", "sd35", "flux"])
 def test_an_image_is_that_of_the_pipelines_own_call(models, family):
     model = models[family]
-    assert np.array_equal(draw(model, [CUBE])[0], own(model))
+    assert np.array_equal(draw(model, [CUBE])[0], call_pipeline(model))
 
 
 @pytest.mark.parametrize("family", ["flux"])
 def test_true_guidance_on_flux_has_an_empty_negative_prompt_unless_one_is_given(models, family):
     model = models[family]
     plain, guided = draw(model, [CUBE])[0], draw(model, [CUBE], true_cfg_scale=4.0)[0]
-    assert np.array_equal(guided, own(model, true_cfg_scale=4.0, negative_prompt=[""]))
+    assert np.array_equal(guided, call_pipeline(model, true_cfg_scale=4.0, negative_prompt=[""]))
     assert not np.array_equal(guided, plain)
     away = [CUBE.model_copy(update={"negative_prompt": "a blue ball"})]
     found = draw(model, away, true_cfg_scale=4.0)[0]
-    assert np.array_equal(found, own(model, true_cfg_scale=4.0, negative_prompt=["a blue ball"]))
+    assert np.array_equal(
+        found, call_pipeline(model, true_cfg_scale=4.0, negative_prompt=["a blue ball"])
+    )
     with pytest.raises(ConfigError, match=r"^true_cfg_scale must be > 1 with a negative prompt, g"):
         draw(model, away)
 
@@ -98,7 +100,7 @@ def test_latents_start_an_image_in_their_plain_shape(models, tmp_path, family):
     save_file({"latents": noise}, tmp_path / "x.safetensors")
     sample = CUBE.model_copy(update={"start": Start.of(tmp_path, latents="x.safetensors")})
     packed = pack_latents(noise[None]) if family == "flux" else noise[None]
-    assert np.array_equal(draw(model, [sample])[0], own(model, latents=packed))
+    assert np.array_equal(draw(model, [sample])[0], call_pipeline(model, latents=packed))
     save_file({"latents": noise[:, :4].contiguous()}, tmp_path / "y.safetensors")
     sample = CUBE.model_copy(update={"start": Start.of(tmp_path, latents="y.safetensors")})
     with pytest.raises(FileError, match=r"must hold finite latents \(16, 8, 8\)"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,11 +117,23 @@ def predict(
     if kind not in _INPUTS:
         raise ConfigError(f"denoiser must be one of {', '.join(_INPUTS)}, got {kind}")
     inputs = _INPUTS[kind](x, t, text) | {"return_dict": False}
-    if tensors is None:
-        (prediction,) = denoiser(**inputs)
-    else:
-        (prediction,) = torch.func.functional_call(network, dict(tensors), (), inputs)
+    with _quiet_autocast(x.device.type):
+        if tensors is None:
+            (prediction,) = denoiser(**inputs)
+        else:
+            (prediction,) = torch.func.functional_call(network, dict(tensors), (), inputs)
     return unpack_latents(prediction, x.shape) if prediction.ndim == 3 else prediction
+
+
+@contextmanager
+def _quiet_autocast(device: str) -> Iterator[None]:
+    """Hide torch's remark that autocast leaves the weights of FLUX's norms in fp32."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
+        yield
 
 
 def packs_latents(pipe: Any) -> bool:

@@ -104,7 +104,7 @@ def test_without_noise_a_step_solves_the_ode(toy):
 def test_noise_keeps_the_distribution_of_images(toy):
     """On an exact denoiser, images drawn with and without noise have the same moments."""
     policy = build_policy(toy(), BENIGN, names=NAMES, steps=250)
-    text = policy.text[:1].expand(200, -1, -1)
+    text = policy.text[:1].expand(200)
     noise = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     ode = policy.draw(policy.model.denoiser, noise, text)
     algorithm = DDPO().build(policy, 1, 200, updates=1)

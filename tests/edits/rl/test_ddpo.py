@@ -184,14 +184,19 @@ def test_updates_equal_those_of_the_released_training_step(make_model, cubes, tm
     for p in weights.values():
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights.values(), 3e-4, (0.9, 0.999), 1e-8, 1e-4)
-    schedule = {"abar": model.alphas_cumprod(), "ratio": 333, "guidance": 5.0, "clip": 1e-4}
+    schedule = {
+        "abar": model.pipeline.scheduler.alphas_cumprod,
+        "ratio": 333,
+        "guidance": 5.0,
+        "clip": 1e-4,
+    }
     for update, (batch, result) in enumerate(zip(batches, results, strict=True)):
         rows, images = torch.arange(4) + 4 * (update % 2), []
         for index in range(3):
             i, extra = batch.extra["order"][rows, index], batch.extra
             x, x_next = extra["trajectory"][rows, i], extra["trajectory"][rows, i + 1]
-            t, text = policy.sampler.timesteps[i], policy.text[batch.prompts[rows]]
-            blank = policy.sampler.negative_text.expand_as(text)
+            t, text = policy.sampler.timesteps[i], policy.text[batch.prompts[rows]].hidden
+            blank = policy.sampler.negative_text.hidden.expand_as(text)
             old, advantage = extra["log_prob"][rows, i], batch.advantages[rows]
             images.append((x, x_next, t, text, blank, old, advantage))
         released_update(net, optimizer, images, kind=model.prediction, **schedule)

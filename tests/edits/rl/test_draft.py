@@ -18,7 +18,7 @@ from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 
 TINY = {"groups": 2, "group": 2, "steps": 4, "training": {"batch": 4}}
-PREDICTIONS = pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+PREDICTIONS = pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow_prediction"])
 
 
 def rng(seed=0):
@@ -82,8 +82,11 @@ def test_the_gradient_of_the_weights_is_that_of_finite_differences(toy, toy_edit
     assert float(weight.grad.norm()) > 1e-4
 
 
-def test_steps_before_the_last_have_no_gradient_and_end_in_the_same_latents(toy, toy_edit):
-    model = toy()
+@PREDICTIONS
+def test_steps_before_the_last_have_no_gradient_and_end_in_the_same_latents(
+    prediction, toy, toy_edit
+):
+    model = toy(prediction)
     for k in (1, 4):
         edit = toy_edit({"name": "draft", "last_steps": k}, **TINY)
         objective = objective_of(edit, model)

@@ -132,13 +132,13 @@ def test_nothing_is_learned_from_images_that_no_judge_can_judge(build, is_raised
 
 def test_images_that_are_not_finite_are_masked(build):
     setup = build()
-    setup.objective.policy.text[:4] = float("nan")  # the prompts of the concept
+    setup.objective.policy.text.hidden[:4] = float("nan")  # the prompts of the concept
     setup.objective._roll_out(setup.model.denoiser, torch.Generator().manual_seed(0))
     assert setup.objective.figures["masked"] == 0.5
     assert not any(name.endswith("_concept") for name in setup.objective.figures)
     assert (setup.objective.batch.advantages[:8] == 0).all()
     assert setup.objective.batch.latents.isfinite().all()
-    setup.objective.policy.text[:] = float("nan")
+    setup.objective.policy.text.hidden[:] = float("nan")
     with pytest.raises(DivergedError, match="the images of a rollout are not finite"):
         setup.step()
     assert setup.objective.batch is None  # no later update trains on the images before
@@ -230,7 +230,7 @@ def test_images_of_the_original_model_cost_passes_only_if_they_are_used(build):
         passes[weight] = setup.objective.policy.passes
     policy = setup.objective.policy
     before = policy.passes
-    policy.draw(setup.model.denoiser, torch.zeros(8, 1, 8, 8), policy.text[:1].expand(8, -1, -1))
+    policy.draw(setup.model.denoiser, torch.zeros(8, 1, 8, 8), policy.text[:1].expand(8))
     assert passes[0.5] - passes[0.0] == policy.passes - before > 0
 
 

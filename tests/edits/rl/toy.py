@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import nn
 
 from safegen.judges.base import Detection, Detections
+from safegen.models.conditioning import Conditioning
+from safegen.models.noise_schedule import FLOW_PREDICTION, NoiseSchedule
 
 OBJECTS = ("cube", "ball", "cone", "ring")
 CONCEPT = "marked"
@@ -36,14 +38,15 @@ def patterns() -> torch.Tensor:
     return torch.cat([images, mark]).flatten(1)
 
 
-class ToyDenoiser(nn.Module):
-    """Exact denoiser of the Gaussian of a text; its mean is `to_out(to_v(text))`."""
+class UNet2DConditionModel(nn.Module):
+    """Exact denoiser of the Gaussian of a text; its mean is `to_out(to_v(text))`.
 
-    def __init__(self, abar: torch.Tensor, prediction: str) -> None:
+    It is called as the class of diffusers whose name it has, and its selectors are those.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, spread: float) -> None:
         super().__init__()
-        self.register_buffer("abar", abar)
-        self.prediction = prediction
-        self.config = SimpleNamespace(sample_size=8, in_channels=1)
+        self.schedule, self.spread = schedule, spread
         self.block = nn.Module()
         self.block.attn2 = nn.Module()
         self.block.attn2.to_v = nn.Linear(5, 16, bias=False)
@@ -55,13 +58,15 @@ class ToyDenoiser(nn.Module):
             self.block.attn2.to_v.weight.copy_(basis)
             self.block.attn2.to_out.weight.copy_(patterns().T @ basis.T)
 
-    def forward(self, x, t, text):
-        mean = self.block.attn2.to_out(self.block.attn2.to_v(text[:, 0])).view(-1, 1, 8, 8)
-        abar = self.abar[t].view(-1, 1, 1, 1)
-        a, s = abar.sqrt(), (1 - abar).sqrt()
-        x0 = mean + a * SPREAD**2 / (abar * SPREAD**2 + 1 - abar) * (x - a * mean)
-        eps = (x - a * x0) / s
-        return SimpleNamespace(sample=eps if self.prediction == "epsilon" else a * eps - s * x0)
+    def forward(
+        self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, return_dict=True
+    ):
+        text, x = encoder_hidden_states[:, 0], sample
+        mean = self.block.attn2.to_out(self.block.attn2.to_v(text)).view(-1, 1, 8, 8)
+        a, s = self.schedule.coefficients(timestep)
+        var = self.spread**2
+        x0 = mean + a * var / (a**2 * var + s**2) * (x - a * mean)
+        return (self.schedule.target(x0, (x - a * x0) / s, timestep),)
 
 
 class ToyModel:
@@ -69,27 +74,32 @@ class ToyModel:
 
     name, family, parents, hash, pipeline_hash = "toy", "toy", (), "0" * 64, "0" * 64
     device, size, dtype = torch.device("cpu"), 8, "fp32"
-    num_parameters = 100
+    num_parameters, latent_shape = 100, (1, 8, 8)
 
-    def __init__(self, prediction: str = "epsilon") -> None:
-        scheduler = DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            clip_sample=False,
-            set_alpha_to_one=False,
-            prediction_type=prediction,
-        )
+    def __init__(self, prediction: str = "epsilon", *, spread: float = SPREAD) -> None:
+        if prediction == FLOW_PREDICTION:
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        else:
+            scheduler = DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                steps_offset=1,
+                clip_sample=False,
+                set_alpha_to_one=False,
+                prediction_type=prediction,
+            )
         self.prediction, self.pipeline = prediction, SimpleNamespace(scheduler=scheduler)
-        self.denoiser = ToyDenoiser(scheduler.alphas_cumprod, prediction).requires_grad_(False)
+        network = UNet2DConditionModel(self.noise_schedule, spread)
+        self.denoiser = network.requires_grad_(False)
 
-    def alphas_cumprod(self):
-        return self.pipeline.scheduler.alphas_cumprod
+    @property
+    def noise_schedule(self):
+        return NoiseSchedule.of(self.pipeline.scheduler)
 
     def encode_text(self, texts):
         words = [[float(word in text.split()) for word in (*OBJECTS, CONCEPT)] for text in texts]
-        return torch.tensor(words).view(len(texts), 1, 5)
+        return Conditioning(torch.tensor(words).view(len(texts), 1, 5))
 
     def decode_images(self, latents):
         return [Image.fromarray(pixels(z)) for z in latents]

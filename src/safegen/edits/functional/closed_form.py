@@ -14,7 +14,9 @@ from torch import Tensor
 
 from safegen.core.errors import ConfigError
 from safegen.edits.training.samples import read_captions
+from safegen.models.conditioning import Conditioning
 from safegen.models.model import Model
+from safegen.models.pipeline_specs import encode_texts
 from safegen.models.selectors import select_parameters
 
 OBJECTS = ("image", "photo", "portrait", "picture", "painting")
@@ -193,8 +195,8 @@ def embed_concept(
                 targets.append(others[guide][span][:n])
     erased = torch.cat(keys)
     positions = "all" if tokens == "tail" else tokens
-    kept = embed(model, preserve, part=part, tokens=positions) if preserve else []
-    preserved = [erased[:0], *(rows for spans in kept for rows in spans)]
+    phrases = embed(model, preserve, part=part, tokens=positions) if preserve else []
+    preserved = [erased[:0], *(rows for spans in phrases for rows in spans)]
     if captions:
         listed = embed(model, read_captions(captions), part=part, tokens="all")
         preserved += [rows / len(listed) ** 0.5 for spans in listed for rows in spans]
@@ -214,7 +216,7 @@ def projections(model: Model) -> dict[TextInput, dict[str, Tensor]]:
     weights: dict[TextInput, dict[str, Tensor]] = {}
     for name in select_parameters(model.denoiser, selector):
         if name.endswith(".weight"):
-            part: TextInput = "pooled" if "text_embedder" in name else "hidden"
+            part: TextInput = "pooled" if ".text_embedder." in name else "hidden"
             weights.setdefault(part, {})[name] = parameters[name].detach().cpu().double()
     return weights
 
@@ -224,15 +226,18 @@ def embed(
 ) -> list[list[Tensor]]:
     """Return the embeddings of each text, (k, width) for each of its spans, float64, on the CPU.
 
+    An empty text has the embedding of its marks, also where guidance uses zeros.
+
     Args:
         model: the model.
         texts: the texts.
-        part: `hidden` has a span for each encoder whose tokens follow each other, such as CLIP and
+        part: `hidden` has a span for each encoder with tokens of its own, such as CLIP and
             T5 of SD 3; `pooled` is one row.
         tokens: positions in a span. `last` is the last token of the text (of an empty text, the
             first), `tail` everything from there on, `all` every position, padding included.
     """
-    encoded = model.encode_text(list(texts))
+    parts = [list(texts[i : i + 64]) for i in range(0, len(texts), 64)]
+    encoded = Conditioning.concat([encode_texts(model.pipeline, part) for part in parts])
     if part == "pooled":
         assert encoded.pooled is not None
         return [[row[None]] for row in encoded.pooled.cpu().double()]

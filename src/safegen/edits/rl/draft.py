@@ -6,6 +6,9 @@ from typing import ClassVar, Literal
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -61,7 +64,7 @@ class DRaFT(AlgorithmSettings):
                 f"last_steps must be at most steps ({sampler.steps}), got {self.last_steps}. "
                 "Lower it, or raise steps."
             )
-        if not isinstance(sampler.scheduler, DDIMScheduler):
+        if not isinstance(sampler.scheduler, DDIMScheduler | FlowMatchEulerDiscreteScheduler):
             raise ConfigError(
                 f"scheduler must be ddim for draft, got {type(sampler.scheduler).__name__}. "
                 "Others need the predictions of earlier steps."
@@ -125,6 +128,7 @@ class DRaFTAlgorithm(Algorithm):
         def predict(x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
             return self.policy.predict(denoiser, x, t, text)
 
+        sampler.restart()  # Euler steps count from the first one
         for t in self._timesteps()[1]:
             guided = sampler.predict_guided(t, x, text, predict)
             x = sampler.scheduler.step(guided, t, x).prev_sample
