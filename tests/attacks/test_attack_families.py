@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,14 +13,17 @@ from torch.testing import assert_close
 from safegen.attacks.core.base import AttackContext
 from safegen.attacks.core.dataset import FineTuneDataset
 from safegen.attacks.core.finetune import DenoisingObjective
+from safegen.attacks.core.inversion import draw, invert, sampling_steps
 from safegen.attacks.core.target import Target
 from safegen.attacks.p4d import P4D, HardPromptSearch, _HardPrompt
 from safegen.attacks.search.text_space import TextSpace
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
-from safegen.core.generation import GenerationConfig
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.registry import ATTACKS, resolve
 from safegen.data.triplets.triplets import Triplets
+from safegen.models.denoisers import pack_latents, packs_latents, predict
+from safegen.models.generation import batches
 from safegen.models.textual_inversion import added_words, read_word, write_word
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
@@ -44,6 +48,7 @@ SMALLEST = {
     "unlearn_diff": {"num_timesteps": 1, "iterations": 1},
 }
 """Settings that are smaller still than `TINY`."""
+LEARNERS = ("concept_inversion", "relearn")
 WITHOUT_CONTROL = ("img2img", "inpaint", "latent_inversion")
 
 
@@ -62,11 +67,19 @@ def models():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Return a folder with an image of skulls, its caption and its mask."""
+    """Return a folder with an image of skulls and its mask."""
     folder = tmp_path_factory.mktemp("images")
     (image, twin, _) = Triplets.load(SKULLS.triplets).images(0)
     image.save(folder / "0.png")
     twin.convert("L").point(lambda _: 255).save(folder / "0-mask.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioned(images, tmp_path_factory):
+    """Return a folder with an image of skulls and its caption."""
+    folder = tmp_path_factory.mktemp("captioned")
+    shutil.copy(images / "0.png", folder)
     (folder / "0.txt").write_text(TEXTS[0])
     return folder
 
@@ -88,11 +101,11 @@ def attack_family(models, skulls_judge, tmp_path):
     return run
 
 
-def smallest(name, images):
+def smallest(name, images, captioned):
     kind = resolve(ATTACKS, name, "attack")
     changes = {"control": False} if name in WITHOUT_CONTROL else {}
     if "images" in kind.model_fields:
-        changes["images"] = images
+        changes["images"] = captioned if name in LEARNERS else images
     return kind(**{**kind.TINY, **SMALLEST.get(name, {}), **changes})
 
 
@@ -112,13 +125,14 @@ def test_the_table_has_every_attack_and_family():
 @pytest.mark.parametrize(("family", "attack", "reason"), CELLS)
 @pytest.mark.filterwarnings("ignore:images should have sides")
 def test_an_attack_runs_or_is_refused_as_the_table_says(
-    family, attack, reason, attack_family, benign_samples, images
+    family, attack, reason, attack_family, benign_samples, images, captioned
 ):
+    config = smallest(attack, images, captioned)
     if reason:
         with pytest.raises(ConfigError, match=re.escape(reason)):
-            attack_family(smallest(attack, images), family, benign_samples[:1])
+            attack_family(config, family, benign_samples[:1])
         return
-    records, cost = attack_family(smallest(attack, images), family, benign_samples[:1])
+    records, cost = attack_family(config, family, benign_samples[:1])
     assert records
     for record in records:
         assert record.prompt
@@ -192,13 +206,13 @@ def test_p4d_has_no_loss_where_its_tokens_are_those_of_the_goal(
 
 
 @pytest.mark.parametrize("family", ["sdxl-v", "sd35", "flux"])
-def test_the_loss_of_a_fine_tune_is_that_of_the_family(family, images):
+def test_the_loss_of_a_fine_tune_is_that_of_the_family(family, captioned):
     """The loss of a network that predicts zero is the mean square of the target."""
     model = build_model(family)
     last = getattr(model.denoiser, "conv_out", None) or model.denoiser.proj_out
     for parameter in last.parameters():
         torch.nn.init.zeros_(parameter)
-    problem = DenoisingObjective(model, FineTuneDataset.from_folder(images), batch=4)
+    problem = DenoisingObjective(model, FineTuneDataset.from_folder(captioned), batch=4)
     loss = problem.training_step(model.denoiser, 0, torch.Generator().manual_seed(3), (0, 1))["L"]
     z, draw = problem.latents, torch.Generator().manual_seed(3)
     for high in (1, 2**31):  # images and captions
@@ -211,6 +225,30 @@ def test_the_loss_of_a_fine_tune_is_that_of_the_family(family, images):
     else:
         target = eps - z
     assert_close(loss, target.square().mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_the_inverted_steps_are_those_of_the_pipeline(family, models, monkeypatch):
+    """Latents that the inverted steps lead to are those of the pipeline's own call."""
+    model, n = models(family), 3
+    x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    config = GenerationConfig(num_inference_steps=n, guidance_scale=1.0)
+    text = model.encode_text([TEXTS[0]]).replace_guidance(1.0)
+
+    def output(x, t, rows):
+        return predict(model.denoiser, x, torch.full((1,), t), text)
+
+    own = pack_latents(x) if packs_latents(model.pipeline) else x
+    ((_, prompts, options),) = batches(model, [Sample(prompt=TEXTS[0], seed=0)], config)
+    options |= {"latents": own, "output_type": "latent"}
+    with torch.no_grad():
+        found = model.pipeline(prompt=prompts, **options).images
+        drawn = draw(output, sampling_steps(model, n), x)
+        steps = sampling_steps(model, n)
+        back = invert(output, steps, drawn, iterations=200, tolerance=1e-7)
+    drawn_own = pack_latents(drawn) if packs_latents(model.pipeline) else drawn
+    assert_close(drawn_own, found, rtol=1e-4, atol=1e-4)
+    assert_close(draw(output, steps, back), drawn, rtol=1e-3, atol=1e-3)
 
 
 def test_a_word_of_sdxl_has_vectors_for_each_encoder_and_leaves_nothing_behind(tmp_path):
