@@ -16,7 +16,7 @@ from safegen.edits.functional.closed_form import (
 from safegen.edits.rece import RECE
 from safegen.edits.uce import UCE
 from safegen.models.denoisers import predict
-from tiny import FAMILIES, build_model
+from tests.tiny import FAMILIES, build_model
 
 TRANSFORMERS = [name for name in FAMILIES if name[:3] in ("sd3", "flu")]
 CONTEXT = ["time_text_embed.text_embedder.linear_1.weight", "context_embedder.weight"]
@@ -86,7 +86,7 @@ def test_rows_of_clip_are_padded_to_the_width_of_t5(models):
 
 @pytest.mark.parametrize("family", ["sdxl", "sdxl-v"])
 def test_an_empty_guide_of_sdxl_is_the_mark_that_the_released_code_takes(models, family):
-    """The pipeline guides away from zeros instead, which would erase keys and values."""
+    """Zeros, which the pipeline guides away from, would erase keys and values."""
     model = models[family]
     pipe = model.pipeline
     want = pipe.encode_prompt("", device="cpu", do_classifier_free_guidance=False)[0][0, :1]
@@ -114,11 +114,11 @@ def test_the_projections_are_those_that_read_text_itself(models, family):
 
 @each
 def test_the_phrase_gets_the_outputs_of_the_guide_and_preserved_phrases_keep_theirs(models, family):
-    model, kept = models[family], "grass"
-    edit = UCE(erase=("red cube",), guide="a blue ball", preserve=(kept,), lamb=1e-8)
+    model, held = models[family], "grass"
+    edit = UCE(erase=("red cube",), guide="a blue ball", preserve=(held,), lamb=1e-8)
     patch = edit.apply(model)
     for part, weights in projections(model).items():
-        word, guide, still = (rows_of(model, t, part) for t in ("red cube", "a blue ball", kept))
+        word, guide, still = (rows_of(model, t, part) for t in ("red cube", "a blue ball", held))
         for name, w in weights.items():
             new = patch.tensors[name].double()
             assert_close(new @ word.T, w @ guide.T, rtol=0, atol=1e-4)
@@ -128,7 +128,7 @@ def test_the_phrase_gets_the_outputs_of_the_guide_and_preserved_phrases_keep_the
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_a_transformer_reads_the_guide_in_place_of_the_phrase(models, family):
-    """All text enters by the two layers, so that the edited model cannot tell the phrase."""
+    """Checks that all text enters by the two layers that are solved."""
     model = models[family]
     x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
     t, (word, guide) = torch.tensor([600.0]), ["red cube", "a blue ball"]
@@ -190,7 +190,7 @@ def test_reduced_rows_preserve_as_much():
     scales = {"erase_scale": 1.3, "preserve_scale": 0.4, "lamb": 0.2}
     assert reduce_rows(rows).shape == (7, 7)
     found, want = (
-        solve_projection(w, key, value, kept, **scales) for kept in (reduce_rows(rows), rows)
+        solve_projection(w, key, value, held, **scales) for held in (reduce_rows(rows), rows)
     )
     assert_close(found, want, rtol=1e-12, atol=1e-12)
     assert torch.equal(reduce_rows(rows[:7]), rows[:7])

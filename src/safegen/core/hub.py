@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safegen.core.errors import FileError, UnknownNameError, first_line
@@ -42,12 +42,14 @@ def check_model_name(name: str) -> None:
     raise UnknownNameError("model (nor a folder of that name)", name, MODELS)
 
 
-def fetch_snapshot(name: str, *, allow_patterns: Sequence[str]) -> Path:
+def fetch_snapshot(name: str, *, select: Callable[[Sequence[str]], Sequence[str]]) -> Path:
     """Return the local folder of a model repository, downloaded unless it is in the hub's cache.
+
+    Where the hub cannot be asked, the folder has what was downloaded before.
 
     Args:
         name: `hub:owner/name`.
-        allow_patterns: glob patterns of the files to download.
+        select: returns glob patterns of the files to download, given the names of all.
 
     Raises:
         FileError: the name has another form, or the files are neither cached nor available.
@@ -55,10 +57,17 @@ def fetch_snapshot(name: str, *, allow_patterns: Sequence[str]) -> Path:
     repo_id = name.removeprefix(HUB)
     if not is_repo_id(repo_id):
         raise FileError(f"a model of the hub must be named hub:owner/name, got {name!r}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(allow_patterns)))
+        names = HfApi().list_repo_files(repo_id)
+    except Exception as error:  # no network, no such repository, no right to it
+        try:
+            return Path(snapshot_download(repo_id, local_files_only=True))
+        except Exception:
+            raise _fetch_error(name, error) from error
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=list(select(names))))
     except Exception as error:
         raise _fetch_error(name, error) from error
 

@@ -291,8 +291,7 @@ class ConceptAblationObjective:
         b, device = self.edit.training.batch, self.device
         image = torch.randint(self.latents.shape[1], (b,), generator=g)[mine]
         phrase = torch.randint(len(self.edit.erase), (b,), generator=g)[mine]
-        drawn = torch.randint(len(self.schedule), (b,), generator=g)[mine]
-        t = self.schedule.timesteps[drawn].to(device)
+        t = self.schedule.sample_timesteps(b, g)[mine].to(device)
         eps = torch.randn(b, *self.latents.shape[2:], generator=g)[mine].to(device)
         view = torch.randint(len(self.latents), (b,), generator=g)[mine]
         caption = image % len(self.anchors)

@@ -64,7 +64,7 @@ def find_clip_folder(
     if name.startswith(HUB):
         patterns = ["*.json", "*.txt", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
         with silence_libraries("transformers"):
-            return fetch_snapshot(name, allow_patterns=patterns)
+            return fetch_snapshot(name, select=lambda names: patterns)
     if not Path(name).is_dir():
         raise FileError(
             f"there is no folder {name!r} with weights for {user}. "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,9 @@ from safegen.core.tensor_files import read_header
 from safegen.models.checkpoint.diffusers_folder import read_folder
 from safegen.models.checkpoint.metadata import PATCH_FORMAT, CheckpointMetadata
 from safegen.models.checkpoint.single_file_reader import read_single_file
+from safegen.models.checkpoint.weight_files import find_weights
 from safegen.models.model import DTYPES, Model, Pipeline, components_of
+from safegen.models.pipeline_specs import TEXT_ENCODERS
 from safegen.models.text_encoder import text_encoder_names
 from safegen.models.wrapping import pipeline_model, register_model, text_to_image
 
@@ -29,22 +33,12 @@ _SMALL_FILES = (
     "scheduler/*",
     "tokenizer*/*",
     "unet/config.json",
+    "transformer/config.json",
     "vae/config.json",
     "text_encoder*/config.json",
 )
-_WEIGHTS = {
-    "safetensors": (
-        "unet/diffusion_pytorch_model",
-        "vae/diffusion_pytorch_model",
-        "text_encoder*/model",
-    ),
-    "bin": (
-        "unet/diffusion_pytorch_model",
-        "vae/diffusion_pytorch_model",
-        "text_encoder*/pytorch_model",
-    ),
-}
-"""Suffix: the weights that a pipeline opens by default, without variants and averages."""
+_WITH_WEIGHTS = ("unet", "transformer", "vae", *TEXT_ENCODERS)
+"""Folders of the components with weights."""
 
 
 @check_keywords
@@ -230,19 +224,29 @@ def _find_folder(name: str, allow_pickle: bool) -> Path:
         return folder
     if name.startswith(HUB):
         with silence_libraries():
-            return fetch_snapshot(name, allow_patterns=hub_patterns(allow_pickle))
+            return fetch_snapshot(name, select=partial(hub_patterns, allow_pickle=allow_pickle))
     check_model_name(name)
     return Path(name)
 
 
-def hub_patterns(allow_pickle: bool) -> list[str]:
-    """Return the glob patterns of the files that are downloaded for a model."""
-    suffixes = ["safetensors", *(["bin"] if allow_pickle else [])]
-    tails = (".{}", "-*-of-*.{}", ".{}.index.json")
-    weights = [
-        stem + tail.format(suffix)
-        for suffix in suffixes
-        for stem in _WEIGHTS[suffix]
-        for tail in tails
+def hub_patterns(names: Iterable[str], *, allow_pickle: bool) -> list[str]:
+    """Return the patterns of a repository's files that are downloaded for a model.
+
+    Of each component's weights that is one precision, in one file or in shards (`find_weights`).
+
+    Args:
+        names: paths of all its files.
+        allow_pickle: also fetch weights that are only there as pickles.
+    """
+    folders: dict[str, list[str]] = {}
+    for path in names:
+        folder, _, name = path.rpartition("/")
+        folders.setdefault(folder, []).append(name)
+    weights = {
+        folder: find_weights(folder, folders.get(folder, ()), allow_pickle=allow_pickle)
+        for folder in _WITH_WEIGHTS
+    }
+    chosen = [
+        f"{folder}/{name}" for folder, files in weights.items() if files for name in files.names
     ]
-    return [*_SMALL_FILES, *weights]
+    return [*_SMALL_FILES, *chosen]

@@ -27,6 +27,7 @@ from safegen.models.checkpoint.folder_schema import (
     check_size,
 )
 from safegen.models.checkpoint.metadata import METADATA_FILE, CheckpointMetadata, parse_metadata
+from safegen.models.checkpoint.weight_files import WeightFiles, find_weights
 from safegen.models.model import Model, Pipeline
 from safegen.models.patched_weights import hash_stored
 
@@ -50,14 +51,20 @@ PIPELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "FluxPipeline": ("diffusers.pipelines.flux.pipeline_flux:FluxPipeline", _NO_IMAGE),
 }
 """Pipeline class by name in model_index.json, and the arguments that skip unloaded components."""
-TEXT_ENCODERS = {
+COMPONENTS = {
+    "UNet2DConditionModel": "diffusers.models.unets.unet_2d_condition:UNet2DConditionModel",
+    "SD3Transformer2DModel": "diffusers.models.transformers.transformer_sd3:SD3Transformer2DModel",
+    "FluxTransformer2DModel": (
+        "diffusers.models.transformers.transformer_flux:FluxTransformer2DModel"
+    ),
+    "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl:AutoencoderKL",
     "CLIPTextModel": "transformers.models.clip.modeling_clip:CLIPTextModel",
     "CLIPTextModelWithProjection": (
         "transformers.models.clip.modeling_clip:CLIPTextModelWithProjection"
     ),
     "T5EncoderModel": "transformers.models.t5.modeling_t5:T5EncoderModel",
 }
-"""Text encoder class by the name in model_index.json."""
+"""Class of a component with weights by the name in model_index.json."""
 MODEL_DTYPES = ("F64", "F32", "F16", "BF16")
 """Types of weights in safetensors files of whole models; all are converted to the wanted one."""
 
@@ -77,17 +84,22 @@ def read_folder(
         FileError: it is no diffusers folder of a known pipeline, lacks weights, or has files that
             are pickled or damaged.
     """
-    index = _check_folder(name, folder, allow_pickle)
+    index, weights = _check_folder(name, folder, allow_pickle)
     cls, options = pipeline_class(index.class_name)
-    options = options | index.absent
-    options |= {"dtype": dtype, "use_safetensors": None if allow_pickle else True}
     text = ""
     if exists(folder / METADATA_FILE):
         text = read_bytes(folder / METADATA_FILE).decode("utf-8", errors="replace")
     try:
         with silence_libraries():
-            options |= _load_text_encoders(folder, index, dtype, allow_pickle)
-            pipeline: Pipeline = cls.from_pretrained(str(folder), **options, local_files_only=True)
+            components = {
+                component: _load_component(
+                    folder / component, index.class_of(component), files, dtype
+                )
+                for component, files in weights.items()
+            }
+            pipeline: Pipeline = cls.from_pretrained(
+                str(folder), **options, **index.absent, **components, local_files_only=True
+            )
             check_schedule(pipeline.scheduler)
     except FileError as error:
         raise FileError(f"the model {name!r} {error}") from error
@@ -117,37 +129,40 @@ def check_schedule(scheduler: Any) -> None:
     copy.set_timesteps(min(10, copy.config.num_train_timesteps), **shift)
 
 
-def _check_folder(name: str, folder: Path, allow_pickle: bool) -> FolderIndex:
-    """Check a model folder before anything is built, and return its model_index.json."""
+def _check_folder(
+    name: str, folder: Path, allow_pickle: bool
+) -> tuple[FolderIndex, dict[str, WeightFiles]]:
+    """Check a model folder before anything is built.
+
+    Returns:
+        Its model_index.json, and the files of each component that has weights.
+    """
     try:
         index = check_configs(folder)
     except FileError as error:
         raise FileError(f"the model {name!r} cannot be read: {error}") from error
+    weights = {}
     for component in (index.denoiser, "vae", *index.text_encoders):
-        if not any((folder / component).glob("*.safetensors")):
-            if not any((folder / component).glob("*.bin")):
-                raise FileError(
-                    f"{name} cannot be read: there is no .safetensors file in {folder / component}"
-                )
-            if not allow_pickle:
-                raise FileError(
-                    f"{name} has pickled weights in {component}, which can run code. Get it as "
-                    "safetensors, or pass --allow-pickle if you trust it"
-                )
-        check_shards(folder / component)
-        _check_weight_types(folder / component)
-    for component, kind in index.text_encoders.items():
-        check_size(folder / component, kind)
-    if index.denoiser == "transformer":
-        check_size(folder / index.denoiser, index.class_of(index.denoiser))
-    return index
+        path = folder / component
+        files = find_weights(component, [file.name for file in path.iterdir()], allow_pickle=True)
+        if files is None:
+            raise FileError(f"{name} cannot be read: there is no .safetensors file in {path}")
+        if files.is_pickle and not allow_pickle:
+            raise FileError(
+                f"{name} has pickled weights in {component}, which can run code. Get it as "
+                "safetensors, or pass --allow-pickle if you trust it"
+            )
+        check_shards(path)
+        _check_weight_types(path, files)
+        if component not in ("unet", "vae"):
+            check_size(path, index.class_of(component), files.names)
+        weights[component] = files
+    return index, weights
 
 
-def _check_weight_types(folder: Path) -> None:
+def _check_weight_types(folder: Path, files: WeightFiles) -> None:
     """Check the headers of a component's weights: all but buffers are floating point."""
-    for path in folder.glob("*.safetensors"):
-        if len(path.suffixes) > 1:  # a variant, which is not opened
-            continue
+    for path in (folder / name for name in files.names if name.endswith(".safetensors")):
         for key, entry in read_header(path).items():
             dtype = entry.get("dtype") if isinstance(entry, dict) else None
             is_weight = key != "__metadata__" and not key.endswith("position_ids")
@@ -158,29 +173,29 @@ def _check_weight_types(folder: Path) -> None:
                 )
 
 
-def _load_text_encoders(
-    folder: Path, index: FolderIndex, dtype: torch.dtype, allow_pickle: bool
-) -> dict[str, nn.Module]:
-    """Return a folder's text encoders by component name.
+def _load_component(
+    folder: Path, class_name: str, files: WeightFiles, dtype: torch.dtype
+) -> nn.Module:
+    """Return a component with weights.
 
-    A pipeline would silently initialize missing weights at random.
+    A pipeline would silently initialize a text encoder's missing weights at random, and asks for
+    one precision of all components.
     """
-    encoders: dict[str, nn.Module] = {}
-    for component, class_name in index.text_encoders.items():
-        encoder, report = _import(TEXT_ENCODERS[class_name]).from_pretrained(
-            str(folder / component),
-            dtype=dtype,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            local_files_only=True,
+    component, report = _import(COMPONENTS[class_name]).from_pretrained(
+        str(folder),
+        dtype=dtype,
+        variant=files.variant,
+        use_safetensors=not files.is_pickle,
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise FileError(
+            f"lacks {len(missing)} weights in {folder.name}, first {missing[0]}. Get a complete "
+            "copy"
         )
-        if missing := sorted(report["missing_keys"]):
-            raise FileError(
-                f"lacks {len(missing)} weights in {component}, first {missing[0]}. Get a complete "
-                "copy"
-            )
-        encoders[component] = encoder
-    return encoders
+    module: nn.Module = component
+    return module
 
 
 def save_folder(

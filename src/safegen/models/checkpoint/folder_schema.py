@@ -7,7 +7,7 @@ that a folder can neither run code nor ask for more memory than its weights take
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self, TypeVar
 
@@ -265,11 +265,11 @@ def check_shards(folder: Path) -> None:
             check_file(path)
         if path.suffix == ".bin":
             check_pickle(path)
-        if path.name.endswith(".index.json"):
+        if ".index." in path.name and path.suffix == ".json":
             _read(ShardIndex, path)
 
 
-def check_size(folder: Path, class_name: str) -> None:
+def check_size(folder: Path, class_name: str, files: Sequence[str]) -> None:
     """Check that a component's files can hold what is allocated before they are read.
 
     transformers would allocate and initialize missing weights, and diffusers computes the position
@@ -278,13 +278,14 @@ def check_size(folder: Path, class_name: str) -> None:
     Args:
         folder: folder of a text encoder or a transformer.
         class_name: its class.
+        files: names of the files with its weights.
 
     Raises:
         FileError: they cannot.
     """
     schema = DENOISER_SCHEMAS.get(class_name) or _text_schema(class_name)
     config: Any = _read(schema, folder / "config.json")
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    size = sum(check_file(folder / name) for name in files)
     if config.num_weights > size:
         raise FileError(
             f"{str(folder)!r} must hold the weights that its config.json declares, got {size} "
