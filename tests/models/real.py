@@ -64,6 +64,7 @@ FLUX_DEV = {
     "guidance_embeds": True,
 }
 TRANSFORMERS = {
+    "sd3-medium": ("SD3Transformer2DModel", SD3_MEDIUM),
     "sd35-medium": ("SD3Transformer2DModel", SD35_MEDIUM),
     "flux-dev": ("FluxTransformer2DModel", FLUX_DEV),
 }

@@ -19,6 +19,7 @@ from safegen.patches.active_lora import active_loras
 from safegen.patches.lora import Lora, effect_loss, extract_lora, save_lora
 from safegen.patches.lora_reader import load_lora, read_lora
 from safegen.patches.patch import BaseMismatchWarning, Patch
+from tests.tiny import build_model
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +184,12 @@ def make_half(model):
     return model
 
 
-@pytest.mark.parametrize("build", ["sd2", "sdxl"])
-def test_effect_loss_of_other_architectures(make_tiny, build):
-    model = make_tiny(build)
+@pytest.mark.parametrize("family", ["sdxl", "sd35", "flux"])
+def test_effect_loss_of_other_families(family):
+    model = build_model(family)
     own = dict(model.denoiser.named_parameters())
-    wild = Patch({n: own[n] * 3 for n in select_parameters(model.denoiser, "kv2")})
+    names = [n for n in select_parameters(model.denoiser, "kv2") if n.endswith(".weight")]
+    wild = Patch({n: own[n] * 3 for n in names})
     whole, part = (effect_loss(extract_lora(wild, model, r), wild, model, steps=2) for r in (32, 2))
     assert whole < 1e-3 < part < 1.2
 

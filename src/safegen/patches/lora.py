@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, SafegenWarning
 from safegen.core.tensor_files import write_tensors
-from safegen.models.checkpoint.key_map import kohya_name, sdxl_unet_names
 from safegen.models.checkpoint.metadata import METADATA_KEY
 from safegen.models.model import Model
 from safegen.models.patched_weights import component_of
+from safegen.models.selectors import FLUX, SD3
+from safegen.patches.lora_keys import KeyFormat, lora_tensors
 from safegen.patches.patch import Patch
 
-KeyFormat = Literal["kohya", "diffusers"]
 FAMILY_WEIGHTS = (".attn2.to_k.weight", ".attn2.to_v.weight")
-"""Weights by which InvokeAI tells the family of a LoRA."""
+"""Weights by which InvokeAI tells the family of a UNet's LoRA."""
+
+
+class IgnoredKeysWarning(SafegenWarning):
+    """A known program ignores some keys of a LoRA and generates without them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,8 +227,8 @@ def save_lora(
 ) -> None:
     """Write a LoRA to a new safetensors file. At scale 1 it has the effect of the patch.
 
-    All factors are padded with zeros to one rank: releases of diffusers misread the strengths of
-    unequal ranks.
+    Factors are padded with zeros to one rank, and fused where kohya's layout of a transformer has
+    one matrix for several weights (`LoraModule.fuse`).
 
     Args:
         lora: the factors.
@@ -237,33 +242,39 @@ def save_lora(
 
     Raises:
         FileError: `path` exists or cannot be written.
+
+    Warns:
+        IgnoredKeysWarning: diffusers ignores some of the keys.
     """
-    original = sdxl_unet_names(model.denoiser)
-    tensors: dict[str, Tensor] = {}
+    if keys == "kohya":
+        _warn_of_ignored_keys(lora, model)
     factors = dict(lora.factors)
     if keys == "kohya" and not any(name.endswith(FAMILY_WEIGHTS) for name in factors):
         factors |= _zero_factors(model)
-    for name, pair in factors.items():
-        down, up = _pad_rank(*pair, lora.rank)
-        if keys == "kohya":
-            module = kohya_name(name, original.get(name))
-            tensors |= {
-                f"{module}.lora_down.weight": down,
-                f"{module}.lora_up.weight": up,
-                f"{module}.alpha": torch.tensor(float(lora.rank)),
-            }
-        else:
-            module = "unet." + name.removesuffix(".weight")
-            tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+    tensors = lora_tensors(factors, model.denoiser, lora.rank, keys)
     metadata |= {"retained_energy": lora.retained_energy, "family": model.family}
     header = {
         "format": "pt",
+        "ss_network_module": "networks.lora",
         "ss_network_dim": str(lora.rank),
         "ss_network_alpha": str(lora.rank),
-        "ss_network_module": "networks.lora",
         METADATA_KEY: json.dumps(metadata, sort_keys=True),
     } | _base_model_header(model)
     write_tensors(path, {name: value.to(dtype) for name, value in tensors.items()}, header)
+
+
+def _warn_of_ignored_keys(lora: Lora, model: Model) -> None:
+    """Warn of layers that diffusers (0.42) leaves out of kohya's form without an error."""
+    kind = type(model.denoiser).__name__
+    ignored = [name for name in lora.factors if kind == SD3 or "blocks." not in name]
+    if kind in (SD3, FLUX) and ignored:
+        warnings.warn(
+            f"diffusers ignores {len(ignored)} of {len(lora.factors)} layers of this LoRA with "
+            f"kohya's keys, first {ignored[0].removesuffix('.weight')}, and generates without "
+            "them. For diffusers use --keys diffusers",
+            IgnoredKeysWarning,
+            stacklevel=3,
+        )
 
 
 def _zero_factors(model: Model) -> dict[str, tuple[Tensor, Tensor]]:
@@ -271,29 +282,29 @@ def _zero_factors(model: Model) -> dict[str, tuple[Tensor, Tensor]]:
 
     They change nothing; `lora_reader.read_lora` leaves them out.
     """
+    if model.denoiser_name != "unet" or hasattr(model.denoiser, "add_embedding"):
+        return {}
     for name, weight in model.denoiser.named_parameters():
-        if name.endswith(FAMILY_WEIGHTS[0]) and not hasattr(model.denoiser, "add_embedding"):
+        if name.endswith(FAMILY_WEIGHTS[0]):
             out, width = weight.shape
             return {name: (torch.zeros(1, width), torch.zeros(out, 1))}
     return {}
 
 
-def _pad_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return factors padded with zeros to a rank."""
-    missing = rank - len(down)
-    return (
-        torch.cat([down, down.new_zeros(missing, *down.shape[1:])]),
-        torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1),
-    )
-
-
 def _base_model_header(model: Model) -> dict[str, str]:
     """Return the header entries by which A1111 knows the models that a LoRA is for.
 
-    Without them it lists the LoRA for SD 1.x only.
+    Without them it lists the LoRA for SD 1.x only. Those of transformers are kohya's trainer's.
     """
+    kind, config = type(model.denoiser).__name__, model.denoiser.config
+    if kind == FLUX:
+        return {"ss_base_model_version": "flux1", "ss_network_module": "networks.lora_flux"}
+    if kind == SD3:
+        release = "5-medium" if config.dual_attention_layers else "5-large"
+        version = release if config.qk_norm else "medium"
+        return {"ss_base_model_version": version, "ss_network_module": "networks.lora_sd3"}
     if hasattr(model.denoiser, "add_embedding"):
         return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
-    is_v2 = bool(model.denoiser.config.use_linear_projection)
+    is_v2 = bool(config.use_linear_projection)
     suffix = "_v" if model.prediction == "v_prediction" else ""
     return {"ss_base_model_version": f"sd_v{2 if is_v2 else 1}{suffix}", "ss_v2": str(is_v2)}

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Strict
+from pydantic import AliasChoices, AliasGenerator, BaseModel, ConfigDict, Strict
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from safegen.core.documents import parse_json, validate
 from safegen.core.errors import ConfigError, FileError, PatchError
 from safegen.core.tensor_files import FACTOR_DTYPES, check_weights, read_tensors
-from safegen.models.checkpoint.key_map import kohya_name, sdxl_unet_names
 from safegen.models.checkpoint.metadata import (
     METADATA_KEY,
     PATCH_FORMAT,
@@ -29,10 +28,19 @@ from safegen.models.checkpoint.metadata import (
 )
 from safegen.models.model import Model
 from safegen.patches.lora import add_factors
+from safegen.patches.lora_keys import known_modules
 from safegen.patches.lora_spec import MAX_SCALE
 from safegen.patches.patch import Patch, check_family, warn_base_mismatch, warn_large_change
 
-TEXT_ENCODER_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
+TEXT_ENCODER_PREFIXES = (
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "lora_te3_",
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoder_3.",
+)
 """Prefixes of a text encoder's modules in a LoRA file."""
 PEFT_PREFIX = "base_model.model."
 """Prefix of every module in an adapter that peft itself writes."""
@@ -48,10 +56,17 @@ ALPHA_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64
 """Types of an alpha besides `FACTOR_DTYPES`; kohya's trainer stores an integer as given."""
 
 
+def _adapter_keys(field: str) -> AliasChoices:
+    """Return the keys of a field, one for each kind of denoiser."""
+    return AliasChoices(f"unet.{field}", f"transformer.{field}")
+
+
 class AdapterMetadata(BaseModel):
     """The part of peft's settings in a diffusers LoRA that decides its strength."""
 
-    model_config = ConfigDict(frozen=True, alias_generator="unet.{}".format)
+    model_config = ConfigDict(
+        frozen=True, alias_generator=AliasGenerator(validation_alias=_adapter_keys)
+    )
 
     lora_alpha: Annotated[float, Strict()] | None = None
     alpha_pattern: dict[str, Any] | None = None
@@ -146,26 +161,28 @@ def read_lora(path: Path, model: Model) -> LoraFactors:
     tensors, metadata, default_alpha = _open(path)
     prefix = f"the LoRA does not fit the model {model.name!r}"
     check_family(prefix, metadata.family, model)
-    weights = _weights_by_module(model)
-    shapes = {name: tuple(p.shape) for name, p in model.denoiser.named_parameters()}
+    modules = known_modules(model.denoiser)
+    shapes = {name: p.shape for name, p in model.denoiser.named_parameters()}
     text_encoder = [key for key in tensors if key.startswith(TEXT_ENCODER_PREFIXES)]
     factors, used = dict[str, tuple[Tensor, Tensor, float]](), set(text_encoder)
-    for key, down in tensors.items():
+    for key, value in tensors.items():
         suffix = next((suffix for suffix in FACTOR_SUFFIXES if key.endswith(suffix)), None)
         if suffix is None or key in used:
             continue
         module = key.removesuffix(suffix)
-        if module not in weights:
+        if module not in modules:
             raise PatchError(f"{prefix}: it has no module {module}. It was made for another family")
         up_key, alpha_key = module + FACTOR_SUFFIXES[suffix], f"{module}.alpha"
         if up_key not in tensors:
             raise FileError(f"{path} is damaged: it has {key} without {up_key}")
-        name, alpha = weights[module], tensors.get(alpha_key, default_alpha)
-        if name in factors:
+        entry, alpha = modules[module], tensors.get(alpha_key, default_alpha)
+        if not factors.keys().isdisjoint(entry.weights):
             raise FileError(f"{path} is damaged: it has factors of {module} under two names")
-        check_weights({key: down, up_key: tensors[up_key]}, path, FACTOR_DTYPES)
+        check_weights({key: value, up_key: tensors[up_key]}, path, FACTOR_DTYPES)
         try:
-            factors[name] = _fit_factors(down, tensors[up_key], alpha, shapes[name])
+            down, up, scale = _fit_factors(value, tensors[up_key], alpha, entry.shape(shapes))
+            for name, pair in entry.split(down, up, shapes):
+                factors[name] = *pair, scale
         except ValueError as error:
             raise FileError(
                 f"{path} is damaged: {module}: {error}. Make or fetch it again"
@@ -205,19 +222,6 @@ def _without_zeros(
             f"factors and alpha in {path} must not be 0 in every module. Make or fetch it again"
         )
     return changing
-
-
-def _weights_by_module(model: Model) -> dict[str, str]:
-    """Return the weights of a denoiser by the names that LoRA files give to their modules."""
-    original = sdxl_unet_names(model.denoiser)
-    weights = {}
-    for name, _ in model.denoiser.named_parameters():
-        if name.endswith(".weight"):
-            weights[kohya_name(name)] = name
-            weights["unet." + name.removesuffix(".weight")] = name
-            if name in original:
-                weights[kohya_name(name, original[name])] = name
-    return weights
 
 
 def _fit_factors(
