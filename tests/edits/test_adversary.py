@@ -31,6 +31,8 @@ from safegen.models.denoisers import predict
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
+QUICK = {("one-step", "safegen"), ("adv-unlearn", "esd"), ("inversion", "esd")}
+"""Adversaries that are trained with an edit in every run; the others are slow tests."""
 BRIEF = {"updates": 4, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0, "precision": "fp32"}
 SETTINGS = {
     "none": {"name": "none"},
@@ -388,8 +390,14 @@ def test_a_number_is_serialized_as_a_number():
     assert ESD(adversary=1).model_dump()["adversary"] == ESD(adversary="1").adversary == 1.0
 
 
-@pytest.mark.parametrize("method", ["esd", "safegen"])
-@pytest.mark.parametrize("name", sorted(tables.ADVERSARIES))
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=() if (name, method) in QUICK else pytest.mark.slow)
+        for name in sorted(tables.ADVERSARIES)
+        for method in ("esd", "safegen")
+    ],
+)
 def test_every_adversary_works_with_every_edit_that_has_one(
     make_model, triplets, tmp_path, method, name
 ):

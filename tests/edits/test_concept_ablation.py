@@ -116,6 +116,7 @@ def test_images_are_generated_by_the_original_model_of_each_anchor_in_turn(tiny_
     )
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(make_model):
     log = []
     edit = ConceptAblation(
@@ -172,7 +173,7 @@ def record_samples(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_paper_preset_trains_as_the_released_code(make_model, monkeypatch, checkpointing):
     """The released training step restated, for 12 updates on the samples that ours drew.
 

@@ -302,6 +302,7 @@ def test_timesteps_may_end_with_the_schedule(tiny_model, triplets):
         DUO(timesteps=(-1, 5))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(make_model, triplets):
     log = []
     edit = DUO(
@@ -344,7 +345,7 @@ def test_the_paper_preset_has_the_published_values():
         assert preset.training.lr == pytest.approx(0.03 / preset.beta)
 
 
-@pytest.mark.parametrize("loss_type", ["dpo", "kto"])
+@pytest.mark.parametrize("loss_type", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_the_paper_preset_trains_as_the_released_code(make_model, triplets, monkeypatch, loss_type):
     """The released training step restated, for 12 updates on the samples that ours drew."""
     calls, compare, model = [], DUOObjective.compare, make_model()

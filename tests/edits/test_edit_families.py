@@ -22,7 +22,7 @@ tiny = lru_cache(build_model)
 """Models of this file's tests; each test checks that it left its model as it was."""
 QUICK = {
     *(("safegen", family) for family in FAMILIES),
-    *(("esd", family) for family in ("sdxl-v", "sd3", "flux-schnell")),
+    *(("esd", family) for family in ("sdxl-v", "sd3", "flux")),
     ("concept_ablation", "sd35"),
     ("duo", "sd35"),
     ("sdd", "sd35"),

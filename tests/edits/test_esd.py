@@ -221,6 +221,7 @@ def test_the_adversary_moves_the_text_and_raises_the_loss(make_model):
     )
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(make_model):
     edit = ESD(
         **SHORT, rollout="base", trajectories=2, training=training(updates=40, lr=3e-3, batch=4)

@@ -144,6 +144,9 @@ def test_losses_of_safegen_on_flow_matching_are_written_out(two, family, anchor)
 
 # ------------------------------------------------------------ adversaries
 
+QUICK = {("one-step", "sdxl"), ("adv-unlearn", "flux"), ("closed-form", "sd35")}
+"""Pairs that are trained in every run; the others are slow tests."""
+
 
 @pytest.mark.parametrize("family", ["sdxl", "sd35", "flux"])
 def test_one_gradient_step_moves_token_and_pooled_embeddings_by_their_own_norms(family):
@@ -162,8 +165,14 @@ def test_one_gradient_step_moves_token_and_pooled_embeddings_by_their_own_norms(
     assert worse.added == text.added
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd35", "flux"])
-@pytest.mark.parametrize("adversary", ["one-step", "adv-unlearn", "closed-form"])
+@pytest.mark.parametrize(
+    ("adversary", "family"),
+    [
+        pytest.param(name, family, marks=() if (name, family) in QUICK else pytest.mark.slow)
+        for name in ("one-step", "adv-unlearn", "closed-form")
+        for family in ("sdxl", "sd35", "flux")
+    ],
+)
 def test_adversaries_train_on_every_family(two, tmp_path, family, adversary):
     (tmp_path / "calm.txt").write_text("a blue ball")
     model, steps = tiny(family), {"steps": 1} if adversary == "adv-unlearn" else {}
@@ -238,8 +247,15 @@ def test_gradient_checkpointing_changes_nothing(two, family):
     assert not model.denoiser.is_gradient_checkpointing
 
 
-@pytest.mark.parametrize("family", ["sdxl-v", "sd35", "flux"])
-@pytest.mark.parametrize("method", ["safegen", "duo"])
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("safegen", "sd35"),
+        ("safegen", "flux"),
+        pytest.param("duo", "sdxl-v", marks=pytest.mark.slow),
+        pytest.param("duo", "flux", marks=pytest.mark.slow),
+    ],
+)
 def test_models_in_bf16_train(two, family, method):
     model = build_model(family)
     model.pipeline.to(torch.bfloat16)

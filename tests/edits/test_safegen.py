@@ -719,7 +719,13 @@ def test_seconds_include_the_preparation(tiny_model, triplets, monkeypatch):
     assert 0.5 <= patch.metadata.seconds <= time.perf_counter() - began
 
 
-@pytest.mark.parametrize("why", sorted(UNUSED_CONCEPTS))
+@pytest.mark.parametrize(
+    "why",
+    [
+        pytest.param(why, marks=() if "paper" in why else pytest.mark.slow)
+        for why in sorted(UNUSED_CONCEPTS)
+    ],
+)
 def test_a_concept_without_effect_on_settings_still_checks_triplets(tiny_model, why):
     settings = {
         "concept": "skulls",

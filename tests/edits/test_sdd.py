@@ -177,6 +177,7 @@ def test_bf16_training_changes_the_weights(make_model, changes):
     )
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(make_model):
     log = []
     edit = SDD(

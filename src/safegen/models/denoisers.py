@@ -149,6 +149,13 @@ def side_multiple(pipe: Any) -> int:
     return int(pipe.vae_scale_factor) * (2 if packs_latents(pipe) else patch)
 
 
+def largest_side(pipe: Any) -> int | None:
+    """Return the largest side of a pipeline's images in pixels, which SD 3's positions limit."""
+    transformer = getattr(pipe, "transformer", None)
+    positions = None if transformer is None else transformer.config.get("pos_embed_max_size")
+    return None if positions is None else int(positions) * side_multiple(pipe)
+
+
 def default_side(pipe: Any) -> int:
     """Return the side of the latents of a pipeline's images, which FLUX's network does not say."""
     network = getattr(pipe, "unet", None) or pipe.transformer

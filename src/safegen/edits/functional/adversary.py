@@ -219,7 +219,10 @@ class ReceAdversary(Adversary):
 
 
 class InversionAdversary(Adversary):
-    """A word that is learned against the edited model, beside it (STEREO, arXiv:2408.16807)."""
+    """A word that is learned against the edited model, beside it (STEREO, arXiv:2408.16807).
+
+    The model must have one text encoder.
+    """
 
     paper: ClassVar[str] = "arXiv:2408.16807"
     code_url: ClassVar[str] = "https://github.com/koushiksrivats/robust-concept-erasing"

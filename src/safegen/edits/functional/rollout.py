@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from safegen.models import denoisers
 from safegen.models.conditioning import Conditioning
-from safegen.models.generation import check_num_steps
 from safegen.models.model import DTYPES, Model
 from safegen.models.noise_schedule import FLOW_PREDICTION
 from safegen.models.pipeline_specs import step_options
+from safegen.models.schedulers import check_num_steps
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """Latents (b, c, h, w), timesteps (b,), embeddings of b texts -> prediction (b, c, h, w)."""
@@ -54,7 +54,7 @@ class Rollout:
         Raises:
             ConfigError: the schedule has fewer timesteps.
         """
-        check_num_steps(model, steps)
+        check_num_steps(model.pipeline, steps)
         self.steps, self.guidance = steps, guidance
         self.scheduler = build_scheduler(model, scheduler)
         self.shape, self.device = model.latent_shape, model.device
