@@ -27,6 +27,8 @@ from safegen.workflows.plan.probe import measured
 from tiny import build_model
 
 CONFIG = GenerationConfig(num_inference_steps=7, batch_size=4)
+FAST = {"sdxl": "sdd", "sd35": "des", "flux": "uce"}
+"""Family: the edit that is planned on it in every run; the others are planned nightly."""
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +73,15 @@ def test_passes_of_a_training_are_those_of_its_run(model, method, settings):
     assert plan.images == settings.get("num_images", 0)
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd35", "flux"])
-@pytest.mark.parametrize("method", ["uce", "sdd", "des"])
-def test_edits_of_every_family_are_planned(family, method, cubes):
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        pytest.param(method, family, marks=[pytest.mark.slow] * (FAST[family] != method))
+        for method in ("uce", "sdd", "des")
+        for family in FAST
+    ],
+)
+def test_edits_of_every_family_are_planned(method, family, cubes):
     tiny = build_model(family)
     config = resolve(EDITS, method, "edit")
     settings = {"training": {"updates": 2, "warmup": 0, "batch": 2}} if config.is_trained else {}
