@@ -1,0 +1,61 @@
+"""Identification of our files by InvokeAI, and its LoRA patcher on a UNet of ours."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tools.interop.files import Files
+from tools.interop.read_diffusers import load
+from tools.interop.scene import Report, stub_torchvision
+
+EXPECTED = {
+    "base": "Main_Checkpoint_SD1_Config",
+    "patched": "Main_Checkpoint_SD1_Config",
+    "kohya": "LoRA_LyCORIS_SD1_Config",
+}
+"""File, class by which InvokeAI knows it."""
+TOLERANCE = 1e-2
+"""Largest difference of a weight from the patched one, by the largest change; factors are fp16."""
+
+
+def read(files: Files, report: Report) -> None:
+    """Identify the files, and apply the LoRA."""
+    stub_torchvision()
+    factory: Any = import_module("invokeai.backend.model_manager.configs.factory")
+    for name, expected in EXPECTED.items():
+        result = factory.ModelConfigFactory.from_model_on_disk(getattr(files, name))
+        found = type(result.config).__name__
+        report.check(f"{name}: identified", found, passed=found == expected)
+    _apply_lora(files, report)
+
+
+@torch.inference_mode()
+def _apply_lora(files: Files, report: Report) -> None:
+    """Apply the LoRA with InvokeAI's patcher and compare with the patched file."""
+    patcher: Any = import_module("invokeai.backend.patches.layer_patcher")
+    conversion: Any = import_module(
+        "invokeai.backend.patches.lora_conversions.sd_lora_conversion_utils"
+    )
+    unet, patched = load(files.base).unet, load(files.patched).unet.state_dict()
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    lora = conversion.lora_model_from_sd_state_dict(load_file(files.kohya))
+    with patcher.LayerPatcher.apply_smart_model_patches(
+        model=unet,
+        patches=[(lora, 1.0)],
+        prefix="lora_unet_",
+        dtype=torch.float32,
+        force_direct_patching=True,
+    ):
+        now = unet.state_dict()
+        changed = {n for n, value in now.items() if not torch.equal(value, before[n])}
+        gap = max(float((now[n] - patched[n]).abs().max()) for n in patched)
+    wanted = {n for n, value in patched.items() if not torch.equal(value, before[n])}
+    size = max(float((patched[n] - before[n]).abs().max()) for n in wanted)
+    count = f"{len(changed)} of {len(wanted)} weights changed"
+    report.check("kohya: the patch's weights change", count, passed=changed == wanted)
+    share = f"largest difference from the patch {gap / size:.1e} of the largest change"
+    report.check("kohya: weights as patched", share, passed=gap / size < TOLERANCE)
