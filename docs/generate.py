@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import runpy
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
@@ -55,6 +56,14 @@ ACCESS = {
     "text_encoder": "the text encoder",
     "weights": "all weights",
 }
+FAMILIES = {
+    "Edits": "edits/families.py:EDITS_ON_FAMILIES",
+    "Guards": "guards/families.py:GUARDS_ON_FAMILIES",
+    "Attacks": "attacks/families.py:ATTACKS_ON_FAMILIES",
+    "Files of models": "models/families.py:FILES_OF_FAMILIES",
+    "Files of LoRAs": "models/lora_families.py:LORAS_OF_FAMILIES",
+}
+"""Table of the tests by heading: the reason of a refusal by family and name, "" where it works."""
 WORDS = {"null": "none", "boolean": "true or false", "object": "table"}
 Page = tuple[str, str]
 """Title and Markdown text."""
@@ -76,6 +85,7 @@ def pages() -> dict[str, Page]:
     out["reference/protocols.md"] = ("Protocols", protocols())
     out["reference/dialects.md"] = ("Prompt dialects", dialects())
     out["reference/files.md"] = ("File formats", files())
+    out["reference/families.md"] = ("Families of models", families())
     out["reference/python.md"] = ("Python API", python_api())
     order = (DOCS / "results" / "index.md").read_text(encoding="utf-8").find
     for path in sorted((DOCS / "results").glob("*.json"), key=lambda p: order(f"({p.stem}.md)")):
@@ -85,6 +95,25 @@ def pages() -> dict[str, Page]:
 
 
 # Markdown
+
+
+def families() -> str:
+    """Return what works on which family, and the reasons where it does not."""
+    text = [
+        "Made from the tables that the contract tests check cell by cell, on tiny random models of "
+        "each family. *yes* says that it runs and keeps its laws, not how well it removes. A number "
+        "names the reason why it is refused. See [Families of models](../explanation/families.md).",
+    ]
+    for heading, source in FAMILIES.items():
+        file, _, name = source.partition(":")
+        cells = runpy.run_path(str(DOCS.parent / "tests" / file))[name]
+        rows = dict.fromkeys(row for column in cells.values() for row in column)
+        reasons = dict.fromkeys(r for row in rows for c in cells.values() if (r := c.get(row)))
+        numbers = {reason: str(i) for i, reason in enumerate(reasons, 1)} | {"": "yes"}
+        body = [[code(row), *(numbers[c.get(row, "")] for c in cells.values())] for row in rows]
+        listed = "\n".join(f"{number}. {escape(r)}" for r, number in numbers.items() if r)
+        text.append(f"## {heading}\n\n{table(['', *cells], body)}\n{listed}")
+    return "\n\n".join(text) + "\n"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

@@ -17,6 +17,7 @@ from safegen.core import registry as tables
 from safegen.core.concept import load_concept, prompt_list
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.judges import Detections, judge_images, load_judge
+from safegen.models.patched_weights import pipeline_weights
 
 HOME = Path(safegen.__file__).parent
 TABLES = {
@@ -38,6 +39,8 @@ TRAINED = sorted(
 )
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0}
 """The shortest training."""
+SOME_WEIGHTS = {"des": {"selector": "layers"}}
+"""Edits that have no weights of cross-attention, and a selector of a part of their weights."""
 
 
 def brief(name, concept, **changes):
@@ -61,7 +64,7 @@ def test_every_edit_is_reproducible_and_leaves_the_model_unchanged(
     model, edit = make_model(), brief(name, cubes)
     assert isinstance(edit, Edit)
     data = data_for(edit, triplets)
-    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    before = {k: v.detach().clone() for k, v in pipeline_weights(model.pipeline).items()}
     seen = []
 
     first, second = (
@@ -70,14 +73,12 @@ def test_every_edit_is_reproducible_and_leaves_the_model_unchanged(
     )
 
     assert first.hash == second.hash  # same settings, same weights
-    for key, value in model.denoiser.state_dict().items():
+    own = pipeline_weights(model.pipeline)
+    for key, value in own.items():
         assert torch.equal(value, before[key]), key  # the model is unchanged
-    assert not [
-        k for k, p in model.denoiser.named_parameters() if p.requires_grad or p.grad is not None
-    ]
+    assert not [k for k, p in own.items() if p.requires_grad or p.grad is not None]
     assert type(edit).model_validate_json(edit.model_dump_json()) == edit
     first.check_compatible(model)
-    own = dict(model.denoiser.named_parameters())
     assert all(bool(v.isfinite().all()) for v in first.tensors.values())
     assert any(not torch.equal(v, own[k]) for k, v in first.tensors.items())
     facts = json.loads(json.dumps(first.metadata.to_json()))
@@ -167,8 +168,10 @@ def test_every_trained_edit_checks_its_training_before_it_prepares_anything(
     half = make_model()
     half.pipeline.to(torch.bfloat16)
     data = data_for(brief(name, cubes), triplets)
+    training = BRIEF | {"precision": "fp32"}
+    edit = brief(name, cubes, training=training, **SOME_WEIGHTS.get(name, {}))
     with pytest.raises(ConfigError, match="precision fp32 needs a model loaded in fp32"):
-        brief(name, cubes, training=BRIEF | {"precision": "fp32"}).apply(half, data)
+        edit.apply(half, data)
     with pytest.raises(FileError, match="to resume"):
         brief(name, cubes).apply(half, data, checkpoint_dir=tmp_path, resume=True)
 
@@ -178,21 +181,20 @@ def test_every_trained_edit_can_train_a_lora(name, make_model, triplets, cubes, 
     from safegen.patches.lora import extract_lora
 
     alone = {"text": "none"} if name == "safegen-plus" else {}  # its closed form is no LoRA
-    model, edit = make_model(), brief(name, cubes, rank=2, alpha=4.0, selector="attn2", **alone)
+    selected = SOME_WEIGHTS.get(name, {"selector": "attn2"})
+    model, edit = make_model(), brief(name, cubes, rank=2, alpha=4.0, **selected, **alone)
     data = data_for(edit, triplets)
-    names, state = [n for n, _ in model.denoiser.named_parameters()], model.denoiser.state_dict()
-    before = {k: v.clone() for k, v in state.items()}
+    before = {k: v.detach().clone() for k, v in pipeline_weights(model.pipeline).items()}
     patch = edit.apply(model, data, checkpoint_dir=tmp_path)
-    assert [
-        n for n, _ in model.denoiser.named_parameters()
-    ] == names  # no adapter remains on the weights
-    assert all(torch.equal(v, before[k]) for k, v in model.denoiser.state_dict().items())
-    assert all(".attn2." in n and n.endswith(".weight") for n in patch.tensors)
+    after = pipeline_weights(model.pipeline)
+    assert after.keys() == before.keys()  # no adapter remains on the weights
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
+    layers = ".layers." if name in SOME_WEIGHTS else ".attn2."
+    assert all(layers in n and n.endswith(".weight") for n in patch.tensors)
     assert any(not torch.equal(v, before[k]) for k, v in patch.tensors.items())
-    lora = extract_lora(
-        patch, model, 2
-    )  # its change has the rank of the LoRA, so the conversion is exact
-    assert lora.retained_energy > 0.999
+    if name not in SOME_WEIGHTS:
+        lora = extract_lora(patch, model, 2)  # the change has this rank: the conversion is exact
+        assert lora.retained_energy > 0.999
     assert edit.apply(make_model(), data, checkpoint_dir=tmp_path, resume=True).hash == patch.hash
     with pytest.raises(ValueError, match="rank"):
         brief(name, cubes, rank=0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safegen.attacks.core.target import TextSpace
 from safegen.attacks.core.text import concept_pairs, explicit_text
+from safegen.attacks.search.text_space import TextSpace
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError
 

@@ -56,7 +56,7 @@ def learn(loader, skulls_judge, tmp_path, images):
             target = Target(loaded, SKULLS, skulls_judge, GenerationConfig(), budget)
             with target.counted():
                 learner = config.build(AttackContext(target, tmp_path / name, progress))
-        return read_word(tmp_path / name / FILE)[1], learner, target
+        return read_word(tmp_path / name / FILE)[1][0], learner, target
 
     return run
 
@@ -101,11 +101,12 @@ def test_updates_are_those_of_adamw_on_the_embedding_table(loader, skulls_judge,
     with loader.open(Stack(name="mini", model="mini")) as loaded:
         target = Target(loaded, SKULLS, skulls_judge, GenerationConfig())
         training = WordTraining(config, AttackContext(target, tmp_path))
-        start = training.vectors.detach().clone()
+        start = training.vectors[0].detach().clone()
         training.run()
         model = loaded.model
-        with added_words(model, {WORD: start}):
-            latents, ids, captions = training._encode()
+        with added_words(model, {WORD: [start]}):
+            latents, texts, captions = training._encode()
+            ids = model.token_ids(texts)
             table = model.pipeline.text_encoder.get_input_embeddings().weight
             table.requires_grad_(True)
             before = table.detach().clone()
@@ -131,7 +132,7 @@ def test_updates_are_those_of_adamw_on_the_embedding_table(loader, skulls_judge,
             table.requires_grad_(False)
     assert model.prediction == "epsilon"
     assert (found - start).abs().max() > 1e-3
-    assert_close(training.vectors.detach(), found, rtol=0, atol=1e-6)
+    assert_close(training.vectors[0].detach(), found, rtol=0, atol=1e-6)
 
 
 def test_the_word_starts_as_one_token(learn, loader, tmp_path):

@@ -34,12 +34,11 @@ def unsafe(triplets):
     )
 
 
-class ZeroDenoiser(torch.nn.Module):
-    """Denoiser that predicts zero and records its inputs."""
-
-    def forward(self, x, t, text):
-        self.asked = (x, t, text)
-        return type("Out", (), {"sample": torch.zeros_like(x)})
+def record_inputs(network):
+    """Return a list that gets the inputs of each call of a network."""
+    inputs = []
+    network.register_forward_pre_hook(lambda _, __, named: inputs.append(named), with_kwargs=True)
+    return inputs
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -48,21 +47,23 @@ def test_the_loss_is_the_plain_one(make_model, triplets, prediction):
 
     The target is the noise, or sqrt(a) noise - sqrt(1 - a) z, solved from x_t and z.
     """
-    model, silent = make_model(prediction_type=prediction), ZeroDenoiser()
-    picture = triplets.images(0)[0]
+    model, picture = make_model(prediction_type=prediction), triplets.images(0)[0]
+    inputs = record_inputs(model.denoiser)
+    for parameter in model.denoiser.conv_out.parameters():
+        torch.nn.init.zeros_(parameter)
     problem = DenoisingObjective(
         model, FineTuneDataset((picture,), (("a red cube",),), "x"), batch=5
     )
-    loss = problem.training_step(silent, 0, torch.Generator().manual_seed(3), (0, 1))["L"]
-    x, t, text = silent.asked
+    loss = problem.training_step(model.denoiser, 0, torch.Generator().manual_seed(3), (0, 1))["L"]
+    x, t, text = (inputs[0][k] for k in ("sample", "timestep", "encoder_hidden_states"))
     z, a = (
         model.encode_images(preprocess(picture, model.size)[None]),
-        model.alphas_cumprod()[t].view(-1, 1, 1, 1),
+        model.pipeline.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1),
     )
     noise = (x - a.sqrt() * z) / (1 - a).sqrt()
     want = noise if prediction == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
     assert_close(loss, want.pow(2).mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-4)
-    assert_close(text, model.encode_text(["a red cube"]).expand(5, -1, -1))
+    assert_close(text, model.encode_text(["a red cube"]).expand(5).hidden)
     assert len(set(t.tolist())) > 1
 
 
@@ -269,6 +270,6 @@ def test_an_image_without_a_caption_is_skipped_and_counted(triplets):
 
 
 def test_a_model_that_predicts_the_sample_is_refused(make_model, unsafe, tmp_path):
-    with pytest.raises(ConfigError, match="epsilon or v_prediction, got sample"):
+    with pytest.raises(ConfigError, match="flow_prediction, got sample"):
         fine_tune(make_model(prediction_type="sample"), unsafe, (1,), BRIEF, folder=tmp_path / "a")
     assert not (tmp_path / "a").exists()

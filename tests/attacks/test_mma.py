@@ -31,35 +31,35 @@ def make_search(loader, skulls_judge, tmp_path):
 def encode_one_hot(search, weights):
     """Return the pooled embedding of one-hot tokens (k, vocabulary), padded to full length."""
     space, k = search.space, len(weights)
-    table = space.encoder.get_input_embeddings().weight.detach()
-    name = next(n for n, p in space.encoder.named_parameters() if p.shape == table.shape)
+    table = space.encoders[0].get_input_embeddings().weight.detach()
+    name = next(n for n, p in space.encoders[0].named_parameters() if p.shape == table.shape)
     ids = space.rows(torch.zeros(1, k, dtype=torch.long))
     ids[0, 1 : 1 + k] = torch.arange(len(table), len(table) + k)
     soft = {name: torch.cat([table, weights @ table])}
-    hidden = torch.func.functional_call(space.encoder, soft, (ids,)).last_hidden_state
+    hidden = torch.func.functional_call(space.encoders[0], soft, (ids,)).last_hidden_state
     return hidden[:, k + 1]
 
 
 def test_the_gradient_is_that_of_the_padded_encoder(make_search):
     search = make_search(num_tokens=3)
-    goal = search.view.pooled_texts(["a castle covered in skulls"])
+    goal = search.space.views[0].pooled_texts(["a castle covered in skulls"])
     tokens = torch.tensor([5, 40, 300])
     weights = F.one_hot(search.allowed[tokens], len(search.space.tokenizer)).float()
     weights.requires_grad_()
     loss = 1 - F.cosine_similarity(encode_one_hot(search, weights), goal)
     (expected,) = torch.autograd.grad(loss.sum(), weights)
-    assert_close(search.gradient(tokens, goal), expected[:, search.allowed], rtol=1e-4, atol=1e-6)
-    assert_close(search.losses(tokens[None], goal), loss.detach(), rtol=0, atol=1e-5)
+    assert_close(search.gradient(tokens, [goal]), expected[:, search.allowed], rtol=1e-4, atol=1e-6)
+    assert_close(search.losses(tokens[None], [goal]), loss.detach(), rtol=0, atol=1e-5)
 
 
 def test_one_step_is_that_of_the_released_code(make_search):
     """The released step restated, with each token's own gradient: ids, texts and the best one."""
     k, n, top_k = 4, 16, 24
     search = make_search(num_tokens=k, candidates=n, top_k=top_k)
-    tokenizer, encoder = search.space.tokenizer, search.space.encoder
-    goal = search.view.pooled_texts(["a castle covered in skulls"])
+    tokenizer, encoder = search.space.tokenizer, search.space.encoders[0]
+    goal = search.space.views[0].pooled_texts(["a castle covered in skulls"])
     tokens = search.letters[torch.tensor([1, 5, 9, 20])]
-    gradient = search.gradient(tokens, goal)
+    gradient = search.gradient(tokens, [goal])
 
     whole = torch.full((k, len(tokenizer)), float("inf"))
     whole[:, search.allowed] = gradient  # banned tokens stay at infinity
@@ -87,7 +87,7 @@ def test_one_step_is_that_of_the_released_code(make_search):
     found = search.candidates(tokens, gradient, torch.Generator().manual_seed(3))
     assert search.allowed[found].tolist() == [row for _, row in same]
     assert 0 < len(same) <= n
-    actual = search.losses(found, goal)
+    actual = search.losses(found, [goal])
     assert_close(actual, losses, rtol=0, atol=1e-5)
     assert int(actual.argmin()) == int(losses.argmin())
 

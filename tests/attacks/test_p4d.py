@@ -55,11 +55,11 @@ def test_updates_are_those_of_the_released_code(
         target = Target(loaded, SKULLS, skulls_judge, GenerationConfig())
         search = HardPromptSearch(config, AttackContext(target, tmp_path))
         x0 = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-        goal = base.encode_text(["a castle covered in skulls"]).detach()
-        prompt, draw = _HardPrompt(config, search, sample, x0[0], goal[0]), config.generator(sample)
+        goal = base.encode_text(["a castle covered in skulls"])
+        prompt, draw = _HardPrompt(config, search, sample, x0[0], goal), config.generator(sample)
         model, space = loaded.model, search.space
-        table = space.encoder.get_input_embeddings().weight.detach()
-        name = next(n for n, p in space.encoder.named_parameters() if p.shape == table.shape)
+        table = space.encoders[0].get_input_embeddings().weight.detach()
+        name = next(n for n, p in space.encoders[0].named_parameters() if p.shape == table.shape)
         words, vocabulary = space.own_tokens(sample.prompt).tolist(), search.vocabulary
         total = 3 if every is None else len(words) + len(words) // every + 1
         free = [i for i in range(total) if every is None or i % (every + 1) == 0]
@@ -67,7 +67,7 @@ def test_updates_are_those_of_the_released_code(
         own = table[vocabulary]
         soft = own[start].clone().requires_grad_()
         optimizer = torch.optim.AdamW([soft], lr=0.1, weight_decay=0.1)
-        abar = model.alphas_cumprod()
+        abar = model.pipeline.scheduler.alphas_cumprod
         for _ in range(2):
             hits = (F.normalize(soft.detach()) @ F.normalize(own).T).argmax(-1)
             hard = own[hits].clone().requires_grad_()
@@ -75,17 +75,17 @@ def test_updates_are_those_of_the_released_code(
             row = [len(table) + free.index(i) if i in free else next(rest) for i in range(total)]
             ids = space.rows(torch.tensor([row]))
             weights = {name: torch.cat([table, hard])}
-            text = torch.func.functional_call(space.encoder, weights, (ids,))[0]
+            text = torch.func.functional_call(space.encoders[0], weights, (ids,))[0]
             noise = torch.randn(x0[0].shape, generator=draw)[None]
             t = torch.randint(1000, (), generator=draw)
             noisy = x0 * abar[t] ** 0.5 + noise * (1 - abar[t]) ** 0.5
             with torch.no_grad():
-                wanted = base.denoiser(noisy, t, goal).sample
+                wanted = base.denoiser(noisy, t, goal.hidden).sample
             loss = F.mse_loss(model.denoiser(noisy, t, text).sample, wanted)
             (soft.grad,) = torch.autograd.grad(loss, hard)
             optimizer.step()
             assert_close(search.update([prompt])[0], loss.detach(), rtol=1e-4, atol=1e-6)
-            assert_close(prompt.embeddings.detach(), soft.detach(), rtol=0, atol=1e-5)
+            assert_close(prompt.embeddings[0].detach(), soft.detach(), rtol=0, atol=1e-5)
 
 
 def test_p4d_k_keeps_the_prompts_tokens_in_order(loader, attack_mini, benign_samples):
@@ -102,11 +102,11 @@ def test_p4d_k_keeps_the_prompts_tokens_in_order(loader, attack_mini, benign_sam
 def test_the_unedited_denoiser_has_neither_patches_nor_loras(loader, tmp_path):
     model, _ = loader.model("mini")
     x, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([9])
-    text = model.encode_text(["a castle covered in skulls"]).detach()
+    text = model.encode_text(["a castle covered in skulls"])
 
     def predict():
         with torch.no_grad():
-            return model.denoiser(x, t, text).sample
+            return model.denoiser(x, t, text.hidden).sample
 
     before, uce = predict(), UCE(erase=("skulls",)).apply(model)
     lora = tmp_path / "lora.safetensors"

@@ -12,11 +12,12 @@ import torch
 
 from safegen.attacks.core.base import AttackContext
 from safegen.attacks.core.cost import Budget
-from safegen.attacks.core.target import Target, TextSpace
+from safegen.attacks.core.target import Target
 from safegen.attacks.core.text import concept_pairs, read_pairs
 from safegen.attacks.mma import MMA
 from safegen.attacks.ring_a_bell import RingABell, concept_direction
 from safegen.attacks.search.genetic import ElitistSearch, ReleasedSearch
+from safegen.attacks.search.text_space import TextSpace
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig

@@ -66,19 +66,19 @@ def test_updates_are_those_of_the_released_code(
         search = PrefixSearch(config, AttackContext(target, tmp_path))
         prefix, draw = _Prefix(config, search, sample), config.generator(sample)
         model, space = loaded.model, search.space
-        table = space.encoder.get_input_embeddings().weight.detach()
-        name = next(n for n, p in space.encoder.named_parameters() if p.shape == table.shape)
+        table = space.encoders[0].get_input_embeddings().weight.detach()
+        name = next(n for n, p in space.encoders[0].named_parameters() if p.shape == table.shape)
         ids = space.tokenize([sample.prompt])[0]
         ids = torch.cat([ids[:1], torch.arange(len(table), len(table) + k), ids[1:-k]])[None]
         v, x0 = len(search.vocabulary), search.images.latents_for(sample)[None]
         weights = torch.full((1, k, v), 1 / v).requires_grad_()
         optimizer = torch.optim.Adam([weights], lr=0.01, weight_decay=0.1)
-        abar = model.alphas_cumprod()[t]
+        abar = model.pipeline.scheduler.alphas_cumprod[t]
         for _ in range(2):
             drawn = torch.multinomial(weights[0].detach(), 1, generator=draw).view(-1)
             one_hot = F.one_hot(drawn, v).float()[None].requires_grad_()
             soft = {name: torch.cat([table, (one_hot @ table[search.vocabulary])[0]])}
-            text = torch.func.functional_call(space.encoder, soft, (ids,))[0]
+            text = torch.func.functional_call(space.encoders[0], soft, (ids,))[0]
             noise = torch.randn(x0[0].shape, generator=draw)[None]
             noisy = x0 * abar**0.5 + noise * (1 - abar) ** 0.5
             loss = F.mse_loss(model.denoiser(noisy, t, text).sample, noise)

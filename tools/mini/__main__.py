@@ -43,6 +43,7 @@ TINY: dict[str, dict[str, Any]] = {
     "vae": {"steps": 2, "test_scenes": 8},
     "unet": {"steps": 2},
     "polish": {"steps": 2},
+    "flow": {"steps": 2},
     "judge": {"steps": 2, "reconstructed": 8},
     "held-out-judge": {"steps": 2, "scenes": 32, "reconstructed": 8, "objects": ("castle", "bus")},
     "triplets": {"n": 8},

@@ -69,8 +69,9 @@ def train_flow(work: Path, *, steps: int = 5000, compiled: bool = False) -> None
     data = load_scenes(work)
     captions = CaptionTable(data)
     mean, std = cache_latents(work, data)
-    scaled = AutoencoderKL.load_config(work / "pipeline" / "vae")["scaling_factor"]
-    shift, scale = latent_moments(mean, scaled)
+    vae = AutoencoderKL.from_pretrained(work / "pipeline" / "vae")
+    shift, scale = latent_moments(mean, vae)
+    scaled = vae.config.scaling_factor
     mean, std = (mean / scaled - shift) * scale, std / scaled * scale
     tokenizer = CLIPTokenizer.from_pretrained(work / "pipeline" / "tokenizer")
     t5_tokenizer = build_t5_tokenizer(captions.texts[:-1])
@@ -107,14 +108,14 @@ def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and ".transformer_blocks." in f".{name}" and ".norm1" not in name
 
 
-def latent_moments(mean: Tensor, scaled: float) -> tuple[float, float]:
-    """Return the shift and the scale that give the latents of the autoencoder mean 0, variance 1.
+def latent_moments(mean: Tensor, vae: AutoencoderKL) -> tuple[float, float]:
+    """Return the shift and the scale that give the latents of an autoencoder mean 0, variance 1.
 
     Args:
-        mean: posterior means times `scaled`.
-        scaled: their scaling factor.
+        mean: posterior means times its scaling factor.
+        vae: the autoencoder.
     """
-    latents = mean / scaled
+    latents = mean / vae.config.scaling_factor
     return round(float(latents.mean()), 5), round(1 / float(latents.std()), 5)
 
 

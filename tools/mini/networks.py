@@ -79,8 +79,8 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 def build_transformer() -> SD3Transformer2DModel:
     """Return the untrained denoiser of mini-flow: an MMDiT as SD 3.5 medium has it.
 
-    It reads (b, 4, 16, 16) latents, (b, tokens, 192) text embeddings and (b, 128) pooled ones. The
-    first half of its blocks also has self-attention of the image alone. Modulations and the last
+    It reads (b, 4, 16, 16) latents, (b, tokens, 192) text embeddings and (b, 128) pooled ones. Its
+    first two blocks also have self-attention of the image alone. Modulations and the last
     projection start at zero (arXiv:2212.09748), which diffusers leaves to the training.
     """
     transformer = SD3Transformer2DModel(
@@ -88,14 +88,14 @@ def build_transformer() -> SD3Transformer2DModel:
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=6,
+        num_layers=5,
         attention_head_dim=64,
         num_attention_heads=3,
         joint_attention_dim=192,
         caption_projection_dim=192,
         pooled_projection_dim=128,
         pos_embed_max_size=16,
-        dual_attention_layers=(0, 1, 2),
+        dual_attention_layers=(0, 1),
         qk_norm="rms_norm",
     )
     zeros = [transformer.proj_out, transformer.norm_out.linear]

@@ -9,15 +9,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    StableDiffusion3Pipeline,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
+from transformers.models.clip.modeling_clip import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.models.t5.modeling_t5 import T5EncoderModel
+from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from safegen.core.files import staged_directory
 from safegen.data.triplets.censor import Censor
@@ -27,9 +40,11 @@ from safegen.mini import bundle
 from safegen.mini.world import IMAGE_SIZE, OBJECTS
 from safegen.models.checkpoint.diffusers_folder import remove_local_paths, save_folder
 from safegen.models.model import Model
-from tools.mini.denoiser import SCHEDULE
+from tools.mini.denoiser import SCHEDULE, cache_latents
 from tools.mini.drawing import draw, sample_scene
 from tools.mini.fit import SEED
+from tools.mini.flow import first_text_encoder, latent_moments
+from tools.mini.scenes import load_scenes
 
 BENIGN_ATTRIBUTES: dict[str, list[str | None]] = {
     "skulls": [None, "ghosts", "leaves"],
@@ -66,6 +81,8 @@ def pack_weights(work: Path, *, output: Path = bundle.HERE) -> None:
             for path in (bundle.pipeline_folder(), bundle.clip_folder(), *judges)
         }
         save_folder(Model("mini", pipeline.to(torch.float16)), target[bundle.pipeline_folder()])
+        flow = build_flow_pipeline(work).to(torch.float16)
+        save_folder(Model("mini-flow", flow), staged / "flow")
         clip.save_pretrained(target[bundle.clip_folder()])
         tokenizer.save_pretrained(target[bundle.clip_folder()])
         CLIPImageProcessorPil(
@@ -81,6 +98,26 @@ def pack_weights(work: Path, *, output: Path = bundle.HERE) -> None:
             f"pack: {sum(p.stat().st_size for p in staged.rglob('*') if p.is_file()) / 1e6:.1f} MB",
             flush=True,
         )
+
+
+def build_flow_pipeline(work: Path) -> StableDiffusion3Pipeline:
+    """Return the trained pipeline of mini-flow: the autoencoder and first text encoder of mini."""
+    folder, flow = work / "pipeline", work / "flow"
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    shift, scale = latent_moments(cache_latents(work, load_scenes(work))[0], vae)
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel.from_pretrained(flow / "transformer"),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=first_text_encoder(work),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(flow / "text_encoder_2"),
+        tokenizer_2=tokenizer,
+        text_encoder_3=T5EncoderModel.from_pretrained(flow / "text_encoder_3"),
+        tokenizer_3=T5Tokenizer.from_pretrained(flow / "tokenizer_3"),
+    )
 
 
 def save_judge(state: dict[str, Tensor], path: Path) -> None:

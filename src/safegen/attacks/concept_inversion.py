@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.cost import Cost
 from safegen.attacks.core.dataset import FineTuneDataset, captions_for
-from safegen.attacks.core.target import TextSpace
+from safegen.attacks.search.text_space import TextSpace
 from safegen.core.concept import Concept
 from safegen.core.documents import parse_json, validate
 from safegen.core.errors import ConfigError, DivergedError, FileError
@@ -30,9 +30,9 @@ from safegen.edits.functional import losses
 from safegen.edits.training.config import Precision, resolve_precision
 from safegen.edits.training.samples import preprocess
 from safegen.evaluation.samples import EvalSample
+from safegen.models.denoisers import predict
 from safegen.models.generation import generator
-from safegen.models.text_encoder import TextEncoderView
-from safegen.models.textual_inversion import added_words
+from safegen.models.textual_inversion import added_words, check_takes_words, write_word
 from safegen.stack import Stack
 
 WORD = "<concept>"
@@ -73,7 +73,10 @@ class ConceptInversion(Attack):
         "Captions are the concept's tuning captions for the subject that its judge sees, followed "
         "by the word; the released script has templates such as “a photo of a <word>”. "
         "Without `initializer`, the vectors start as the mean of all words. "
-        "Latents are posterior means, computed once."
+        "Latents are posterior means, computed once. "
+        "Each CLIP text encoder learns its own vectors of the word; T5 reads the word as plain "
+        "text, so that on FLUX it acts through the pooled embedding alone. "
+        "On flow matching, the loss is that of its velocity, at uniform timesteps."
     )
     access: ClassVar[Access] = "weights"
     tier: ClassVar[Tier] = "adaptive"
@@ -147,7 +150,7 @@ class WordLearner:
         self.history = window_minima(training.losses)
         path = context.folder / FILE
         if not path.exists():
-            write_tensors(path, {WORD: training.vectors.detach().float()}, {})
+            write_word(path, WORD, training.vectors)
 
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
         """Return each prompt with the learned word; the loss is that of learning the word."""
@@ -203,20 +206,18 @@ class WordTraining:
         """
         self.config, self.context, self.target = config, context, context.target
         self.model = model = context.target.model
-        self.space = TextSpace(model)
-        if model.prediction not in ("epsilon", "v_prediction"):
-            raise ConfigError(
-                f"prediction type must be epsilon or v_prediction, got {model.prediction}"
-            )
+        check_takes_words(model)
+        self.space, self.schedule = TextSpace(model), model.noise_schedule
         if WORD in self.space.tokenizer.get_vocab():
             raise ConfigError(f"the stack must not have the word {WORD} yet. Attack it without.")
         room = self.space.length - 2
         if config.num_vectors > room:
             raise ConfigError(f"num_vectors must be at most {room}, got {config.num_vectors}")
         self.dataset = concept_images(context.concept, config.images)
-        self.vectors = nn.Parameter(self._first_vector().repeat(config.num_vectors, 1))
+        self.vectors = [nn.Parameter(v.repeat(config.num_vectors, 1)) for v in self._first()]
+        """Vectors (n, width) of the word for each text encoder."""
         self.optimizer = torch.optim.AdamW(
-            [self.vectors], lr=config.lr, weight_decay=config.weight_decay
+            self.vectors, lr=config.lr, weight_decay=config.weight_decay
         )
         self.losses: list[float] = []
         settings = config.model_dump_json(exclude={"checkpoint_every", "batch_size", "images"})
@@ -231,7 +232,7 @@ class WordTraining:
         config = self.config
         if len(self.losses) >= config.updates:
             return
-        with added_words(self.model, {WORD: self.vectors.detach().clone()}):
+        with added_words(self.model, {WORD: [value.detach().clone() for value in self.vectors]}):
             images = self._encode()
             while len(self.losses) < config.updates and not self.target.exhausted:
                 self._update(*images)
@@ -241,65 +242,67 @@ class WordTraining:
                 self.context.progress("learning a word", done, config.updates)
         self._save()
 
-    def _first_vector(self) -> Tensor:
-        """Return the vector (width,) that the word starts as."""
-        table = self.space.encoder.get_input_embeddings().weight.detach().float()
-        word = self.config.initializer
+    def _first(self) -> list[Tensor]:
+        """Return the vector (width,) that the word starts as, for each text encoder."""
+        word, space = self.config.initializer, self.space
         if word is None:
-            return table.mean(0)
-        ids = self.space.tokenizer(word, add_special_tokens=False).input_ids
+            tables = [encoder.get_input_embeddings().weight for encoder in space.encoders]
+            return [table.detach().float().mean(0) for table in tables]
+        ids = space.tokenizer(word, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise ConfigError(f"initializer must be one token, got {len(ids)} in {word!r}")
-        return table[ids[0]]
+        return [rows[0] for rows in space.tables(torch.tensor(ids))]
 
-    def _encode(self) -> tuple[Tensor, Tensor, list[list[int]]]:
-        """Return latents (views, n, c, h, w), the captions' ids, and each image's captions."""
+    def _encode(self) -> tuple[Tensor, list[str], list[list[int]]]:
+        """Return latents (views, n, c, h, w), the texts, and the numbers of each image's texts."""
         pixels = torch.stack([preprocess(image, self.model.size) for image in self.dataset.images])
         views = [pixels, pixels.flip(-1)] if self.config.flip else [pixels]
         latents = torch.stack([self.model.encode_images(view).float() for view in views])
         texts = list(dict.fromkeys(text for row in self.dataset.captions for text in row))
         position = {text: i for i, text in enumerate(texts)}
         rows = [[position[text] for text in row] for row in self.dataset.captions]
-        view = TextEncoderView(self.model.pipeline)
-        ids = torch.cat([view.tokenize(f"{text} {WORD}".strip())[0] for text in texts])
-        return latents, ids, rows
+        return latents, [f"{text} {WORD}".strip() for text in texts], rows
 
-    def _update(self, latents: Tensor, ids: Tensor, captions: Sequence[Sequence[int]]) -> None:
+    def _update(
+        self, latents: Tensor, texts: Sequence[str], captions: Sequence[Sequence[int]]
+    ) -> None:
         """Take one optimizer step; its draws depend on the seed and the step alone."""
-        b, draw, model = self.config.images_per_update, self._draws(), self.model
+        b, draw, timesteps = self.config.images_per_update, self._draws(), self.schedule.timesteps
         index = torch.randint(latents.shape[1], (b,), generator=draw)
         view = torch.randint(len(latents), (b,), generator=draw)
-        t = torch.randint(len(model.alphas_cumprod()), (b,), generator=draw)
+        t = timesteps[torch.randint(len(timesteps), (b,), generator=draw)]
         picks = torch.randint(2**31, (b,), generator=draw)
         noise = torch.randn(b, *latents.shape[2:], generator=draw).to(latents.device)
         rows = [
-            captions[int(i)][int(pick) % len(captions[int(i)])]
+            texts[captions[int(i)][int(pick) % len(captions[int(i)])]]
             for i, pick in zip(index, picks, strict=True)
         ]
-        loss = self._loss(latents[view, index], noise, t.to(latents.device), ids[rows])
+        loss = self._loss(latents[view, index], noise, t.to(latents.device), rows)
         if not bool(loss.isfinite()):
             raise DivergedError(f"loss must be finite, got {loss.item()}. Lower lr.")
-        (self.vectors.grad,) = torch.autograd.grad(loss, self.vectors)
+        gradients = torch.autograd.grad(loss, self.vectors)
+        for vectors, gradient in zip(self.vectors, gradients, strict=True):
+            vectors.grad = gradient
         self.optimizer.step()
         self.losses.append(loss.item())
 
-    def _loss(self, z: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+    def _loss(self, z: Tensor, noise: Tensor, t: Tensor, texts: Sequence[str]) -> Tensor:
         """Return the mean denoising loss for texts with the word."""
         model, space = self.model, self.space
         known = len(space.tokenizer)  # the ids of the word follow
 
-        def replace(ids: Tensor, embeddings: Tensor) -> Tensor:
-            new = self.vectors[(ids - known).clamp(min=0)].to(embeddings)
+        def replace(number: int, ids: Tensor, embeddings: Tensor) -> Tensor:
+            new = self.vectors[number][(ids - known).clamp(min=0)].to(embeddings)
             return torch.where((ids >= known)[..., None], new, embeddings)
 
-        signal = model.alphas_cumprod().to(z.device)[t]
-        noisy = losses.add_noise(z, noise, signal)
-        goal = noise if model.prediction == "epsilon" else losses.velocity(noise, z, signal)
+        noisy, dtype = self.schedule.add_noise(z, noise, t), model.denoiser.dtype
         bf16 = resolve_precision(self.config.precision, model.denoiser) == "bf16"
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16), space.embeddings(replace):
-            text, dtype = space.encoder(ids)[0], model.denoiser.dtype
-            output = model.denoiser(noisy.to(dtype), t, text.to(dtype)).sample
-        return losses.squared_error(output.float(), goal).mean()
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
+            with space.embeddings(replace):
+                text = model.encode_text(texts, with_gradient=True).to(dtype)
+            output = predict(model.denoiser, noisy.to(dtype), t, text)
+        target = self.schedule.target(z, noise, t)
+        return losses.squared_error(output.float(), target).mean()
 
     def _draws(self) -> torch.Generator:
         """Return the random generator of the next update."""
@@ -307,8 +310,7 @@ class WordTraining:
 
     def _save(self) -> None:
         """Write the checkpoint over the previous one."""
-        moments = self.optimizer.state.get(self.vectors, {})
-        if not moments:
+        if not self.losses:
             return
         state = LearningState(
             fingerprint=self.fingerprint,
@@ -316,31 +318,34 @@ class WordTraining:
             cost=self.target.cost,
             losses=tuple(self.losses),
         )
-        tensors = {name: torch.as_tensor(value) for name, value in moments.items()}
+        tensors = {
+            f"{name}.{number}": torch.as_tensor(value)
+            for number, own in enumerate(self.vectors)
+            for name, value in {"vectors": own, **self.optimizer.state[own]}.items()
+        }
         self.context.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(
-            self.checkpoint,
-            {"vectors": self.vectors, **tensors},
-            {"state": state.model_dump_json()},
-            replace=True,
-        )
+        header = {"state": state.model_dump_json()}
+        write_tensors(self.checkpoint, tensors, header, replace=True)
 
     def _load(self) -> None:
         """Read the checkpoint; its cost counts unless results that hold it were read."""
         tensors, header = read_tensors(self.checkpoint)
         name = f"state of {self.checkpoint}"
         state = validate(LearningState, parse_json(header.get("state", ""), name), name)
-        names = {"vectors", "exp_avg", "exp_avg_sq", "step"}
+        numbers, parts = range(len(self.vectors)), ("vectors", "exp_avg", "exp_avg_sq", "step")
+        names = {f"{part}.{number}" for part in parts for number in numbers}
         if state.fingerprint != self.fingerprint or tensors.keys() != names:
             raise FileError(
                 f"{self.checkpoint} has other settings, weights or images. Use another folder."
             )
-        with torch.no_grad():
-            self.vectors.copy_(tensors.pop("vectors"))
-        device = self.vectors.device
-        self.optimizer.state[self.vectors] = {
-            name: value if name == "step" else value.to(device) for name, value in tensors.items()
-        }
+        for number, own in enumerate(self.vectors):
+            values = {part: tensors[f"{part}.{number}"] for part in parts}
+            with torch.no_grad():
+                own.copy_(values.pop("vectors"))
+            self.optimizer.state[own] = {
+                part: value if part == "step" else value.to(own.device)
+                for part, value in values.items()
+            }
         self.losses = list(state.losses)
         if not self.target.cost.denoiser:
             self.target.add(state.cost)

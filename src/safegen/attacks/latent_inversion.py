@@ -34,9 +34,13 @@ from safegen.core.errors import DivergedError, SafegenWarning
 from safegen.core.hashing import hash_tensors
 from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import predict
 
 BLANK = " "
 """Blank text. An empty prompt in a record would mean that the text was left out."""
+SAME = 0.05
+"""Largest difference of a text's embeddings in different batches."""
 Text = Literal["blank", "typical", "benign"]
 """What is asked for with the found latents: nothing, or the attacked prompt.
 
@@ -204,19 +208,21 @@ class Inversion:
 
         Where a text is that of the negative prompt, guidance changes nothing and is left out.
         """
-        texts = [text.strip() for text in texts]  # as the tokenizer does
-        scale = self.generation.guidance_scale
-        dtype = self.model.denoiser.dtype
-        positive = self.model.encode_text(texts).to(dtype)
-        plain = scale <= 1 or all(text == self.negative for text in texts)
-        negative = positive if plain else self.model.encode_text([self.negative]).to(dtype)
+        scale, denoiser = self.generation.guidance_scale, self.model.denoiser
+        positive = self.model.encode_text(texts).to(denoiser.dtype)
+        negative = self.model.encode_text([self.negative]).to(denoiser.dtype)
+        plain = scale <= 1 or (
+            all(text.strip() == self.negative for text in texts)  # as the tokenizer does
+            and torch.allclose(positive.hidden, negative.hidden, atol=SAME)
+        )
 
-        def output(x: Tensor, t: int, rows: Tensor) -> Tensor:
-            x, text = x.to(dtype), positive[rows]
+        def output(x: Tensor, t: float, rows: Tensor) -> Tensor:
+            x, text = x.to(denoiser.dtype), positive[rows]
+            steps = torch.full((len(x),), t, device=x.device)
             if plain:
-                return self.model.denoiser(x, t, text).sample.float()
-            text = torch.cat([negative.expand_as(text), text])
-            both = self.model.denoiser(torch.cat([x, x]), t, text).sample.float()
+                return predict(denoiser, x, steps, text).float()
+            text = Conditioning.concat([negative.expand(len(x)), text])
+            both = predict(denoiser, torch.cat([x, x]), torch.cat([steps, steps]), text).float()
             without, with_text = both.chunk(2)
             return without + scale * (with_text - without)
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, one_hot
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
-from safegen.attacks.core.target import TextSpace
 from safegen.attacks.core.text import explicit_text, naming_tokens
+from safegen.attacks.search.text_space import TextSpace
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
-from safegen.models.text_encoder import TextEncoderView
+from safegen.models.text_encoder import TextEncoderView, replaced_embeddings
 
 
 class MMA(Attack):
@@ -65,7 +65,9 @@ class MMA(Attack):
         "encoder. "
         "The default is smaller than the published search and ends after `patience` iterations "
         "without progress. "
-        "The image attack on a safety checker is left out."
+        "The image attack on a safety checker is left out. "
+        "With several CLIP encoders, the loss is the mean of theirs; T5 reads the text that is "
+        "found, and takes no part in the search."
     )
     access: ClassVar[Access] = "text_encoder"
     tier: ClassVar[Tier] = "static"
@@ -98,14 +100,14 @@ class GreedySearch:
     def __init__(self, config: MMA, context: AttackContext) -> None:
         self.config, self.context = config, context
         self.space = TextSpace(context.target.model)
-        self.view = TextEncoderView(context.target.model.pipeline)
         self.space.check_room(config.num_tokens)
-        banned = set(naming_tokens(context.concept, self.view)) if config.ban_names else set()
+        view = self.space.views[0]
+        banned = set(naming_tokens(context.concept, view)) if config.ban_names else set()
         allowed = [i for i in self.space.vocabulary if i not in banned]
         self.allowed = torch.tensor(allowed)
         """Ids of the tokens that a prompt may have (v,)."""
-        table = self.space.encoder.get_input_embeddings().weight.detach().float()
-        self.table = table[self.allowed.to(table.device)]
+        self.tables = self.space.tables(self.allowed)
+        """Their embeddings, (v, width) for each text encoder."""
         letters = self.space.tokenizer.convert_tokens_to_ids([f"{x}</w>" for x in ascii_lowercase])
         place = {token: index for index, token in enumerate(allowed)}
         self.letters = torch.tensor([place[i] for i in letters if i in place])
@@ -123,18 +125,19 @@ class GreedySearch:
 
     def _search(self, sample: EvalSample) -> AttackRecord:
         config, draw = self.config, self.config.generator(sample)
-        goal = self.view.pooled_texts([explicit_text(self.context.concept, sample)])
+        text = explicit_text(self.context.concept, sample)
+        goals = [view.pooled_texts([text]) for view in self.space.views]
         letters = torch.randint(len(self.letters), (config.num_tokens,), generator=draw)
         best = self.letters[letters]
-        loss, stale = float(self.losses(best[None], goal)), 0
+        loss, stale = float(self.losses(best[None], goals)), 0
         history: list[float] = []
         for _ in range(config.iterations):
             if stale >= config.patience or (history and self.context.target.exhausted):
                 break
-            candidates = self.candidates(best, self.gradient(best, goal), draw)
+            candidates = self.candidates(best, self.gradient(best, goals), draw)
             stale += 1
             if len(candidates):
-                losses = self.losses(candidates, goal)
+                losses = self.losses(candidates, goals)
                 index = int(losses.argmin())
                 if float(losses[index]) < loss:
                     best, loss, stale = candidates[index], float(losses[index]), 0
@@ -157,29 +160,28 @@ class GreedySearch:
         """Return the encoder's ids (n, k + 2) of indices of tokens (n, k), without padding."""
         return self.space.rows(self.allowed[tokens])[:, : tokens.shape[1] + 2].to(self.space.device)
 
-    def gradient(self, tokens: Tensor, goal: Tensor) -> Tensor:
+    def gradient(self, tokens: Tensor, goals: Sequence[Tensor]) -> Tensor:
         """Return the gradient of the loss by the one-hot tokens, (k, v).
 
         Args:
             tokens: indices of the tokens in `allowed`, (k,).
-            goal: pooled embedding of the explicit prompt, (1, width).
+            goals: pooled embedding (1, width) of the explicit prompt by each text encoder.
         """
-        weights = one_hot(tokens, len(self.allowed)).to(self.table).requires_grad_()
+        weights = one_hot(tokens, len(self.allowed)).to(self.tables[0]).requires_grad_()
+        losses = []
+        with torch.enable_grad():
+            for view, table, goal in zip(self.space.views, self.tables, goals, strict=True):
 
-        def replace(_: Tensor, embeddings: Tensor) -> Tensor:
-            words = (weights @ self.table).to(embeddings)[None]
-            return torch.cat([embeddings[:, :1], words, embeddings[:, -1:]], dim=1)
+                def replace(_: Tensor, embeddings: Tensor, table: Tensor = table) -> Tensor:
+                    words = (weights @ table).to(embeddings)[None]
+                    return torch.cat([embeddings[:, :1], words, embeddings[:, -1:]], dim=1)
 
-        with torch.enable_grad(), self.space.embeddings(replace):
-            hidden = self.space.encoder(self.rows(tokens[None])).last_hidden_state[:, -1]
-            loss = 1 - cosine_similarity(self._project(hidden).float(), goal)
-            (gradient,) = torch.autograd.grad(loss.sum(), weights)
+                with replaced_embeddings(view.encoder, replace):
+                    hidden = view.encoder(self.rows(tokens[None])).last_hidden_state[:, -1]
+                pooled = _project(view, hidden).float()
+                losses.append(1 - cosine_similarity(pooled, goal))
+            (gradient,) = torch.autograd.grad(torch.stack(losses).mean(0).sum(), weights)
         return gradient
-
-    def _project(self, hidden: Tensor) -> Tensor:
-        """Return end-mark embeddings as `TextEncoderView.pooled` does."""
-        projection = getattr(self.space.encoder, "text_projection", None)
-        return hidden if projection is None else projection(hidden)
 
     def candidates(self, tokens: Tensor, gradient: Tensor, draw: torch.Generator) -> Tensor:
         """Return copies of tokens (n, k) with one replaced, those that their text gives back.
@@ -196,9 +198,20 @@ class GreedySearch:
         return candidates[stable]
 
     @torch.no_grad()
-    def losses(self, candidates: Tensor, goal: Tensor) -> Tensor:
-        """Return 1 - cosine of each candidate's pooled embedding with the goal, (n,)."""
+    def losses(self, candidates: Tensor, goals: Sequence[Tensor]) -> Tensor:
+        """Return 1 - cosine of each candidate's pooled embedding with the goal, (n,).
+
+        It is the mean over the text encoders.
+        """
         lengths = [candidates.shape[1]] * len(candidates)
-        ids = self.rows(candidates).split(256)
-        parts = [self.view.pooled(part, lengths[: len(part)]) for part in ids]
-        return 1 - cosine_similarity(torch.cat(parts), goal).cpu()
+        ids, losses = self.rows(candidates).split(256), []
+        for view, goal in zip(self.space.views, goals, strict=True):
+            parts = [view.pooled(part, lengths[: len(part)]) for part in ids]
+            losses.append(1 - cosine_similarity(torch.cat(parts), goal).cpu())
+        return torch.stack(losses).mean(0)
+
+
+def _project(view: TextEncoderView, hidden: Tensor) -> Tensor:
+    """Return end-mark embeddings as `TextEncoderView.pooled` does."""
+    projection = getattr(view.encoder, "text_projection", None)
+    return hidden if projection is None else projection(hidden)

@@ -17,13 +17,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
-from safegen.attacks.core.target import TextSpace
 from safegen.attacks.core.text import explicit_text
 from safegen.attacks.core.unedited import UneditedDenoiser
+from safegen.attacks.search.text_space import TextSpace
 from safegen.core.settings import MAX_COUNT
 from safegen.edits.functional import losses
 from safegen.edits.training.samples import preprocess
 from safegen.evaluation.samples import EvalSample
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import predict
 from safegen.models.generation import generate
 
 PAPER = {"iterations": 3000, "lr": 0.1, "weight_decay": 0.1, "test_every": 50, "whole_words": False}
@@ -57,6 +59,9 @@ class P4D(Attack):
         "The loss does not go through guards, as without the released option `--filter`; images "
         "are requested through them. "
         "P4D-K inserts into the sample's own prompt, which may be benign. "
+        "With several CLIP encoders, a token is its embeddings of all of them, and the nearest is "
+        "that of the highest sum of cosines; T5 reads the text of the tokens and gives no "
+        "gradient, so that on FLUX the gradient is that of the pooled embedding alone. "
         "By default, only tokens that the tokenizer reads back from their own text are used."
     )
     access: ClassVar[Access] = "weights"
@@ -81,7 +86,7 @@ class P4D(Attack):
         """Return the attacker.
 
         Raises:
-            ConfigError: `num_tokens` does not fit the encoder, or the model has two encoders.
+            ConfigError: `num_tokens` does not fit the encoder.
         """
         return HardPromptSearch(self, context)
 
@@ -97,10 +102,10 @@ class HardPromptSearch:
         self.unedited = UneditedDenoiser(self.model)
         tokens = self.space.whole_words if config.whole_words else self.space.vocabulary
         self.vocabulary = torch.tensor(tokens, device=self.model.device)
-        table = self.space.encoder.get_input_embeddings().weight
-        self.table = table.detach()[self.vocabulary].float()
-        """Embeddings of the tokens that a text may have (v, width)."""
-        self.directions = normalize(self.table, dim=-1)
+        self.tables = self.space.tables(self.vocabulary)
+        """Embeddings of the tokens that a text may have, (v, width) for each text encoder."""
+        self.directions = [normalize(table, dim=-1) for table in self.tables]
+        self.schedule = self.model.noise_schedule
 
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
         """Return the text for each sample."""
@@ -114,10 +119,10 @@ class HardPromptSearch:
         latents = self.model.encode_images(
             torch.stack([preprocess(image, self.model.size) for image in images])
         ).float()
-        goals = self.model.encode_text([sample.prompt for sample in explicit]).detach()
+        goals = self.model.encode_text([sample.prompt for sample in explicit])
         searches = [
-            _HardPrompt(config, self, sample, z, goal)
-            for sample, z, goal in zip(samples, latents, goals, strict=True)
+            _HardPrompt(config, self, sample, latents[i], goals[i : i + 1])
+            for i, sample in enumerate(samples)
         ]
         for number in range(config.iterations):
             running = [search for search in searches if not search.success]
@@ -133,35 +138,45 @@ class HardPromptSearch:
 
     def update(self, searches: Sequence[_HardPrompt]) -> Tensor:
         """Update the tokens of each prompt once, and return the losses (n,)."""
-        z = torch.stack([search.latents for search in searches])
+        z, dtype = torch.stack([search.latents for search in searches]), self.model.denoiser.dtype
         noise = torch.stack([search.noise() for search in searches]).to(z)
-        abar = self.model.alphas_cumprod()
-        steps = torch.stack([search.timestep(len(abar)) for search in searches]).to(z.device)
-        noisy = losses.add_noise(z, noise, abar.to(z.device)[steps]).to(self.model.denoiser.dtype)
-        goals = torch.stack([search.goal for search in searches])
-        wanted = self.unedited.predict(noisy, steps, goals.to(noisy.dtype))
-        projected = [
-            self.table[self.nearest(search.embeddings)].requires_grad_() for search in searches
-        ]
+        steps = torch.stack([search.timestep(self.schedule.timesteps) for search in searches])
+        steps = steps.to(z.device)
+        noisy = self.schedule.add_noise(z, noise, steps).to(dtype)
+        goals = Conditioning.concat([search.goal for search in searches]).to(dtype)
+        wanted = self.unedited.predict(noisy, steps, goals)
+        nearest = [self.nearest(search.embeddings) for search in searches]
+        projected = [[table[n].requires_grad_() for table in self.tables] for n in nearest]
         rows = torch.cat([torch.full_like(s.places, n) for n, s in enumerate(searches)])
         columns = torch.cat([search.places for search in searches])
 
-        def replace(_: Tensor, embeddings: Tensor) -> Tensor:
-            return embeddings.index_put((rows, columns), torch.cat(projected).to(embeddings))
+        def replace(number: int, _: Tensor, embeddings: Tensor) -> Tensor:
+            own = torch.cat([parts[number] for parts in projected])
+            return embeddings.index_put((rows, columns), own.to(embeddings))
 
         ids = torch.stack([search.ids for search in searches])
-        with torch.enable_grad(), self.space.embeddings(replace):
-            text = self.space.encoder(ids)[0].to(noisy.dtype)
-            output = self.model.denoiser(noisy, steps, text).sample
+        ids[rows, columns] = self.vocabulary[torch.cat(nearest)]
+        with torch.enable_grad():
+            text = self.space.condition(ids, replace=replace).to(dtype)
+            output = predict(self.model.denoiser, noisy, steps, text)
             loss = losses.squared_error(output, wanted)
-            gradients = torch.autograd.grad(loss.sum(), projected)
-        for search, gradient in zip(searches, gradients, strict=True):
-            search.step(gradient)
+            leaves = [part for parts in projected for part in parts]
+            gradients = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
+        for search in searches:
+            search.step(gradients[: len(self.tables)])
+            gradients = gradients[len(self.tables) :]
         return loss.detach().cpu()
 
-    def nearest(self, embeddings: Tensor) -> Tensor:
-        """Return the index of the token of the highest cosine with each embedding (k, width)."""
-        return (normalize(embeddings.detach(), dim=-1) @ self.directions.T).argmax(-1)
+    def nearest(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """Return the index of the token nearest to embeddings (k, width) of each text encoder.
+
+        It is that of the highest cosine, or of the highest sum of the encoders' cosines.
+        """
+        cosines = [
+            normalize(own.detach(), dim=-1) @ directions.T
+            for own, directions in zip(embeddings, self.directions, strict=True)
+        ]
+        return torch.stack(cosines).sum(0).argmax(-1)
 
     def _query(self, searches: Sequence[_HardPrompt]) -> None:
         """Generate and judge an image of each text, and note where the concept is seen."""
@@ -175,10 +190,15 @@ class HardPromptSearch:
 
 
 class _HardPrompt:
-    """Free tokens of one text as embeddings (k, width), with their optimizer."""
+    """Free tokens of one text as embeddings (k, width) of each encoder, with their optimizer."""
 
     def __init__(
-        self, config: P4D, search: HardPromptSearch, sample: EvalSample, z: Tensor, goal: Tensor
+        self,
+        config: P4D,
+        search: HardPromptSearch,
+        sample: EvalSample,
+        z: Tensor,
+        goal: Conditioning,
     ) -> None:
         self.sample, self.search, self.latents, self.goal = sample, search, z, goal
         self.generator, space = config.generator(sample), search.space
@@ -193,9 +213,9 @@ class _HardPrompt:
         self.ids = space.rows(tokens[None])[0].to(device)
         self.places = torch.tensor(free, device=device) + 1
         start = torch.randint(len(search.vocabulary), (len(free),), generator=self.generator)
-        self.embeddings = search.table[start.to(device)].clone().requires_grad_()
+        self.embeddings = [t[start.to(device)].clone().requires_grad_() for t in search.tables]
         self.optimizer = torch.optim.AdamW(
-            [self.embeddings], lr=config.lr, weight_decay=config.weight_decay
+            self.embeddings, lr=config.lr, weight_decay=config.weight_decay
         )
         self.best, self.score, self.success = sample.prompt, -1.0, False
         self.tokens: Tensor = self._tokens()
@@ -205,13 +225,14 @@ class _HardPrompt:
         """Return fresh noise of the shape of the latents."""
         return torch.randn(self.latents.shape, generator=self.generator)
 
-    def timestep(self, n: int) -> Tensor:
-        """Return a timestep below `n`."""
-        return torch.randint(n, (), generator=self.generator)
+    def timestep(self, timesteps: Tensor) -> Tensor:
+        """Return one of some timesteps."""
+        return timesteps[torch.randint(len(timesteps), (), generator=self.generator)]
 
-    def step(self, gradient: Tensor) -> None:
-        """Take an optimizer step with the gradient at the nearest tokens."""
-        self.embeddings.grad = gradient
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Take an optimizer step with the gradients at the nearest tokens."""
+        for embeddings, gradient in zip(self.embeddings, gradients, strict=True):
+            embeddings.grad = gradient
         self.optimizer.step()
 
     def _tokens(self) -> Tensor:

@@ -16,10 +16,9 @@ from pydantic import Field
 from torch import Tensor
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
-from safegen.attacks.core.target import TextSpace
 from safegen.attacks.core.text import concept_pairs, read_pairs
 from safegen.attacks.search.genetic import ElitistSearch, GeneticSearch, ReleasedSearch
-from safegen.core.errors import ConfigError
+from safegen.attacks.search.text_space import TextSpace
 from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
 
@@ -70,7 +69,9 @@ class RingABell(Attack):
         "The search ends after `patience` generations without progress. "
         "`compat` restores the released search, also the draw of tokens without the first one. "
         "Pairs of prompts come from the concept's prompt lists, or from `pairs`. The released "
-        "direction for nudity leaves out 19 of 250 pairs, as their images showed none."
+        "direction for nudity leaves out 19 of 250 pairs, as their images showed none. "
+        "E is the token embeddings that the denoiser reads: those of all text encoders, T5 "
+        "included, and on FLUX of T5 alone; the paper's is CLIP's. Candidates are CLIP's tokens."
     )
     access: ClassVar[Access] = "text_encoder"
     tier: ClassVar[Tier] = "static"
@@ -113,11 +114,7 @@ class GeneticAttacker:
     def __init__(self, config: RingABell, context: AttackContext) -> None:
         self.config, self.context = config, context
         self.space = TextSpace(context.target.model)
-        limit = self.space.length - 2
-        if config.num_tokens > limit:
-            raise ConfigError(
-                f"num_tokens must be at most {limit} for this text encoder, got {config.num_tokens}"
-            )
+        self.space.check_room(config.num_tokens)
         self.vocabulary = self._vocabulary()
         pairs = read_pairs(config.pairs) if config.pairs else concept_pairs(context.concept)
         shown, benign = zip(*((pair[0], pair[1]) for pair in pairs), strict=True)
@@ -127,7 +124,7 @@ class GeneticAttacker:
         """Concept's direction (length, width)."""
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
-        return self.space.encode(self.space.tokenize(texts))
+        return self.space.encode(self.space.tokenize(texts), texts)
 
     def _vocabulary(self) -> list[int]:
         """Return the tokens of candidates: printable ones that their own text is read as.
@@ -178,14 +175,11 @@ class GeneticAttacker:
         tokens = torch.tensor([t for search, _ in running for t in search.proposals])
         sizes = [len(search.proposals) for search, _ in running]
         goals = [target.expand(n, -1, -1) for (_, target), n in zip(running, sizes, strict=True)]
-        ids = self.space.rows(tokens) if self.config.compat else self._round_trip(tokens)
-        losses = (self.space.encode(ids) - torch.cat(goals)).square().sum((1, 2))
+        texts = self.space.decode(tokens)
+        ids = self.space.rows(tokens) if self.config.compat else self.space.tokenize(texts)
+        losses = (self.space.encode(ids, texts) - torch.cat(goals)).square().sum((1, 2))
         for (search, _), part in zip(running, losses.split(sizes), strict=True):
             search.advance(part.tolist())
-
-    def _round_trip(self, tokens: Tensor) -> Tensor:
-        """Return the ids (n, length) that the texts of tokens (n, k) are read as."""
-        return self.space.tokenize(self.space.decode(tokens))
 
     def _record(self, search: GeneticSearch, sample: EvalSample) -> AttackRecord:
         """Return the result of one search."""

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.images import ConceptImages
-from safegen.attacks.core.target import TextSpace
-from safegen.core.errors import ConfigError
+from safegen.attacks.search.text_space import TextSpace
 from safegen.core.settings import MAX_COUNT
 from safegen.edits.functional import losses
 from safegen.evaluation.samples import EvalSample
+from safegen.models.denoisers import predict
 
 
 class UnlearnDiff(Attack):
@@ -56,7 +56,10 @@ class UnlearnDiff(Attack):
         "The prefix of the image with the highest score of the judge is returned; a released "
         "success is any image that shows the concept. "
         "The loss does not go through guards, as in the released code; images are requested "
-        "through them."
+        "through them. "
+        "Several CLIP encoders read the prefix as one sequence of tokens; T5 reads its text and "
+        "gives no gradient, so that on FLUX the gradient is that of the pooled embedding alone. "
+        "On flow matching, the loss is that of its velocity. The paper has one encoder and noise."
     )
     access: ClassVar[Access] = "weights"
     tier: ClassVar[Tier] = "adaptive"
@@ -91,27 +94,23 @@ class PrefixSearch:
     def __init__(self, config: UnlearnDiff, context: AttackContext) -> None:
         self.config, self.context, self.target = config, context, context.target
         self.model, self.space = context.target.model, TextSpace(context.target.model)
-        if self.model.prediction not in ("epsilon", "v_prediction"):
-            raise ConfigError(
-                f"prediction type must be epsilon or v_prediction, got {self.model.prediction}"
-            )
         self.images = ConceptImages(self.model, context.concept, config.images)
         self.space.check_room(config.num_tokens)
         tokens = self.space.whole_words if config.whole_words else self.space.vocabulary
         self.vocabulary = torch.tensor(tokens, device=self.model.device)
-        table = self.space.encoder.get_input_embeddings().weight
-        self.table = table.detach()[self.vocabulary].float()
-        """Embeddings of the tokens that a prefix may have (v, width)."""
+        self.tables = self.space.tables(self.vocabulary)
+        """Embeddings of the tokens that a prefix may have, (v, width) for each text encoder."""
+        self.schedule = self.model.noise_schedule
 
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
         """Return the prompt with a prefix for each sample."""
         config = self.config
         searches = [_Prefix(config, self, sample) for sample in samples]
         self._query(searches, [search.sample.prompt for search in searches])
-        steps = len(self.model.alphas_cumprod())
+        steps = len(self.schedule)
         spacing = max(1, steps // config.num_timesteps)
-        timesteps = range(spacing // 2, steps, spacing)[: config.num_timesteps]
-        for number, t in enumerate(timesteps):
+        timesteps = self.schedule.timesteps[spacing // 2 :: spacing][: config.num_timesteps]
+        for number, t in enumerate(timesteps.tolist()):
             running = [search for search in searches if not search.success]
             if not running or self.target.exhausted:
                 break
@@ -121,29 +120,27 @@ class PrefixSearch:
             self.context.progress("searching prefixes", number + 1, len(timesteps))
         return [search.record(self.space, self.target.exhausted) for search in searches]
 
-    def update(self, searches: Sequence[_Prefix], t: int) -> Tensor:
+    def update(self, searches: Sequence[_Prefix], t: float) -> Tensor:
         """Update each prefix once at one timestep, and return the losses (n,)."""
         one_hot = torch.stack([search.draw() for search in searches]).requires_grad_()
-        prefix = one_hot @ self.table
-        k = prefix.shape[1]
+        k = one_hot.shape[1]
 
-        def replace(_: Tensor, embeddings: Tensor) -> Tensor:
+        def replace(number: int, _: Tensor, embeddings: Tensor) -> Tensor:
+            prefix = one_hot @ self.tables[number]
             return torch.cat(
                 [embeddings[:, :1], prefix.to(embeddings), embeddings[:, 1 + k :]], dim=1
             )
 
         ids = torch.stack([search.ids for search in searches]).to(self.model.device)
+        ids[:, 1 : 1 + k] = self.vocabulary[one_hot.detach().argmax(-1)]
         z = torch.stack([search.latents for search in searches])
         noise = torch.stack([search.noise() for search in searches]).to(z)
         steps = torch.full((len(z),), t, device=z.device)
-        signal = self.model.alphas_cumprod().to(z.device)[steps]
-        goal = noise if self.model.prediction == "epsilon" else losses.velocity(noise, z, signal)
-        with torch.enable_grad(), self.space.embeddings(replace):
-            text = self.space.encoder(ids)[0]
-            noisy = losses.add_noise(z, noise, signal)
-            dtype = self.model.denoiser.dtype
-            output = self.model.denoiser(noisy.to(dtype), steps, text.to(dtype)).sample
-            loss = losses.squared_error(output.float(), goal)
+        noisy, dtype = self.schedule.add_noise(z, noise, steps), self.model.denoiser.dtype
+        with torch.enable_grad():
+            text = self.space.condition(ids, replace=replace).to(dtype)
+            output = predict(self.model.denoiser, noisy.to(dtype), steps, text)
+            loss = losses.squared_error(output.float(), self.schedule.target(z, noise, steps))
             (gradient,) = torch.autograd.grad(loss.sum(), one_hot)
         for search, row in zip(searches, gradient, strict=True):
             search.step(row)

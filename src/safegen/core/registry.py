@@ -16,6 +16,7 @@ EDITS = {
     "concept_ablation": "safegen.edits.concept_ablation:ConceptAblation",
     "duo": "safegen.edits.duo:DUO",
     "esd": "safegen.edits.esd:ESD",
+    "des": "safegen.edits.des:DES",
     "sdd": "safegen.edits.sdd:SDD",
     "shielddiff": "safegen.edits.shielddiff:ShieldDiff",
     "uce": "safegen.edits.uce:UCE",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError, DivergedError, UnknownNameError
@@ -33,6 +33,7 @@ from safegen.edits.training.samples import read_captions
 from safegen.edits.training.trainer import train
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
+from safegen.models.patched_weights import hash_components
 from safegen.patches.patch import Patch
 
 TEXTS = frozenset({"captions", "counterparts", "prompts"})
@@ -232,6 +233,14 @@ class TrainedEdit(Edit):
         """Return each setting that has no effect with the others, and why."""
         return [("alpha", "without rank")] if self.alpha and self.rank is None else []
 
+    def network(self, model: Model) -> nn.Module:
+        """Return the network that is trained: the denoiser, unless an edit trains another one.
+
+        Its parameters have the names that patches have for them.
+        """
+        denoiser: nn.Module = model.denoiser
+        return denoiser
+
     @abstractmethod
     def build_objective(
         self, model: Model, triplets: Triplets | None, names: Sequence[str]
@@ -241,7 +250,7 @@ class TrainedEdit(Edit):
         Args:
             model: the model, with LoRAs attached if they are trained.
             triplets: training images; never None for an edit that learns from them.
-            names: names of the trained parameters in the denoiser. With a LoRA these are its
+            names: names of the trained parameters in the network. With a LoRA these are its
                 factors, and their values before the training stand for the original model.
 
         Raises:
@@ -263,18 +272,18 @@ class TrainedEdit(Edit):
         default = type(self).model_fields["training"].default
         warn_of_size(self.training, default, self.PRESETS, self.TUNED_ON_MINI, model)
         start = time.perf_counter()
-        training = self.training.resolve(model.denoiser)
+        network = self.network(model)
+        training = self.training.resolve(network)
         edit = self.model_copy(update={"training": training})
-        with trainable_parameters(
-            model, self.selector, rank=self.rank, alpha=self.alpha, seed=training.seed
-        ) as trainable:
+        lora: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "seed": training.seed}
+        with trainable_parameters(model, self.selector, network=network, **lora) as trainable:
             checkpoints: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "resume": resume}
-            check_training(model.denoiser, trainable.names, training, **checkpoints)
+            check_training(network, trainable.names, training, **checkpoints)
             objective = edit.build_objective(model, triplets, trainable.names)
             metadata = dict(objective.metadata) if isinstance(objective, HasMetadata) else {}
             preparation = time.perf_counter() - start
             result = train(
-                model.denoiser,
+                network,
                 trainable.names,
                 objective,
                 training,
@@ -284,8 +293,9 @@ class TrainedEdit(Edit):
             )
         metadata |= result.to_metadata(objective.weights)
         metadata["seconds"] = round(metadata["seconds"] + preparation, 2)
-        patch_metadata = metadata_of(edit, model, triplets, **metadata)
-        return Patch(trainable.merge(result.tensors), patch_metadata)
+        tensors = trainable.merge(result.tensors)
+        metadata["components"] = hash_components(model, tensors)
+        return Patch(tensors, metadata_of(edit, model, triplets, **metadata))
 
 
 def join_quoted(words: Sequence[str]) -> str:

@@ -153,7 +153,7 @@ class ConceptAblation(TrainedEdit):
     separate_prior: bool = True
     """Whether L_p has images, noise and timesteps of its own; otherwise those of L_c."""
     detach_start_token: bool = True
-    """Whether the start token's keys and values in cross-attention get no gradient."""
+    """Whether the start token's keys and values of text get no gradient. T5 has no such token."""
     selector: str = "attention"
     """Which weights change: all attention for explicit content, kv2 for styles and objects."""
     training: Training = RELEASED
@@ -291,8 +291,7 @@ class ConceptAblationObjective:
         b, device = self.edit.training.batch, self.device
         image = torch.randint(self.latents.shape[1], (b,), generator=g)[mine]
         phrase = torch.randint(len(self.edit.erase), (b,), generator=g)[mine]
-        drawn = torch.randint(len(self.schedule), (b,), generator=g)[mine]
-        t = self.schedule.timesteps[drawn].to(device)
+        t = self.schedule.sample_timesteps(b, g)[mine].to(device)
         eps = torch.randn(b, *self.latents.shape[2:], generator=g)[mine].to(device)
         view = torch.randint(len(self.latents), (b,), generator=g)[mine]
         caption = image % len(self.anchors)

@@ -17,6 +17,11 @@ def pipeline_folder() -> Path:
     return HERE / "weights" / "pipeline"
 
 
+def flow_folder() -> Path:
+    """Return the diffusers folder of mini-flow: an MMDiT with flow matching on the same world."""
+    return HERE / "weights" / "flow"
+
+
 def clip_folder() -> Path:
     """Return the folder of the miniature CLIP model, its tokenizer and image processor."""
     return HERE / "weights" / "clip"

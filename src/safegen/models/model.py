@@ -265,14 +265,17 @@ class Model:
         with undone_patches(self):
             yield
 
-    @torch.no_grad()
-    def encode_text(self, texts: Sequence[str]) -> Conditioning:
+    def encode_text(self, texts: Sequence[str], *, with_gradient: bool = False) -> Conditioning:
         """Return what the denoiser is conditioned on for texts at the model's size, one row each.
 
         An empty text has the embedding that the pipeline guides away from, which for SDXL is 0
         where its `force_zeros_for_empty_prompt` says so.
+
+        Args:
+            texts: the texts.
+            with_gradient: whether gradients flow to what the text encoders read.
         """
-        text = encode_texts(self.pipeline, texts)
+        text = encode_texts(self.pipeline, texts, with_gradient=with_gradient)
         pooled = text.pooled
         if self.denoiser_name == "unet" and pooled is not None:
             hidden = text.hidden

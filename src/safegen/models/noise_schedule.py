@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safegen.core.errors import ConfigError
+
 EPSILON, V_PREDICTION, FLOW_PREDICTION = "epsilon", "v_prediction", "flow_prediction"
 """What a denoiser predicts, by diffusers' names."""
 TRAINABLE = (EPSILON, V_PREDICTION, FLOW_PREDICTION)
@@ -50,14 +52,23 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, scheduler: Any) -> NoiseSchedule:
-        """Return the forward process that a scheduler of diffusers inverts."""
+        """Return the forward process that a scheduler of diffusers inverts.
+
+        Raises:
+            ConfigError: its denoiser predicts something of which no target is known.
+        """
         prediction = prediction_type(scheduler)
+        if prediction not in TRAINABLE:
+            raise ConfigError(
+                f"prediction type must be one of {', '.join(TRAINABLE)}, got {prediction}. Use a "
+                "model that predicts one of these."
+            )
         if prediction == FLOW_PREDICTION:
             trained = type(scheduler).from_config(scheduler.config)
             timesteps = trained.timesteps.flip(0).float()
             noise = timesteps / trained.config.num_train_timesteps
             return cls(prediction, timesteps, 1 - noise, noise)
-        abar = scheduler.alphas_cumprod
+        abar = scheduler.alphas_cumprod.cpu()  # its `add_noise` moves them to the latents' device
         return cls(prediction, torch.arange(len(abar)), abar.sqrt(), (1 - abar).sqrt())
 
     def __len__(self) -> int:
@@ -69,14 +80,18 @@ class NoiseSchedule:
         """Timesteps from the least to the most noise, (n,): a schedule may run either way."""
         return self.timesteps[(self.signal / self.noise).argsort(descending=True)]
 
+    def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
+        """Return `n` timesteps of training, drawn uniformly, on the CPU."""
+        return self.timesteps[torch.randint(len(self), (n,), generator=generator)]
+
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return a and s of timesteps (b,), shaped (b, 1, 1, 1) for latents, on their device."""
         if self.prediction == FLOW_PREDICTION:
             noise = (t.float() / len(self)).clamp(0, 1)
             signal = 1 - noise
         else:
-            rows = t.long().to(self.signal.device)
-            signal, noise = self.signal[rows].to(t.device), self.noise[rows].to(t.device)
+            # The tables go to the timesteps: reading timesteps back would wait for the GPU.
+            signal, noise = (table.to(t.device)[t.long()] for table in (self.signal, self.noise))
         return signal.view(-1, 1, 1, 1), noise.view(-1, 1, 1, 1)
 
     def add_noise(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:

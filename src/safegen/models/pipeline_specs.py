@@ -77,6 +77,8 @@ class PipelineSpec:
     """Options of a call that change how text is encoded."""
     guidance_option: str = "guidance_scale"
     """Option of a call with the scale of classifier-free guidance."""
+    spaces_steps: bool = False
+    """Whether it spaces the noise levels of the steps itself: 1, ..., 2 / n, 1 / n."""
     starts_from_image: bool = False
     """Whether the initial latents are those of an image, which guards must not replace."""
     makes_videos: bool = False
@@ -104,6 +106,7 @@ _FLUX = PipelineSpec(
     ("text_encoder_2",),
     (LENGTH_OPTION,),
     guidance_option="true_cfg_scale",
+    spaces_steps=True,
 )
 PIPELINE_SPECS: Mapping[str, PipelineSpec] = {
     "StableDiffusionPipeline": _SD,
@@ -178,14 +181,38 @@ def call_defaults(pipe: Any) -> dict[str, Any]:
     return defaults
 
 
+def step_options(pipe: Any, latent_shape: tuple[int, int, int], steps: int) -> dict[str, Any]:
+    """Return what a pipeline gives a scheduler of flow matching with the number of steps.
+
+    Args:
+        pipe: the pipeline.
+        latent_shape: shape (c, h, w) of the latents; some schedules depend on their size.
+        steps: number of steps.
+    """
+    spec, config = spec_of(pipe), pipe.scheduler.config
+    options: dict[str, Any] = {}
+    if spec is not None and spec.spaces_steps:
+        options["sigmas"] = [(steps - i) / steps for i in range(steps)]
+    if config.get("use_dynamic_shifting"):
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        patches = (latent_shape[1] // 2) * (latent_shape[2] // 2)
+        options["mu"] = calculate_shift(patches, *(config[name] for name in names))
+    return options
+
+
 def is_t5(tokenizer: Any) -> bool:
     """Return whether a tokenizer is that of a T5 encoder."""
     return type(tokenizer).__name__.startswith("T5")
 
 
-@torch.no_grad()
 def encode_texts(
-    pipe: Any, texts: Sequence[str], options: Mapping[str, Any] | None = None
+    pipe: Any,
+    texts: Sequence[str],
+    options: Mapping[str, Any] | None = None,
+    *,
+    with_gradient: bool = False,
 ) -> Conditioning:
     """Return texts as a pipeline encodes them in a call with these options, one row each.
 
@@ -193,6 +220,7 @@ def encode_texts(
         pipe: pipeline of a class in `PIPELINE_SPECS`, or one that extends it.
         texts: the texts.
         options: options of the call.
+        with_gradient: whether gradients flow to what the text encoders read.
 
     Raises:
         ConfigError: the class is unknown.
@@ -205,4 +233,5 @@ def encode_texts(
         )
     defaults = call_defaults(pipe)
     own = {k: (options or {}).get(k, defaults[k]) for k in spec.encode_options}
-    return spec.encode(pipe, texts, own)
+    with torch.set_grad_enabled(with_gradient):
+        return spec.encode(pipe, texts, own)

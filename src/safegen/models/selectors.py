@@ -10,6 +10,8 @@ from torch import nn
 from safegen.core.errors import ConfigError, UnknownNameError
 
 UNET, SD3, FLUX = "UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
+TEXT_ENCODERS = "TextEncoders"
+"""Name of the class of text encoders as one network (`safegen.models.text_outputs`)."""
 _IMAGE = r"to_(?:[qkv]|out\.0)\."
 _TEXT = r"(?:add_[qkv]_proj|to_add_out)\."
 _TEXT_PATH = r"_context\.|context_embedder\.|\.add_[qkv]_proj\.|\.to_add_out\.|\.norm_added_"
@@ -36,8 +38,9 @@ SELECTORS: Mapping[str, Mapping[str, str]] = {
     },
     SD3: _TRANSFORMER | {"dual": rf"\.attn2\.{_IMAGE}"},
     FLUX: _TRANSFORMER,
+    TEXT_ENCODERS: {"all": r"", "layers": r"\.(?:layers|block)\.\d"},
 }
-"""Class of the denoiser, selector: regular expression over its parameter names.
+"""Class of the network, selector: regular expression over its parameter names.
 
 On UNets `attn1` is self-attention, `attn2` cross-attention (ESD-x), `kv2` its keys and values
 (ESD-x-strict, UCE); `noxattn` is everything but cross-attention, the last layers and the time
@@ -51,6 +54,9 @@ text and image by the same weights: `attn1` includes them, so that it changes th
 output shares a matrix with the MLP and is left out. `attn2` is the projections of the text, `kv2`
 its keys and values, `context` the two matrices through which all text enters. `noxattn` leaves out
 the text's layers and all of the time and text embedding, `esd-u` the text's attention and norms.
+
+`layers` of text encoders leaves out the embeddings of tokens and positions, the last norm and the
+projection.
 """
 _ABSENT: Mapping[str, Mapping[str, str]] = {
     UNET: {
@@ -60,6 +66,7 @@ _ABSENT: Mapping[str, Mapping[str, str]] = {
     },
     SD3: {"dual": "no block of it has attention of the image alone. Use joint"},
     FLUX: {"dual": "no block of it has attention of the image alone. Use joint"},
+    TEXT_ENCODERS: {},
 }
 """Class of the denoiser, selector: why it matches nothing, and what to use."""
 

@@ -45,6 +45,25 @@ def replaced_embeddings(
         handle.remove()
 
 
+@contextmanager
+def replaced_ids(encoder: Any, ids: Tensor) -> Iterator[None]:
+    """Make a text encoder read other ids inside the block than it is called with.
+
+    Args:
+        encoder: the text encoder.
+        ids: ids (n, length), as many rows as the encoder is called with.
+    """
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (ids.to(inputs[0]), *inputs[1:])
+
+    handle = encoder.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class TextEncoderView:
     """One text encoder of a pipeline with its tokenizer: a CLIP or a T5."""
 
@@ -59,7 +78,8 @@ class TextEncoderView:
             options: options of the pipeline's call, which may limit what T5 reads.
         """
         self.pipe, self.name = pipe, name
-        self.tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+        self.tokenizer_name = name.replace("text_encoder", "tokenizer")
+        self.tokenizer = getattr(pipe, self.tokenizer_name)
         self.encoder = getattr(pipe, name)
         self.device, self.is_t5 = pipe._execution_device, is_t5(self.tokenizer)
         self.is_penultimate = hasattr(pipe, "text_encoder_2") and not self.is_t5
@@ -146,6 +166,12 @@ class TextEncoderView:
         """Return the rows of the embedding with a text's own tokens."""
         start = self.row + self.first
         return list(range(start, start + self.tokenize(text)[1]))
+
+
+def clip_encoders(pipe: Any) -> list[TextEncoderView]:
+    """Return a pipeline's CLIP text encoders, those that only give a pooled embedding included."""
+    views = [TextEncoderView(pipe, name) for name in text_encoder_names(pipe)]
+    return [view for view in views if not view.is_t5]
 
 
 def text_encoders(pipe: Any, options: Mapping[str, Any] | None = None) -> list[TextEncoderView]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from safegen.attacks.core.dataset import FineTuneDataset
 from safegen.core.documents import read_json_lines
-from safegen.core.errors import ConfigError, DivergedError
+from safegen.core.errors import DivergedError
 from safegen.edits.functional import losses
 from safegen.edits.training.check import check_training
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
@@ -24,6 +24,8 @@ from safegen.edits.training.lora import Trainable, trainable_parameters
 from safegen.edits.training.samples import preprocess
 from safegen.edits.training.trainer import train
 from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import predict
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 
@@ -34,23 +36,21 @@ Stopper = Callable[[int, int, LogRow], bool]
 
 
 class DenoisingObjective:
-    """The plain loss |e(x_t, t, c) - target|^2 (Ho et al. 2020, arXiv:2006.11239, eq. 14)."""
+    """The plain loss |prediction(x_t, t, c) - target|^2 (Ho et al. 2020, arXiv:2006.11239, eq. 14).
+
+    The target is that of the model: noise, v, or the velocity of flow matching. Timesteps are drawn
+    uniformly from those of the model's schedule; SD 3's own training favors its middle.
+    """
 
     def __init__(self, model: Model, dataset: FineTuneDataset, *, batch: int) -> None:
         """Encode every image and caption once."""
-        self.batch, self.prediction = batch, model.prediction
-        if self.prediction not in ("epsilon", "v_prediction"):
-            raise ConfigError(
-                f"prediction type must be epsilon or v_prediction, got {self.prediction}. "
-                "Fine-tuning supports no other."
-            )
+        self.batch, self.schedule = batch, model.noise_schedule
         self.weights = {"L": 1.0}
-        self.abar = model.alphas_cumprod().to(model.device)
         pixels = torch.stack([preprocess(image, model.size) for image in dataset.images])
         self.latents = model.encode_images(pixels).float()
         texts = list(dict.fromkeys(text for row in dataset.captions for text in row))
         chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
-        self.text = torch.cat([model.encode_text(chunk).float() for chunk in chunks])
+        self.text = Conditioning.concat([model.encode_text(chunk).float() for chunk in chunks])
         self.captions = [[texts.index(text) for text in row] for row in dataset.captions]
 
     def training_step(
@@ -64,7 +64,7 @@ class DenoisingObjective:
         b, g = self.batch, generator
         rows = torch.randint(len(self.latents), (b,), generator=g)
         picks = torch.randint(2**31, (b,), generator=g)
-        t = torch.randint(len(self.abar), (b,), generator=g)
+        t = self.schedule.timesteps[torch.randint(len(self.schedule), (b,), generator=g)]
         eps = torch.randn(b, *self.latents.shape[1:], generator=g)
         mine = torch.arange(b)[share[0] :: share[1]]
         choices = [self.captions[int(row)] for row in rows]
@@ -74,10 +74,9 @@ class DenoisingObjective:
         device = self.latents.device
         z, noise = self.latents[rows[mine].to(device)], eps[mine].to(device)
         steps = t[mine].to(device)
-        abar = self.abar[steps]
-        target = noise if self.prediction == "epsilon" else losses.velocity(noise, z, abar)
-        x_t, text = losses.add_noise(z, noise, abar), self.text[captions[mine].to(device)]
-        return {"L": losses.squared_error(denoiser(x_t, steps, text).sample, target)}
+        x_t, text = self.schedule.add_noise(z, noise, steps), self.text[captions[mine].to(device)]
+        target = self.schedule.target(z, noise, steps)
+        return {"L": losses.squared_error(predict(denoiser, x_t, steps, text), target)}
 
 
 def fine_tune(
@@ -112,7 +111,8 @@ def fine_tune(
         Files of the patches by number of updates, to apply after the patches that the model had.
 
     Raises:
-        ConfigError: the model predicts neither noise nor velocity, or the precision does not fit.
+        ConfigError: the model predicts something else than noise or a velocity, or the precision
+            does not fit.
         FileError: the folder is of another fine-tune or damaged, or cannot be written.
         DivergedError: a loss or a weight is not finite.
         InterruptedRunError: SIGINT or SIGTERM arrived.

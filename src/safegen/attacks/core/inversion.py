@@ -1,8 +1,8 @@
 """Inversion of deterministic sampling: the initial latents that a sampler turns into an image.
 
-A step of DDIM (Song et al. 2020, arXiv:2010.02502, equation 12 without noise) is affine in the
-latents and the denoiser's output: x' = a x + b output(x, t). Inverting it is a fixed-point problem
-in x, because the output depends on x.
+A step of DDIM (Song et al. 2020, arXiv:2010.02502, equation 12 without noise), and an Euler step of
+flow matching, are affine in the latents and the denoiser's output: x' = a x + b output(x, t).
+Inverting one is a fixed-point problem in x, because the output depends on x.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from safegen.edits.functional.losses import Latent, PerSample
 
-Output = Callable[[Latent, int, Tensor], Latent]
+Output = Callable[[Latent, float, Tensor], Latent]
 """Output of the denoiser for latents at a timestep; the last argument has the rows' numbers."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of DDIM: x' = a x + b output(x, t)."""
+    """One step of deterministic sampling: x' = a x + b output(x, t)."""
 
-    t: int
+    t: float
     """Timestep of x."""
     a: float
     """Factor of the latents."""
@@ -53,6 +53,21 @@ def ddim_steps(config: Any, num_steps: int) -> list[Step]:
 
     return [
         Step(t, a=step(zero, t, one), b=step(one, t, zero)) for t in scheduler.timesteps.tolist()
+    ]
+
+
+def euler_steps(scheduler: Any) -> list[Step]:
+    """Return the Euler steps of flow matching, from noise to image: x' = x + (s' - s) output.
+
+    Args:
+        scheduler: scheduler of diffusers for flow matching, with its timesteps set.
+    """
+    sigmas = scheduler.sigmas.tolist()
+    return [
+        Step(t, a=1.0, b=after - before)
+        for t, before, after in zip(
+            scheduler.timesteps.tolist(), sigmas[:-1], sigmas[1:], strict=True
+        )
     ]
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from safegen.attacks.core.cost import Budget, Cost
@@ -19,7 +17,6 @@ from safegen.core.generation import GenerationConfig, Sample
 from safegen.guards import GeneratedImage
 from safegen.judges.base import Detections, Judge
 from safegen.models.model import Model
-from safegen.models.text_encoder import replaced_embeddings
 from safegen.stack_loader import LoadedStack
 
 
@@ -115,11 +112,10 @@ class Target:
         """Count the rows of a network's outputs, and once more where a gradient flows back."""
 
         def count(_: nn.Module, __: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else next(iter(output.values()))
-            rows = len(tensor)
+            values = output if isinstance(output, tuple) else tuple(output.values())
+            rows = len(values[0])
             self._counts[name] += rows
-            if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: self._add(name, len(gradient)))
+            self._count_backward(values, name, rows)
 
         handle = network.register_forward_hook(count)
         try:
@@ -127,8 +123,17 @@ class Target:
         finally:
             handle.remove()
 
-    def _add(self, name: str, rows: int) -> None:
-        self._counts[name] += rows
+    def _count_backward(self, values: Sequence[Any], name: str, rows: int) -> None:
+        """Count rows once if a gradient flows back to any of a network's outputs."""
+        passes = [rows]
+
+        def count(_: Tensor) -> None:
+            self._counts[name] += passes.pop() if passes else 0
+
+        for value in values:
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(count)
 
     def reset(self, cost: Cost) -> None:
         """Take a cost as that so far."""
@@ -161,99 +166,3 @@ class Target:
         scores = [d.score for d in detections.items if d.label in self.concept.labels]
         success = self.shows_concept(detections)
         return QueryResult(output, detections, max(scores, default=0.0), success)
-
-
-class TextSpace:
-    """Tokens, texts and embeddings of a model's text encoder, for attacks on text."""
-
-    def __init__(self, model: Model) -> None:
-        """Read the vocabulary.
-
-        Raises:
-            ConfigError: the model has two text encoders.
-        """
-        if "text_encoder_2" in model.components:
-            raise ConfigError(f"text attacks need one text encoder, got the SDXL {model.name!r}")
-        self.tokenizer, self.encoder = model.pipeline.tokenizer, model.pipeline.text_encoder
-        self.length: int = self.tokenizer.model_max_length
-        self.device = model.device
-        special = set(self.tokenizer.all_special_ids)
-        self.vocabulary = [i for i in range(len(self.tokenizer)) if i not in special]
-        """Ids of all tokens that are no special ones."""
-
-    @property
-    def width(self) -> int:
-        """Width of a token's embedding."""
-        return int(self.encoder.get_input_embeddings().weight.shape[1])
-
-    def rows(self, tokens: Tensor) -> Tensor:
-        """Return rows (n, length) of ids: start mark, `tokens` (n, k), end mark and padding."""
-        tokenizer, n = self.tokenizer, len(tokens)
-        rows = torch.full((n, self.length), tokenizer.pad_token_id, dtype=torch.long)
-        rows[:, 0] = tokenizer.bos_token_id
-        rows[:, 1 : 1 + tokens.shape[1]] = tokens
-        rows[:, 1 + tokens.shape[1]] = tokenizer.eos_token_id
-        return rows
-
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Return the ids (n, length) that the encoder reads for texts; longer ones are cut."""
-        ids: Tensor = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return ids
-
-    def own_tokens(self, text: str) -> Tensor:
-        """Return the ids (k,) that the encoder reads for a text, without marks and padding."""
-        (ids,) = self.tokenize([text])
-        end = int((ids == self.tokenizer.eos_token_id).nonzero()[0])
-        return ids[1:end]
-
-    @cached_property
-    def whole_words(self) -> list[int]:
-        """Ids of the tokens that the tokenizer reads back from their own text.
-
-        Texts of such tokens, with spaces between them, are read back too.
-        """
-        tokens = torch.tensor(self.vocabulary)[:, None]
-        rows = self.tokenize(self.decode(tokens))
-        same = (rows == self.rows(tokens)).all(1)
-        return [int(i) for i in tokens[same, 0]]
-
-    def decode(self, tokens: Tensor) -> list[str]:
-        """Return the texts of tokens (n, k)."""
-        texts: list[str] = self.tokenizer.batch_decode(
-            tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return texts
-
-    def encode(self, ids: Tensor, *, batch: int = 256) -> Tensor:
-        """Return the embeddings (n, length, width) of rows of ids, in fp32."""
-        parts = [self.encoder(part.to(self.device))[0].float() for part in ids.split(batch)]
-        return torch.cat(parts)
-
-    def check_room(self, num_tokens: int) -> None:
-        """Check that a text of so many tokens fits the encoder.
-
-        Raises:
-            ConfigError: it does not.
-        """
-        if num_tokens > self.length - 2:
-            raise ConfigError(
-                f"num_tokens must be at most {self.length - 2} for this text encoder, "
-                f"got {num_tokens}"
-            )
-
-    @contextmanager
-    def embeddings(self, replace: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-        """Change the token embeddings that the encoder reads inside the block.
-
-        Args:
-            replace: gets the ids (n, length) and their embeddings (n, length, width), and returns
-                the embeddings to use; gradients flow through them.
-        """
-        with replaced_embeddings(self.encoder, replace):
-            yield

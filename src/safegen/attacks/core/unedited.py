@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import predict
 from safegen.models.model import Model
 from safegen.patches.active_lora import disabled_loras
 
@@ -25,19 +27,16 @@ class UneditedDenoiser:
                 self.weights.setdefault(name, value)
 
     @torch.no_grad()
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning) -> Tensor:
         """Return the prediction (n, c, h, w) of the unedited denoiser.
 
         Args:
             noisy: noised latents (n, c, h, w).
             timesteps: (n,).
-            text: text embeddings (n, tokens, width).
+            text: what it is conditioned on, n rows.
         """
         with disabled_loras(self.model):
-            output: Tensor = torch.func.functional_call(
-                self.model.denoiser, self.weights, (noisy, timesteps, text)
-            ).sample
-        return output
+            return predict(self.model.denoiser, noisy, timesteps, text, self.weights)
 
     @contextmanager
     def restored(self) -> Iterator[None]:

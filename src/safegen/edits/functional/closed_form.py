@@ -195,8 +195,8 @@ def embed_concept(
                 targets.append(others[guide][span][:n])
     erased = torch.cat(keys)
     positions = "all" if tokens == "tail" else tokens
-    kept = embed(model, preserve, part=part, tokens=positions) if preserve else []
-    preserved = [erased[:0], *(rows for spans in kept for rows in spans)]
+    phrases = embed(model, preserve, part=part, tokens=positions) if preserve else []
+    preserved = [erased[:0], *(rows for spans in phrases for rows in spans)]
     if captions:
         listed = embed(model, read_captions(captions), part=part, tokens="all")
         preserved += [rows / len(listed) ** 0.5 for spans in listed for rows in spans]
@@ -216,7 +216,7 @@ def projections(model: Model) -> dict[TextInput, dict[str, Tensor]]:
     weights: dict[TextInput, dict[str, Tensor]] = {}
     for name in select_parameters(model.denoiser, selector):
         if name.endswith(".weight"):
-            part: TextInput = "pooled" if "text_embedder" in name else "hidden"
+            part: TextInput = "pooled" if ".text_embedder." in name else "hidden"
             weights.setdefault(part, {})[name] = parameters[name].detach().cpu().double()
     return weights
 
@@ -226,12 +226,12 @@ def embed(
 ) -> list[list[Tensor]]:
     """Return the embeddings of each text, (k, width) for each of its spans, float64, on the CPU.
 
-    An empty text has the embedding of its marks, also where the model guides away from zeros.
+    An empty text has the embedding of its marks, also where guidance uses zeros.
 
     Args:
         model: the model.
         texts: the texts.
-        part: `hidden` has a span for each encoder whose tokens follow each other, such as CLIP and
+        part: `hidden` has a span for each encoder with tokens of its own, such as CLIP and
             T5 of SD 3; `pooled` is one row.
         tokens: positions in a span. `last` is the last token of the text (of an empty text, the
             first), `tail` everything from there on, `all` every position, padding included.

@@ -42,10 +42,10 @@ class LoraLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Trainable:
-    """Parameters to train, and how they become new weights of the denoiser."""
+    """Parameters to train, and how they become new weights of the network."""
 
     names: tuple[str, ...]
-    """Names of the trained parameters in the denoiser."""
+    """Names of the trained parameters in the network."""
     adapters: Mapping[str, tuple[str, float]]
     """Name and scale of the LoRA of each adapted weight; empty if the weights are trained."""
     base_weights: Mapping[str, Tensor]
@@ -66,7 +66,13 @@ class Trainable:
 
 @contextmanager
 def trainable_parameters(
-    model: Model, selector: str, *, rank: int | None, alpha: float | None, seed: int
+    model: Model,
+    selector: str,
+    *,
+    rank: int | None,
+    alpha: float | None,
+    seed: int,
+    network: nn.Module | None = None,
 ) -> Iterator[Trainable]:
     """Yield the parameters to train. LoRAs are attached inside the block and removed after it.
 
@@ -76,12 +82,14 @@ def trainable_parameters(
         rank: rank of the LoRAs; None trains the weights themselves.
         alpha: the LoRAs are scaled by alpha / rank. Default: the rank, a scale of 1.
         seed: seed of the initial factors.
+        network: the network that the weights are of. Default: the denoiser.
 
     Raises:
         ConfigError: the selector matches no linear and no convolutional weight.
     """
     _ = model.hash  # computed and cached before anything is attached
-    names = select_parameters(model.denoiser, selector)
+    network = model.denoiser if network is None else network
+    names = select_parameters(network, selector)
     if rank is None:
         yield Trainable(tuple(names), {}, {})
         return
@@ -89,7 +97,7 @@ def trainable_parameters(
     modules = {}
     for name in names:
         path, _, kind = name.rpartition(".")
-        module = model.denoiser.get_submodule(path)
+        module = network.get_submodule(path)
         if kind == "weight" and isinstance(module, nn.Linear | nn.Conv2d):
             modules[path] = module
     if not modules:

@@ -1,0 +1,200 @@
+"""What carries over from a UNet to a transformer with flow matching: docs/results/carry-over.json.
+
+    python benchmarks/carry_over.py --out DIR [--models mini,mini-flow] [--rows safegen,esd,...]
+        [--prompts 32] [--seeds 1] [--attacks ring_a_bell,seeds,img2img]
+    python benchmarks/carry_over.py --out DIR --table docs/results/carry-over.json
+
+Every method acts on two models of one world, with the same prompts, seeds, judge and presets:
+`mini` is a UNet that predicts noise, `mini-flow` an MMDiT with flow matching. Patches, runs and
+attacks are in DIR; the same command resumes. `safegen@SELECTOR` trains other weights: the study of
+which self-attention of a transformer carries the concept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from safegen.attacks.core.run import AttackConfig, run_attack
+from safegen.core.concept import Concept, load_concept
+from safegen.core.errors import ConfigError, PatchError
+from safegen.core.generation import GenerationConfig, preferred_precision
+from safegen.core.registry import EDITS, resolve
+from safegen.data.triplets.triplets import Triplets
+from safegen.evaluation.evaluate import evaluate
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.report.format import format_rate
+from safegen.evaluation.run.folder import SCORES
+from safegen.models.loading import load
+from safegen.models.model import Model
+from safegen.stack import Stack, add_guards
+from safegen.stack_loader import StackLoader
+from safegen.workflows.attack import make_attack
+from safegen.workflows.edit import make_edit
+
+MODELS = ("mini", "mini-flow")
+ROWS = (
+    "safegen",
+    "safegen-plus",
+    "esd",
+    "rece",
+    "sdd",
+    "shielddiff",
+    "sld-max",
+    "safree",
+    "negative-prompt",
+)
+STUDY = ("safegen@dual", "safegen@joint", "safegen@attention")
+"""Rows of the study of selectors on mini-flow."""
+ATTACKS = ("ring_a_bell", "seeds", "img2img")
+FLOW_SETTINGS: dict[str, dict[str, Any]] = {"shielddiff": {"algorithm": "nft"}}
+"""Settings that flow matching needs: algorithms of sampler steps do not know its sampler."""
+UNUSABLE = "unusable.json"
+
+
+def make_patch(row: str, model: Model, concept: Concept, path: Path) -> None:
+    """Make the patch of a row unless it exists, or note why it cannot be made."""
+    if path.exists() or path.with_suffix(".json").exists():
+        return
+    method, _, selector = row.partition("@")
+    changes = {"selector": selector} if selector else {}
+    if model.prediction == "flow_prediction":
+        changes |= FLOW_SETTINGS.get(method, {})
+    kind = resolve(EDITS, method, "edit")
+    began = time.perf_counter()
+    try:
+        edit = make_edit(method, "mini", concept=concept, **changes)
+        triplets = Triplets.load(concept.triplets or "") if kind.inputs != "words" else None
+        edit.apply(model, triplets).save(path)
+    except ConfigError as error:
+        path.with_suffix(".json").write_text(json.dumps(str(error)), encoding="utf-8")
+    print(f"{model.name} {row}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def stack_of(row: str, model: str, folder: Path) -> Stack:
+    """Return the stack of a row: a patch or a guard."""
+    name = row.replace("@", "-")
+    if row.partition("@")[0] in EDITS:
+        return Stack(name=name, model=model, patches=(folder / f"{row}.safetensors",))
+    return add_guards(Stack(name=name, model=model), [row], "skulls")
+
+
+def run_model(model_name: str, args: argparse.Namespace) -> None:
+    """Make the patches of a model, evaluate all stacks and attack each."""
+    concept, folder = load_concept("skulls"), args.out / model_name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [*args.rows.split(","), *(STUDY if model_name == "mini-flow" and args.study else ())]
+    edits = [row for row in rows if row.partition("@")[0] in EDITS]
+    model = load(model_name)
+    for row in edits:
+        make_patch(row, model, concept, folder / f"{row}.safetensors")
+    stacks = [
+        stack_of(row, model_name, folder)
+        for row in rows
+        if row not in edits or (folder / f"{row}.safetensors").exists()
+    ]
+    generation = GenerationConfig(precision=preferred_precision(), num_inference_steps=args.steps)
+    protocol = Protocol.from_concept(
+        concept, prompts=args.prompts, seeds=range(1, args.seeds + 1), generation=generation
+    )
+    began = time.perf_counter()
+    evaluate(protocol, stacks, folder / "run", baselines="none")
+    print(f"{model_name} evaluated: {time.perf_counter() - began:.0f} s", flush=True)
+    config = AttackConfig(limit=args.attacked, generation=generation)
+    for name in filter(None, args.attacks.split(",")):
+        for stack in stacks:
+            cell = folder / name / stack.name
+            if (cell / SCORES).exists() or (cell / UNUSABLE).exists():
+                continue
+            try:
+                run_attack(make_attack(name), stack, concept, config, cell, loader=StackLoader())
+            except (ConfigError, PatchError) as error:
+                cell.mkdir(parents=True, exist_ok=True)
+                (cell / UNUSABLE).write_text(json.dumps(str(error)), encoding="utf-8")
+            print(f"{cell}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def read_results(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the lists' figures and the attacks' by model and stack, and reasons of gaps."""
+    found: dict[str, dict[str, Any]] = {}
+    for model in MODELS:
+        folder = out / model
+        if not (folder / "run" / SCORES).exists():
+            continue
+        stacks = json.loads((folder / "run" / SCORES).read_text(encoding="utf-8"))["stacks"]
+        found[model] = {name: {"lists": row["lists"]} for name, row in stacks.items()}
+        for path in sorted(folder.glob("*.json")):
+            reason = json.loads(path.read_text(encoding="utf-8"))
+            found[model][path.stem.replace("@", "-")] = {"unusable": reason}
+        for attack in ATTACKS:
+            for name, row in found[model].items():
+                cell = folder / attack / name
+                if (cell / UNUSABLE).exists():
+                    reason = json.loads((cell / UNUSABLE).read_text(encoding="utf-8"))
+                    row.setdefault("attacks", {})[attack] = {"unusable": reason}
+                elif (cell / SCORES).exists():
+                    scores = json.loads((cell / SCORES).read_text(encoding="utf-8"))
+                    lists = scores["stacks"][name]["lists"]
+                    row.setdefault("attacks", {})[attack] = {
+                        part: entry["concept"]
+                        for part, entry in lists.items()
+                        if entry["role"] == "attack"
+                    }
+    return found
+
+
+def markdown(found: dict[str, dict[str, Any]]) -> str:
+    """Return the table: rates in which the concept, the neighbour and the right object are seen."""
+    lines = [
+        "| model | method | explicit | innocent | neighbours | benign object | attacks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, stacks in found.items():
+        for name, row in stacks.items():
+            if "unusable" in row:
+                lines.append(f"| {model} | {name} | {row['unusable']} | | | | |")
+                continue
+            cells = dict.fromkeys(("explicit", "innocent", "neighbour", "benign"), "")
+            for entry in row["lists"].values():
+                key = {"neighbour": "shown", "benign": "subject"}.get(entry["role"], "concept")
+                if entry["role"] in cells and entry.get(key):
+                    cells[entry["role"]] = format_rate(entry[key])
+            attacked = "; ".join(
+                f"{attack} "
+                + (", ".join(format_rate(rate) for rate in rates.values()) if rates else "-")
+                for attack, rates in row.get("attacks", {}).items()
+                if "unusable" not in rates
+            )
+            lines.append(f"| {model} | {name} | {' | '.join(cells.values())} | {attacked} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ask.add_argument("--out", type=Path, required=True)
+    ask.add_argument("--models", default=",".join(MODELS))
+    ask.add_argument("--rows", default=",".join(ROWS))
+    ask.add_argument("--study", action="store_true", help="also train other selectors on mini-flow")
+    ask.add_argument("--attacks", default=",".join(ATTACKS))
+    ask.add_argument("--prompts", type=int, default=32, help="prompts of each list")
+    ask.add_argument("--seeds", type=int, default=1)
+    ask.add_argument("--attacked", type=int, default=8, help="prompts of each attack")
+    ask.add_argument("--steps", type=int, default=25)
+    ask.add_argument("--table", type=Path)
+    args = ask.parse_args()
+    if args.table:
+        found = read_results(args.out)
+        args.table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(markdown(found))
+        return
+    for model in args.models.split(","):
+        run_model(model, args)
+
+
+if __name__ == "__main__":
+    main()
