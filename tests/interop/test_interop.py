@@ -57,7 +57,7 @@ def test_a_package_that_cannot_be_had_is_named(cache, monkeypatch):
 
 @pytest.mark.slow
 def test_a_program_that_does_not_run_is_a_failed_check(cache):
-    """The base file is empty, so that diffusers cannot read it."""
+    """Run diffusers on an empty file, which it cannot read."""
     result = CliRunner().invoke(interop.app, ["--cache", str(cache), "--programs", "diffusers"])
     assert result.exit_code == interop.FAILED
     assert "diffusers: FAILED: the program runs: status 1" in result.output

@@ -67,7 +67,7 @@ def main(
         checks += [] if name == "diffusers" else _compare(cache / "out", name)
         for check in checks:
             mark = "ok" if check["passed"] else "FAILED"
-            typer.echo(f"{name}: {mark}: {check['name']}: {check['found']}")
+            typer.echo(f"{name}: {mark}: {check['name']}: {check['result']}")
             failed += not check["passed"]
         typer.echo(f"{name}: {len(checks)} checks in {time.monotonic() - start:.0f} s")
     raise typer.Exit(FAILED if failed else MISSING if missing else 0)
@@ -81,7 +81,7 @@ def _run(name: str, folders: list[Path], cache: Path) -> list[dict[str, object]]
     paths = [ROOT, ROOT / "src", *folders]
     code = f"from tools.interop.__main__ import run; run({name!r}, {str(cache)!r})"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HOME": str(cache)}
-    result = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=cache,
         env=environment,
@@ -89,10 +89,10 @@ def _run(name: str, folders: list[Path], cache: Path) -> list[dict[str, object]]
         text=True,
         check=False,
     )
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        found = f"status {result.returncode}: {last}"
-        return [{"name": "the program runs", "passed": False, "found": found}]
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        result = f"status {process.returncode}: {last}"
+        return [{"name": "the program runs", "passed": False, "result": result}]
     checks: list[dict[str, object]] = json.loads((out / "checks.json").read_text("utf-8"))
     return checks
 
@@ -111,9 +111,12 @@ def _compare(out: Path, name: str) -> list[dict[str, object]]:
         path = out / name / f"{kind}-image.npy"
         reference = out / "diffusers" / f"{'base' if kind == 'base' else 'patched'}-image.npy"
         if path.exists() and reference.exists():
-            found = float(np.corrcoef(np.load(path).ravel(), np.load(reference).ravel())[0, 1])
+            correlation = float(
+                np.corrcoef(np.load(path).ravel(), np.load(reference).ravel())[0, 1]
+            )
             entry = f"{kind}: image correlates with diffusers' by {limit} or more"
-            checks.append({"name": entry, "passed": found >= limit, "found": f"{found:.5f}"})
+            passed = correlation >= limit
+            checks.append({"name": entry, "passed": passed, "result": f"{correlation:.5f}"})
     for kind, limit in MAX_LATENT_GAP.items():
         path = out / name / f"{kind}-latents.npy"
         reference = out / "diffusers" / f"{'base' if kind == 'base' else 'patched'}-latents.npy"
@@ -121,7 +124,7 @@ def _compare(out: Path, name: str) -> list[dict[str, object]]:
             ours, theirs = np.load(reference), np.load(path)
             gap = float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours))
             entry = f"{kind}: latents differ from diffusers' by {limit} or less"
-            checks.append({"name": entry, "passed": gap <= limit, "found": f"{gap:.4f}"})
+            checks.append({"name": entry, "passed": gap <= limit, "result": f"{gap:.4f}"})
     return checks
 
 

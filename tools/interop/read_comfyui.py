@@ -112,8 +112,8 @@ def _read_lora(
     with safe_open(files.kohya, framework="np") as file:
         count = len(file.keys())
     report.check(f"kohya: no key of {count} is left unread", unread[:3], passed=not unread)
-    found = f"{len(changed.patches)} weights changed"
-    report.check("kohya: three keys a weight", found, passed=len(changed.patches) * 3 == count)
+    result = f"{len(changed.patches)} weights changed"
+    report.check("kohya: three keys a weight", result, passed=len(changed.patches) * 3 == count)
     latents = _generate(changed, clip)
     report.save("kohya-latents", latents)
     report.save("kohya-image", vae.decode(latents)[0].float())

@@ -1,4 +1,4 @@
-"""Reading and generating with diffusers, whose results the other programs' are compared with."""
+"""Reading and generating with diffusers: the reference for the other programs' results."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _check_weights(name: str, path: Path, unet: Any, report: Report) -> None:
             torch.equal(state[n], file.get_tensor(original).float())
             for n, original in names.items()
         )
-    found = f"{equal} of {len(state)}"
-    report.check(f"{name}: weights of the UNet are the file's", found, passed=equal == len(state))
+    result = f"{equal} of {len(state)}"
+    report.check(f"{name}: weights of the UNet are the file's", result, passed=equal == len(state))
 
 
 def _generate(pipeline: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Identification of our files by InvokeAI, and its LoRA patcher on a UNet of ours."""
+"""Identification of our files by InvokeAI, and its LoRA patcher on our UNet."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def read(files: Files, report: Report) -> None:
     stub_torchvision()
     factory: Any = import_module("invokeai.backend.model_manager.configs.factory")
     for name, expected in EXPECTED.items():
-        result = factory.ModelConfigFactory.from_model_on_disk(getattr(files, name))
-        found = type(result.config).__name__
-        report.check(f"{name}: identified", found, passed=found == expected)
+        match = factory.ModelConfigFactory.from_model_on_disk(getattr(files, name))
+        result = type(match.config).__name__
+        report.check(f"{name}: identified", result, passed=result == expected)
     _apply_lora(files, report)
 
 

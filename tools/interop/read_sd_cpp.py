@@ -78,7 +78,7 @@ def _check_lora(lora: Path, log: list[str], report: Report) -> None:
         count = len(file.keys())
     pattern = re.compile(r"\((\d+) / (\d+)\) LoRA tensors have been applied")
     applied = next((m for line in log if (m := pattern.search(line))), None)
-    found = applied[0] if applied else "no count in the log"
+    result = applied[0] if applied else "no count in the log"
     # factors of zeros that tell the family are for a layer that no check needs to tell apart
     passed = applied is not None and applied[1] == applied[2] == str(count)
-    report.check(f"{lora.stem}: all of {count} LoRA tensors applied", found, passed=passed)
+    report.check(f"{lora.stem}: all of {count} LoRA tensors applied", result, passed=passed)

@@ -29,14 +29,14 @@ def start_noise() -> Tensor:
 
 @dataclass
 class Report:
-    """Checks of one program: each has a name, whether it passed, and what was found."""
+    """Checks of one program: each has a name, whether it passed, and its result."""
 
     out: Path
     checks: list[dict[str, Any]] = field(default_factory=list)
 
-    def check(self, name: str, found: object, *, passed: bool) -> None:
+    def check(self, name: str, result: object, *, passed: bool) -> None:
         """Add a check."""
-        self.checks.append({"name": name, "passed": bool(passed), "found": str(found)})
+        self.checks.append({"name": name, "passed": bool(passed), "result": str(result)})
 
     def save(self, name: str, value: Any) -> None:
         """Write an array for the comparison."""
