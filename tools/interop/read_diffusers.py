@@ -14,9 +14,13 @@ from safegen.models.checkpoint.key_map import original_names
 from tools.interop.files import Files
 from tools.interop.scene import GUIDANCE, NEGATIVE, PROMPT, SIZE, STEPS, Report, start_noise
 
+MAX_CORRELATION = 0.95
+"""Largest correlation that still tells the patched image from the base's."""
+
 
 def read(files: Files, report: Report) -> None:
     """Read our one-file checkpoints with diffusers' own loader, and generate."""
+    images = []
     for name, path in (("base", files.base), ("patched", files.patched)):
         pipeline = load(path)
         _check_weights(name, path, pipeline.unet, report)
@@ -24,7 +28,14 @@ def read(files: Files, report: Report) -> None:
         report.save(f"{name}-latents", latents)
         with torch.inference_mode():
             image = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-        report.save(f"{name}-image", (image[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0))
+        images.append((image[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0))
+        report.save(f"{name}-image", images[-1])
+    correlation = float(torch.corrcoef(torch.stack([i.flatten() for i in images]))[0, 1])
+    report.check(
+        f"the images of base and patched correlate by {MAX_CORRELATION} or less",
+        f"{correlation:.5f}",
+        passed=correlation <= MAX_CORRELATION,
+    )
 
 
 def load(path: Path) -> Any:

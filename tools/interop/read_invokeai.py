@@ -6,8 +6,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from safegen.models.checkpoint import configs
+from safegen.models.selectors import select_parameters
+from safegen.patches.lora_keys import lora_tensors
 from tools.interop.files import Files
 from tools.interop.read_diffusers import load
 from tools.interop.scene import Report, stub_torchvision
@@ -18,6 +21,8 @@ EXPECTED = {
     "kohya": "LoRA_LyCORIS_SD1_Config",
 }
 """File, class by which InvokeAI knows it."""
+FAMILIES = {"sdxl": "LoRA_LyCORIS_SDXL_Config", "flux": "LoRA_LyCORIS_FLUX_Config"}
+"""Family, class by which InvokeAI knows its LoRAs. It has none for SD 3."""
 TOLERANCE = 1e-2
 """Largest difference of a weight from the patched one, by the largest change; factors are fp16."""
 
@@ -31,6 +36,31 @@ def read(files: Files, report: Report) -> None:
         result = type(match.config).__name__
         report.check(f"{name}: identified", result, passed=result == expected)
     _apply_lora(files, report)
+    for family, expected in FAMILIES.items():
+        path = report.out / f"{family}-kohya.safetensors"
+        save_file(_random_lora(family), path)
+        match = factory.ModelConfigFactory.from_model_on_disk(path)
+        result = type(match.config).__name__
+        report.check(f"{family}: LoRA of attn1 identified", result, passed=result == expected)
+
+
+def _random_lora(family: str) -> dict[str, torch.Tensor]:
+    """Return a LoRA of rank 1 for a network of real size, in kohya's keys."""
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+
+    with torch.device("meta"):
+        network = (
+            FluxTransformer2DModel()
+            if family == "flux"
+            else UNet2DConditionModel.from_config(configs.UNET[family])
+        )
+    own = dict(network.named_parameters())
+    factors = {
+        name: (torch.ones(1, own[name].shape[1]), torch.ones(own[name].shape[0], 1))
+        for name in select_parameters(network, "attn1")
+        if name.endswith(".weight")
+    }
+    return lora_tensors(factors, network, 1, "kohya")
 
 
 @torch.inference_mode()
