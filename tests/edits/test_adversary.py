@@ -5,8 +5,6 @@ And that a number is what it always was, to the bit.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -28,9 +26,13 @@ from safegen.edits.functional.closed_form import adversarial_embeddings, project
 from safegen.edits.functional.text_search import adv_unlearn_text, fast_gradient_text
 from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training.lora import trainable_parameters
+from safegen.models.conditioning import Conditioning
+from safegen.models.denoisers import predict
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
+QUICK = {("one-step", "safegen"), ("adv-unlearn", "esd"), ("inversion", "esd")}
+"""Adversaries that are trained with an edit in every run; the others are slow tests."""
 BRIEF = {"updates": 4, "batch": 2, "accumulation": 1, "lr": 1e-3, "warmup": 0, "precision": "fp32"}
 SETTINGS = {
     "none": {"name": "none"},
@@ -60,10 +62,15 @@ def applied(edit, model, triplets, **how):
     return edit.apply(model, triplets if edit.inputs == "triplets" else None, **how)
 
 
-def net(*weights):
-    """Return a denoiser of one pixel that predicts w . c, summed over rows."""
-    w = torch.tensor(weights)
-    return lambda x, t, c: SimpleNamespace(sample=(c * w).sum((1, 2)).view(-1, 1, 1, 1))
+class UNet2DConditionModel(nn.Module):
+    """Denoiser of one pixel that predicts w . c, summed over rows."""
+
+    def __init__(self, *weights):
+        super().__init__()
+        self.w = torch.tensor(weights)
+
+    def forward(self, *, encoder_hidden_states, **inputs):
+        return ((encoder_hidden_states * self.w).sum((1, 2)).view(-1, 1, 1, 1),)
 
 
 PIXEL, NOW = torch.zeros(1, 1, 1, 1), torch.tensor([1])
@@ -74,36 +81,35 @@ PIXEL, NOW = torch.zeros(1, 1, 1, 1), torch.tensor([1])
 
 def test_one_gradient_step_by_hand():
     """The loss is (w c)^2 for w = (.6, .8), c = (3, 4); its gradient has the direction of w."""
-    found = fast_gradient_text(
-        net(0.6, 0.8), PIXEL, NOW, torch.tensor([[[3.0, 4.0]]]), PIXEL, radius=0.2
-    )
-    assert_close(found, torch.tensor([[[3.6, 4.8]]]))
+    text, net = Conditioning(torch.tensor([[[3.0, 4.0]]])), UNet2DConditionModel(0.6, 0.8)
+    found = fast_gradient_text(net, PIXEL, NOW, text, PIXEL, radius=0.2)
+    assert_close(found.hidden, torch.tensor([[[3.6, 4.8]]]))
 
 
 @pytest.mark.parametrize("rule", ["sign", "adam"])
 def test_the_first_step_of_adv_unlearn_by_hand(rule):
     """w c = 7 - 12 = -5 should be 0; a step is a tenth of the root mean square, (7, 1) -> 5."""
-    text = torch.tensor([[[7.0, 1.0]]])
+    text, net = Conditioning(torch.tensor([[[7.0, 1.0]]])), UNet2DConditionModel(1.0, -12.0)
     found = adv_unlearn_text(
-        net(1.0, -12.0), PIXEL, NOW, text, PIXEL, steps=1, step=0.1, rule=rule, prefix=None
+        net, PIXEL, NOW, text, PIXEL, steps=1, step=0.1, rule=rule, prefix=None
     )
-    assert_close(found, torch.tensor([[[7.5, 0.5]]]))
+    assert_close(found.hidden, torch.tensor([[[7.5, 0.5]]]))
 
 
 def test_a_prefix_follows_the_start_token_and_is_moved_alone():
     text = torch.tensor([[[5.0, 5.0], [5.0, -5.0], [-5.0, 5.0], [5.0, 5.0]]])
     found = adv_unlearn_text(
-        net(1.0, 2.0),
+        UNet2DConditionModel(1.0, 2.0),
         PIXEL,
         NOW,
-        text,
+        Conditioning(text),
         PIXEL - 99,
         steps=1,
         step=0.1,
         rule="sign",
         prefix=torch.tensor([[1.0, 1.0]]),
     )
-    assert_close(found, torch.tensor([[[5.0, 5.0], [0.5, 0.5], [5.0, -5.0], [-5.0, 5.0]]]))
+    assert_close(found.hidden, torch.tensor([[[5.0, 5.0], [0.5, 0.5], [5.0, -5.0], [-5.0, 5.0]]]))
 
 
 @pytest.mark.parametrize("rule", ["adam", "sign"])
@@ -116,18 +122,18 @@ def test_many_steps_equal_adam_of_torch(tiny_model, rule):
         tiny_model.denoiser, x, t, text, before, steps=5, step=0.03, rule=rule, prefix=None
     )
 
-    size = text.pow(2).mean((1, 2), keepdim=True).sqrt()
-    move = nn.Parameter(torch.zeros_like(text))
+    hidden = text.hidden
+    size = hidden.pow(2).mean((1, 2), keepdim=True).sqrt()
+    move = nn.Parameter(torch.zeros_like(hidden))
     adam = torch.optim.Adam([move], lr=0.03)
     for _ in range(5):
         adam.zero_grad()
-        (tiny_model.denoiser(x, t, text + size * move).sample - before).pow(2).mean(
-            (1, 2, 3)
-        ).sum().backward()
+        said = tiny_model.denoiser(x, t, hidden + size * move).sample
+        (said - before).pow(2).mean((1, 2, 3)).sum().backward()
         if rule == "sign":
             move.grad.sign_()
         adam.step()
-    assert_close(found, (text + size * move).detach(), rtol=1e-4, atol=1e-4)
+    assert_close(found.hidden, (hidden + size * move).detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3])
@@ -139,29 +145,29 @@ def test_it_recovers_the_concept_on_an_edited_model_and_samples_are_independent(
     g = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([300, 600])
     text = model.encode_text(["red cube", "ball"])
-    before = model.denoiser(x, t, text).sample.detach()
+    before = predict(model.denoiser, x, t, text).detach()
     attack = AdvUnlearn(steps=20, step=0.1, tokens=tokens).build(model, ())
     found = attack(edited, x, t, text, want=-before, before=before)
 
     @torch.no_grad()
     def gap(c):
-        return losses.squared_error(edited(x, t, c).sample, before)
+        return losses.squared_error(predict(edited, x, t, c), before)
 
     start = AdvUnlearn(steps=1, step=1e-9, tokens=tokens).build(model, ())(
         edited, x, t, text, want=before, before=before
     )
     assert (gap(found) < 0.97 * gap(start)).all()
-    assert not found.requires_grad
+    assert not found.hidden.requires_grad
     assert all(p.grad is None for p in edited.parameters())
     alone = attack(edited, x[1:], t[1:], text[1:], want=-before[1:], before=before[1:])
-    assert_close(found[1:], alone, rtol=1e-3, atol=1e-3)
+    assert_close(found[1:].hidden, alone.hidden, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_the_closed_form_is_the_embedding_of_race_for_the_current_weights(make_model, rank):
     """A LoRA's change counts as the same change of the weights does."""
     model = make_model()
-    original = projections(model)
+    original = projections(model)["hidden"]
     text = model.encode_text(["red cube", "ball"])
     with trainable_parameters(model, "kv2", rank=rank, alpha=None, seed=0) as trainable:
         attack = ReceAdversary(ridge=0.05).build(model, trainable.names)
@@ -172,12 +178,12 @@ def test_the_closed_form_is_the_embedding_of_race_for_the_current_weights(make_m
                 for name in trainable.names:
                     params[name].add_(0.2 * torch.randn(params[name].shape, generator=g))
             new = trainable.merge({n: params[n].detach().clone() for n in trainable.names})
-            found = attack(model.denoiser, text, NOW, text, want=text, before=text)
+            found = attack(model.denoiser, PIXEL, NOW, text, want=PIXEL, before=PIXEL).hidden
         finally:
             with torch.no_grad():
                 for name, value in before.items():
                     params[name].copy_(value)
-    now = [new[name] for name in original]
+    now, text = [new[name] for name in original], text.hidden
     want = adversarial_embeddings(now, list(original.values()), text.flatten(0, 1), ridge=0.05)
     assert found.shape == text.shape
     assert found.dtype == text.dtype
@@ -201,7 +207,7 @@ def edited_pair(make_model):
     g = torch.Generator().manual_seed(0)
     x, t = torch.randn(4, 4, 8, 8, generator=g), torch.tensor([100, 300, 600, 900])
     text = model.encode_text(["red cube"] * 4)
-    return model, edited, x, t, text, model.denoiser(x, t, text).sample.detach()
+    return model, edited, x, t, text, predict(model.denoiser, x, t, text).detach()
 
 
 def test_the_word_is_learned_from_batch_to_batch_and_half_of_the_texts_get_it(make_model):
@@ -215,8 +221,8 @@ def test_the_word_is_learned_from_batch_to_batch_and_half_of_the_texts_get_it(ma
     curve, words = [loss()], []
     for _ in range(4):
         found = attack(edited, x, t, text, want=-before, before=before)
-        assert_close(found[2:], text[2:], rtol=0, atol=0)
-        assert_close(found[:2], attack.encode().expand(2, -1, -1), rtol=0, atol=0)
+        assert_close(found.hidden[2:], text.hidden[2:], rtol=0, atol=0)
+        assert_close(found.hidden[:2], attack.encode().expand(2).hidden, rtol=0, atol=0)
         words.append(attack.vectors.detach().clone())
         curve.append(loss())
     assert curve == sorted(curve, reverse=True), "each batch goes on where the last one ended"
@@ -261,7 +267,7 @@ def test_a_share_of_small_batches_is_kept_over_batches(make_model, share, b, cou
     found = []
     for _ in counts:
         moved = attack(edited, x[:b], t[:b], text[:b], want=before[:b], before=before[:b])
-        found.append(int((moved != text[:b]).flatten(1).any(1).sum()))
+        found.append(int((moved.hidden != text.hidden[:b]).flatten(1).any(1).sum()))
     assert found == counts
 
 
@@ -279,17 +285,16 @@ def plain(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
         with torch.no_grad():
             return torch.func.functional_call(denoiser, self.reference, given).sample
 
-    abar = self.abar[t][:, None, None, None]
-    x_u, x_b = (abar.sqrt() * z + (1 - abar).sqrt() * e for z, e in ((z_u, eps), (z_b, eps_b)))
+    text = text.hidden
+    a, s = (v[t][:, None, None, None] for v in (self.schedule.signal, self.schedule.noise))
+    x_u, x_b = (a * z + s * e for z, e in ((z_u, eps), (z_b, eps_b)))
     text_u, text_b = text.chunk(2)
     shared = self.edit.moves_benign
     if shared:
         said_u = untouched(x_u, t, text_u)
     else:
         said_u, said_b = untouched(torch.cat([x_u, x_b]), torch.cat([t, t]), text).chunk(2)
-    want = said_u + (self.abar[t] / (1 - self.abar[t])).sqrt().clamp(max=3.0)[
-        :, None, None, None
-    ] * (z_u - z_c)
+    want = said_u + (a / s).clamp(max=3.0) * (z_u - z_c)
     c = text_u.clone().requires_grad_()
     (denoiser(x_u, t, c).sample.float() - want.float()).pow(2).mean(dim=(1, 2, 3)).sum().backward(
         inputs=[c]
@@ -344,12 +349,12 @@ def test_benign_texts_get_the_move_of_the_unsafe_ones(
     model, seen = make_model(), []
     forward, compare = type(model.denoiser).forward, SafeGenObjective.compare
 
-    def watch(net, x, t, text, **rest):
-        seen.append(text.detach().clone())
-        return forward(net, x, t, text, **rest)
+    def watch(net, **inputs):
+        seen.append(inputs["encoder_hidden_states"].detach().clone())
+        return forward(net, **inputs)
 
     def begin(self, denoiser, *given):
-        seen.append(given[-1].clone())
+        seen.append(given[-1].hidden.clone())
         return compare(self, denoiser, *given)
 
     monkeypatch.setattr(type(model.denoiser), "forward", watch)
@@ -385,8 +390,14 @@ def test_a_number_is_serialized_as_a_number():
     assert ESD(adversary=1).model_dump()["adversary"] == ESD(adversary="1").adversary == 1.0
 
 
-@pytest.mark.parametrize("method", ["esd", "safegen"])
-@pytest.mark.parametrize("name", sorted(tables.ADVERSARIES))
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=() if (name, method) in QUICK else pytest.mark.slow)
+        for name in sorted(tables.ADVERSARIES)
+        for method in ("esd", "safegen")
+    ],
+)
 def test_every_adversary_works_with_every_edit_that_has_one(
     make_model, triplets, tmp_path, method, name
 ):
@@ -478,13 +489,13 @@ def test_closed_form_without_trained_keys_and_values_raises(tiny_model, triplets
     for rank in (None, 2):
         edit = make_edit("safegen", adversary="closed-form", rank=rank, training=BRIEF)
         with pytest.raises(
-            ConfigError, match="adversary closed-form needs trained keys and values of attn2"
+            ConfigError, match="adversary closed-form needs trained projections of text"
         ):
             edit.apply(tiny_model, triplets)
 
 
 def test_a_prefix_without_room_for_the_text_raises(tiny_model):
-    longest = tiny_model.encode_text([""]).shape[1] - 2
+    longest = tiny_model.encode_text([""]).hidden.shape[1] - 2
     build_adversary(AdvUnlearn(tokens=longest), tiny_model, ())
     with pytest.raises(
         ConfigError, match=f"adversary.tokens must be below {longest + 1} on this model"
@@ -493,7 +504,7 @@ def test_a_prefix_without_room_for_the_text_raises(tiny_model):
 
 
 def test_a_word_without_room_for_both_ends_of_a_text_raises(tiny_model):
-    longest = tiny_model.encode_text([""]).shape[1] - 2
+    longest = tiny_model.encode_text([""]).hidden.shape[1] - 2
     build_adversary(InversionAdversary(num_vectors=longest), tiny_model, ())
     with pytest.raises(ConfigError, match=f"adversary.num_vectors must be at most {longest}"):
         build_adversary(InversionAdversary(num_vectors=longest + 1), tiny_model, ())
@@ -521,4 +532,4 @@ def test_adv_unlearn_searches_for_the_original_prediction_without_a_teacher(
     objective.training_step(model.denoiser, 0, torch.Generator().manual_seed(0), (0, 1))
     ((x, t, text, before),) = asked
     with torch.no_grad():
-        assert_close(before, make_model().denoiser(x, t, text).sample, rtol=1e-4, atol=1e-5)
+        assert_close(before, predict(make_model().denoiser, x, t, text), rtol=1e-4, atol=1e-5)

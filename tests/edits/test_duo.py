@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safegen.edits.training.config import Training
 from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import encode_triplets
 from safegen.judges import Detection, Detections, judge_images
+from safegen.models.denoisers import predict
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 
@@ -88,7 +90,7 @@ def test_losses_equal_plain_forward_passes(make_model, triplets, prediction):
     def error(denoiser, z, t):
         truth = eps if prediction == "epsilon" else scheduler.get_velocity(z, eps, t)
         return (
-            (denoiser(scheduler.add_noise(z, eps, t), t, blank).sample - truth)
+            (predict(denoiser, scheduler.add_noise(z, eps, t), t, blank) - truth)
             .pow(2)
             .mean((1, 2, 3))
         )
@@ -100,7 +102,9 @@ def test_losses_equal_plain_forward_passes(make_model, triplets, prediction):
     with torch.no_grad():
         last = torch.tensor([999, 999, 999])
         kept = (
-            (net(eps, last, blank).sample - before(eps, last, blank).sample).pow(2).mean((1, 2, 3))
+            (predict(net, eps, last, blank) - predict(before, eps, last, blank))
+            .pow(2)
+            .mean((1, 2, 3))
         )
     assert_close(found["L_o"].detach(), kept, rtol=1e-3, atol=1e-7)
     assert kept.min() > 1e-8
@@ -111,8 +115,10 @@ def test_timesteps_are_counted_from_the_cleanest_for_either_order_of_the_schedul
     tiny_model, triplets, monkeypatch, turned
 ):
     """The released SD3 script counts a list in the opposite order."""
-    abar = tiny_model.alphas_cumprod().flip(0) if turned else tiny_model.alphas_cumprod()
-    monkeypatch.setattr(type(tiny_model), "alphas_cumprod", lambda self: abar)
+    plain = tiny_model.noise_schedule
+    signal, noise = (v.flip(0) if turned else v for v in (plain.signal, plain.noise))
+    schedule, abar = replace(plain, signal=signal, noise=noise), signal**2
+    monkeypatch.setattr(type(tiny_model), "noise_schedule", schedule)
     objective, asked = (
         objective_of(DUO(**WORDS, training=training(batch=64)), tiny_model, triplets),
         [],
@@ -128,7 +134,9 @@ def test_timesteps_are_counted_from_the_cleanest_for_either_order_of_the_schedul
     assert clean[-1] <= abar[t].min() < clean[700]  # up to three quarters of the way to pure noise
     assert abar[t].max() > clean[50]
     said = []
-    handle = tiny_model.denoiser.register_forward_pre_hook(lambda net, args: said.append(args[1]))
+    handle = tiny_model.denoiser.register_forward_pre_hook(
+        lambda net, args, inputs: said.append(inputs["timestep"]), with_kwargs=True
+    )
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     DUOObjective.compare(objective, tiny_model.denoiser, z, z, z, t[:2], t[2:4])
     handle.remove()
@@ -183,7 +191,7 @@ def test_a_twin_equals_plain_ddim_steps_from_the_noised_image(
     ddim = DDIMScheduler.from_config(model.pipeline.scheduler.config, clip_sample=False)
     ddim.set_timesteps(4)
     timesteps = ddim.timesteps[-num_steps:]
-    negative, prompt = model.encode_text(["red mark, ball", "a plain wall, grass"])
+    negative, prompt = model.encode_text(["red mark, ball", "a plain wall, grass"]).split(1)
     z = encode_triplets(model, triplets, flip=False)[0, 0]
     for attempt in (0, 2):
         generator = torch.Generator().manual_seed(5 * 1_000_003 + attempt)
@@ -191,7 +199,7 @@ def test_a_twin_equals_plain_ddim_steps_from_the_noised_image(
         for t in timesteps:
             with torch.no_grad():
                 cond, uncond = (
-                    model.denoiser(x, t, text.expand(len(x), -1, -1)).sample
+                    predict(model.denoiser, x, t, text.expand(len(x)))
                     for text in (prompt, negative)
                 )
             x = ddim.step(uncond + 3.0 * (cond - uncond), t, x).prev_sample
@@ -294,6 +302,7 @@ def test_timesteps_may_end_with_the_schedule(tiny_model, triplets):
         DUO(timesteps=(-1, 5))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(make_model, triplets):
     log = []
     edit = DUO(
@@ -336,7 +345,7 @@ def test_the_paper_preset_has_the_published_values():
         assert preset.training.lr == pytest.approx(0.03 / preset.beta)
 
 
-@pytest.mark.parametrize("loss_type", ["dpo", "kto"])
+@pytest.mark.parametrize("loss_type", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_the_paper_preset_trains_as_the_released_code(make_model, triplets, monkeypatch, loss_type):
     """The released training step restated, for 12 updates on the samples that ours drew."""
     calls, compare, model = [], DUOObjective.compare, make_model()
@@ -367,14 +376,10 @@ def test_the_paper_preset_trains_as_the_released_code(make_model, triplets, monk
         b, t = len(safe), torch.cat([t_unsafe, t_safe])
         noise = eps.repeat(2, 1, 1, 1)
         x = schedule.add_noise(torch.cat([unsafe, safe]), noise, t)
-        given = (
-            torch.cat([x, eps]),
-            torch.cat([t, torch.full((b,), 999)]),
-            blank.expand(3 * b, -1, -1),
-        )
-        new = torch.func.functional_call(net, weights(), given).sample
+        given = (torch.cat([x, eps]), torch.cat([t, torch.full((b,), 999)]), blank.expand(3 * b))
+        new = predict(net, *given, weights())
         with torch.no_grad():
-            old = net(*given).sample
+            old = predict(net, *given)
         gains = [
             F.mse_loss(p[: 2 * b], noise, reduction="none").mean((1, 2, 3)) for p in (new, old)
         ]
@@ -462,7 +467,7 @@ def test_kto_compares_each_unsafe_image_with_the_mean_of_safe_ones_at_one_timest
     @torch.no_grad()
     def moved(z):
         now, then = (
-            (d(noised(z, eps, t), t, blank).sample - eps).pow(2).mean((1, 2, 3))
+            (predict(d, noised(z, eps, t), t, blank) - eps).pow(2).mean((1, 2, 3))
             for d in (net, before)
         )
         return now - then

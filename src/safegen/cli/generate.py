@@ -69,6 +69,9 @@ def generate(
     guidance: Annotated[
         float, typer.Option(min=1, max=50, help="Scale of classifier-free guidance.")
     ] = 5.0,
+    true_cfg: Annotated[
+        float, typer.Option(min=1, max=50, help="FLUX: scale of classifier-free guidance.")
+    ] = 1.0,
     negative_prompt: Annotated[
         str | None, typer.Option(help="Prompt to steer every image away from.")
     ] = None,
@@ -113,6 +116,7 @@ def generate(
     generation_config = GenerationConfig(
         num_inference_steps=steps,
         guidance_scale=guidance,
+        true_cfg_scale=true_cfg,
         batch_size=batch,
         width=width,
         height=height,

@@ -153,7 +153,7 @@ class ConceptAblation(TrainedEdit):
     separate_prior: bool = True
     """Whether L_p has images, noise and timesteps of its own; otherwise those of L_c."""
     detach_start_token: bool = True
-    """Whether the start token's keys and values in cross-attention get no gradient."""
+    """Whether the start token's keys and values of text get no gradient. T5 has no such token."""
     selector: str = "attention"
     """Which weights change: all attention for explicit content, kv2 for styles and objects."""
     training: Training = RELEASED

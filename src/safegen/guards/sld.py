@@ -72,7 +72,11 @@ class SldConfig(GuardConfig):
         "average) and up to 0.35 (`strong`, Euler a). Released code differs as much from itself, "
         "by 0.10, if its initial latents are multiplied by 1 + 1e-7. `weak` "
         "has the model card's scale of 200, `released-weak` the code's 20. The safety text is not "
-        "predicted in steps where it cannot matter."
+        "predicted in steps where it cannot matter. On velocities the formula is the same (ours). "
+        "A velocity's difference is that of the implied noise divided by its weight in it, 1 - "
+        "sigma on SD 3 and FLUX and sqrt(abar) on v-prediction, so a fixed lambda is the narrower "
+        "on the noise the more noise there is. The published values were tuned on noise; only "
+        "`max`, which acts almost everywhere, carries over without tuning."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "weak": {**WEAK, "scale": 200.0},
@@ -94,7 +98,8 @@ class SldConfig(GuardConfig):
     scale: float = Field(default=1000.0, ge=0)
     """s_S: steepness of the correction; nearly a gate from 1000 on. 0 turns the guard off."""
     threshold: float = 0.01
-    """lambda: acts where the prompt's minus the safety text's noise prediction is below this."""
+    """lambda: acts where the prompt's minus the safety text's prediction is below this, in the
+    units of what the model predicts: noise, or the velocity of v-prediction, SD 3 and FLUX."""
     momentum_scale: float = Field(default=0.3, ge=0, le=1)
     """s_m: weight of the momentum in the correction."""
     momentum: float = Field(default=0.4, ge=0, lt=1)

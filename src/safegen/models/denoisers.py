@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,11 +117,23 @@ def predict(
     if kind not in _INPUTS:
         raise ConfigError(f"denoiser must be one of {', '.join(_INPUTS)}, got {kind}")
     inputs = _INPUTS[kind](x, t, text) | {"return_dict": False}
-    if tensors is None:
-        (prediction,) = denoiser(**inputs)
-    else:
-        (prediction,) = torch.func.functional_call(network, dict(tensors), (), inputs)
+    with _quiet_autocast(x.device.type):
+        if tensors is None:
+            (prediction,) = denoiser(**inputs)
+        else:
+            (prediction,) = torch.func.functional_call(network, dict(tensors), (), inputs)
     return unpack_latents(prediction, x.shape) if prediction.ndim == 3 else prediction
+
+
+@contextmanager
+def _quiet_autocast(device: str) -> Iterator[None]:
+    """Hide torch's remark that autocast leaves the weights of FLUX's norms in fp32."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
+        yield
 
 
 def packs_latents(pipe: Any) -> bool:
@@ -133,6 +147,13 @@ def side_multiple(pipe: Any) -> int:
     transformer = getattr(pipe, "transformer", None)
     patch = 1 if transformer is None else int(transformer.config.get("patch_size") or 1)
     return int(pipe.vae_scale_factor) * (2 if packs_latents(pipe) else patch)
+
+
+def largest_side(pipe: Any) -> int | None:
+    """Return the largest side of a pipeline's images in pixels, which SD 3's positions limit."""
+    transformer = getattr(pipe, "transformer", None)
+    positions = None if transformer is None else transformer.config.get("pos_embed_max_size")
+    return None if positions is None else int(positions) * side_multiple(pipe)
 
 
 def default_side(pipe: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
@@ -15,14 +16,19 @@ import torch
 from PIL import Image
 
 from safegen.core.documents import read_bytes
-from safegen.core.errors import ConfigError, FileError, check_keywords
+from safegen.core.errors import ConfigError, FileError, UnusedSettingWarning, check_keywords
 from safegen.core.generation import MAX_START_FILE, GenerationConfig, Sample, SeedMode, Start
 from safegen.core.progress import StepCallback
 from safegen.core.quiet import silence_libraries
 from safegen.core.tensor_files import read_tensors
+from safegen.models.denoisers import largest_side, pack_latents, packs_latents, side_multiple
 from safegen.models.model import Model, check_is_loaded
-from safegen.models.schedulers import replaced_scheduler
-from safegen.models.text_encoder import text_encoders
+from safegen.models.pipeline_specs import LENGTH_OPTION, call_defaults, guidance_option
+from safegen.models.schedulers import check_num_steps, replaced_scheduler
+from safegen.models.text_encoder import count_tokens, text_encoders
+
+TRUE_CFG = "true_cfg_scale"
+"""Option of FLUX's call with the scale of classifier-free guidance."""
 
 
 def generator(seed: int, index: int, mode: SeedMode = "safegen") -> torch.Generator:
@@ -141,16 +147,28 @@ def batches(
         ConfigError: there is a negative prompt and no guidance, which it acts through; a strength
             leaves no step; or the model has no images of that size or number of steps.
         FileError: a file that generation starts from cannot be used.
+
+    Warns:
+        UnusedSettingWarning: there is a `true_cfg_scale`, and the model is no FLUX.
     """
-    config = generation_config
-    check_num_steps(model, config.num_inference_steps)
-    width, height = image_size(model, config)
+    config, pipe = generation_config, model.pipeline
+    check_num_steps(pipe, config.num_inference_steps)
+    size = image_size(model, config)
+    defaults, option = call_defaults(pipe), guidance_option(pipe)
+    true_cfg = option == TRUE_CFG and config.true_cfg_scale > 1
+    if option != TRUE_CFG and config.true_cfg_scale > 1:
+        warnings.warn(
+            f"true_cfg_scale has no effect on a {type(pipe).__name__}",
+            UnusedSettingWarning,
+            stacklevel=3,
+        )
     parts = list(_split(_single_images(samples, config.seed_mode), config.batch_size, negative))
     for number, (kind, batch) in enumerate(parts):
         scale = batch[0].guidance_scale or config.guidance_scale
         texts = [join_negative(negative, sample.negative_prompt) for sample in batch]
-        if texts[0] is not None and scale <= 1:
-            raise ConfigError(f"guidance_scale must be > 1 with a negative prompt, got {scale}")
+        cfg = config.true_cfg_scale if option == TRUE_CFG else scale
+        if texts[0] is not None and cfg <= 1:
+            raise ConfigError(f"{option} must be > 1 with a negative prompt, got {cfg}")
         starts = [sample.start for sample in batch if sample.start]
         options: dict[str, Any] = _start_options(model, starts, config)
         generators = [generator(s.seed, s.index, config.seed_mode) for s in batch]
@@ -163,8 +181,14 @@ def batches(
         if batch[0].num_images_per_prompt > 1:  # one generator for the call, as in diffusers
             options["generator"] = generators[0]
             options["num_images_per_prompt"] = batch[0].num_images_per_prompt
-        if kind != "image" and (config.width or config.height):
-            options |= {"width": width, "height": height}
+        is_resized = kind != "text" and model.denoiser_name == "transformer"
+        if is_resized or (kind != "image" and (config.width or config.height)):
+            options |= {"width": size[0], "height": size[1]}
+        if LENGTH_OPTION in defaults:
+            options[LENGTH_OPTION] = defaults[LENGTH_OPTION]
+        if true_cfg:  # FLUX guides only beside a negative prompt
+            texts = [text or "" for text in texts]
+            options[TRUE_CFG] = config.true_cfg_scale
         if texts[0] is not None:
             options["negative_prompt"] = texts
         if callback is not None:
@@ -197,9 +221,9 @@ def image_size(model: Model, generation_config: GenerationConfig) -> tuple[int, 
     """Return the width and the height of generated images, in pixels.
 
     Raises:
-        ConfigError: a side is not a multiple of what the model's autoencoder needs.
+        ConfigError: a side is not a multiple of what the model needs, or is more than it can make.
     """
-    factor = math.lcm(8, int(model.pipeline.vae_scale_factor))
+    factor = math.lcm(8, side_multiple(model.pipeline))
     for name in ("width", "height"):
         side = getattr(generation_config, name)
         if side is not None and side % factor:
@@ -207,6 +231,12 @@ def image_size(model: Model, generation_config: GenerationConfig) -> tuple[int, 
             raise ConfigError(
                 f"{name} must be a multiple of {factor} on the model {model.name!r}, got {side}. "
                 f"Use {' or '.join(map(str, near))}."
+            )
+        limit = largest_side(model.pipeline)
+        if side is not None and limit is not None and side > limit:
+            raise ConfigError(
+                f"{name} must be <= {limit} on the model {model.name!r}, got {side}. Its positions "
+                "end there."
             )
     return generation_config.width or model.size, generation_config.height or model.size
 
@@ -286,47 +316,21 @@ def _read_latents(model: Model, start: Start, size: tuple[int, int]) -> torch.Te
     path = start.path(start.latents or "")
     latents = read_tensors(path)[0].get("latents")
     scale = int(model.pipeline.vae_scale_factor)
-    shape = (int(model.denoiser.config.in_channels), size[1] // scale, size[0] // scale)
+    shape = (model.latent_shape[0], size[1] // scale, size[0] // scale)
     if latents is None or latents.shape != shape or not bool(latents.isfinite().all()):
         raise FileError(f"{path} must hold finite latents {shape} for {model.name!r}")
-    return latents.to(model.device, model.denoiser.dtype)
-
-
-def check_num_steps(model: Model, steps: int) -> None:
-    """Check that a model's schedule has as many steps.
-
-    With leading spacing and an offset, as in Stable Diffusion, it has fewer than timesteps.
-
-    Raises:
-        ConfigError: it has fewer, or the scheduler cannot make so few.
-    """
-    scheduler = model.pipeline.scheduler
-    config = scheduler.config
-    limit = int(config.get("num_train_timesteps", 1000))
-    if config.get("timestep_spacing") == "leading":
-        limit -= int(config.get("steps_offset", 0))
-    if steps > limit:
-        raise ConfigError(f"steps must be <= {limit} on this model's schedule, got {steps}")
-    try:
-        type(scheduler).from_config(config).set_timesteps(steps)
-    except ValueError as error:
-        raise ConfigError(
-            f"num_inference_steps must be a number that a {type(scheduler).__name__} can make, got "
-            f"{steps}. Use more steps."
-        ) from error
+    latents = latents.to(model.device, model.denoiser.dtype)
+    return pack_latents(latents[None])[0] if packs_latents(model.pipeline) else latents
 
 
 def truncated_prompts(model: Model, prompts: Sequence[str]) -> list[int]:
-    """Return the indices of prompts with more tokens than the text encoder reads.
+    """Return the indices of prompts with more tokens than the text encoders read.
 
-    Diffusers silently ignores the tokens beyond.
+    Diffusers silently ignores the tokens beyond. T5 reads more than CLIP, and counts alone.
     """
-    views = text_encoders(model.pipeline)
-    return [
-        index
-        for index, prompt in enumerate(prompts)
-        if any(len(view.token_ids(prompt)) > view.limit for view in views)
-    ]
+    views = text_encoders(model.pipeline, call_defaults(model.pipeline))
+    counts = [count_tokens(views, prompt) for prompt in prompts]
+    return [index for index, (tokens, limit) in enumerate(counts) if tokens > limit]
 
 
 def autocast_for(

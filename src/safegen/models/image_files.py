@@ -14,6 +14,7 @@ from safegen.core.files import atomic_write, encode_image
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.models.generation import image_size, join_negative, torch_seed
 from safegen.models.model import Model
+from safegen.models.pipeline_specs import guidance_option
 from safegen.models.schedulers import build_scheduler, sampler_name
 
 
@@ -56,6 +57,7 @@ def parameters_text(
         "Steps": config.num_inference_steps,
         "Sampler": sampler_name(scheduler),
         "CFG scale": sample.guidance_scale or config.guidance_scale,
+        **_flux_scales(sample, config, model),
         "Seed": sample.seed,
         "Size": f"{width}x{height}",
         "Model hash": model.hash[:10],
@@ -71,6 +73,17 @@ def parameters_text(
     text = join_negative(negative, sample.negative_prompt)
     lines = [sample.prompt, *([f"Negative prompt: {text}"] if text else [])]
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(v)}" for key, v in values.items())])
+
+
+def _flux_scales(
+    sample: Sample, generation_config: GenerationConfig, model: Model
+) -> dict[str, float]:
+    """Return both scales of guidance on FLUX, by their names in Forge; nothing elsewhere."""
+    config = generation_config
+    if guidance_option(model.pipeline) == "guidance_scale":
+        return {}
+    embedded = sample.guidance_scale or config.guidance_scale
+    return {"CFG scale": config.true_cfg_scale, "Distilled CFG Scale": embedded}
 
 
 def _quoted(value: object) -> str:

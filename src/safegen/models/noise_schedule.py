@@ -68,7 +68,7 @@ class NoiseSchedule:
             timesteps = trained.timesteps.flip(0).float()
             noise = timesteps / trained.config.num_train_timesteps
             return cls(prediction, timesteps, 1 - noise, noise)
-        abar = scheduler.alphas_cumprod
+        abar = scheduler.alphas_cumprod.cpu()  # its `add_noise` moves them to the latents' device
         return cls(prediction, torch.arange(len(abar)), abar.sqrt(), (1 - abar).sqrt())
 
     def __len__(self) -> int:
@@ -90,8 +90,8 @@ class NoiseSchedule:
             noise = (t.float() / len(self)).clamp(0, 1)
             signal = 1 - noise
         else:
-            rows = t.long().to(self.signal.device)
-            signal, noise = self.signal[rows].to(t.device), self.noise[rows].to(t.device)
+            # The tables go to the timesteps: reading timesteps back would wait for the GPU.
+            signal, noise = (table.to(t.device)[t.long()] for table in (self.signal, self.noise))
         return signal.view(-1, 1, 1, 1), noise.view(-1, 1, 1, 1)
 
     def add_noise(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:

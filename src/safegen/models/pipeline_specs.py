@@ -77,6 +77,8 @@ class PipelineSpec:
     """Options of a call that change how text is encoded."""
     guidance_option: str = "guidance_scale"
     """Option of a call with the scale of classifier-free guidance."""
+    spaces_steps: bool = False
+    """Whether it spaces the noise levels of the steps itself: 1, ..., 2 / n, 1 / n."""
     starts_from_image: bool = False
     """Whether the initial latents are those of an image, which guards must not replace."""
     makes_videos: bool = False
@@ -104,6 +106,7 @@ _FLUX = PipelineSpec(
     ("text_encoder_2",),
     (LENGTH_OPTION,),
     guidance_option="true_cfg_scale",
+    spaces_steps=True,
 )
 PIPELINE_SPECS: Mapping[str, PipelineSpec] = {
     "StableDiffusionPipeline": _SD,
@@ -176,6 +179,27 @@ def call_defaults(pipe: Any) -> dict[str, Any]:
         limit = int(tokenizer.model_max_length)
         defaults[LENGTH_OPTION] = min(defaults[LENGTH_OPTION], limit)
     return defaults
+
+
+def step_options(pipe: Any, latent_shape: tuple[int, int, int], steps: int) -> dict[str, Any]:
+    """Return what a pipeline gives a scheduler of flow matching with the number of steps.
+
+    Args:
+        pipe: the pipeline.
+        latent_shape: shape (c, h, w) of the latents; some schedules depend on their size.
+        steps: number of steps.
+    """
+    spec, config = spec_of(pipe), pipe.scheduler.config
+    options: dict[str, Any] = {}
+    if spec is not None and spec.spaces_steps:
+        options["sigmas"] = [(steps - i) / steps for i in range(steps)]
+    if config.get("use_dynamic_shifting"):
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        patches = (latent_shape[1] // 2) * (latent_shape[2] // 2)
+        options["mu"] = calculate_shift(patches, *(config[name] for name in names))
+    return options
 
 
 def is_t5(tokenizer: Any) -> bool:

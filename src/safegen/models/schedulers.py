@@ -9,6 +9,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from safegen.core.errors import ConfigError, UnknownNameError, first_line
+from safegen.models.noise_schedule import FLOW_PREDICTION, prediction_type
+from safegen.models.pipeline_specs import guidance_option
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),
@@ -37,6 +39,14 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 From the table in diffusers' documentation (api/schedulers/overview), with DDIM, PLMS and UniPC.
 """
+_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOW_SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", _FLOW),
+    "Euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", _FLOW),
+}
+"""The same for models with flow matching, SD 3 and FLUX: solvers of diffusers that take flow's
+noise levels, with the model's shift."""
 _LOCKS: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 
 
@@ -62,14 +72,19 @@ def build_scheduler(scheduler: Any, name: str) -> Any:
     """
     import diffusers
 
-    aliases = {alias.lower(): alias for alias in SAMPLERS}
-    known = {kind.__name__ for kind in scheduler.compatibles} | {type(scheduler).__name__}
-    class_name, settings = SAMPLERS.get(aliases.get(name.lower(), ""), (name, {}))
+    samplers = _samplers(scheduler)
+    classes = {kind: settings for kind, settings in samplers.values() if is_flow(scheduler)}
+    known = {kind.__name__ for kind in scheduler.compatibles} | {type(scheduler).__name__, *classes}
+    aliases = {alias.lower(): alias for alias in samplers}
+    own = (name, classes.get(name, {}))
+    class_name, settings = samplers.get(aliases.get(name.lower(), ""), own)
     if class_name not in known:
-        samplers = {alias for alias, (kind, _) in SAMPLERS.items() if kind in known}
+        fitting = {alias for alias, (kind, _) in samplers.items() if kind in known}
         noun = f"scheduler that fits the model's {type(scheduler).__name__}"
-        raise UnknownNameError(noun, name, known | samplers)
+        raise UnknownNameError(noun, name, known | fitting)
     kind = getattr(diffusers, class_name)
+    if is_flow(scheduler) and settings:
+        settings = {**settings, "flow_shift": scheduler.config.get("shift", 1.0)}
     try:
         return kind.from_config(scheduler.config, **settings)
     except (ImportError, ValueError, NotImplementedError) as error:
@@ -84,8 +99,20 @@ def list_schedulers(scheduler: Any) -> list[str]:
     Args:
         scheduler: scheduler of the pipeline.
     """
+    if is_flow(scheduler):
+        return sorted(FLOW_SAMPLERS)
     known = {kind.__name__ for kind in scheduler.compatibles} | {type(scheduler).__name__}
     return sorted(name for name, (kind, _) in SAMPLERS.items() if kind in known)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Return whether a scheduler is one of flow matching."""
+    return prediction_type(scheduler) == FLOW_PREDICTION
+
+
+def _samplers(scheduler: Any) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
+    """Return the table of names for a pipeline's scheduler."""
+    return FLOW_SAMPLERS if is_flow(scheduler) else SAMPLERS
 
 
 def sampler_name(scheduler: Any) -> str:
@@ -96,7 +123,7 @@ def sampler_name(scheduler: Any) -> str:
         return class_name, is_sde, bool(config.get("use_karras_sigmas"))
 
     own = type(scheduler).__name__
-    names = {kind(*entry): name for name, entry in SAMPLERS.items()}
+    names = {kind(*entry): name for name, entry in _samplers(scheduler).items()}
     return names.get(kind(own, scheduler.config), own)
 
 
@@ -121,3 +148,43 @@ def replaced_scheduler(pipe: Any, name: str | None) -> Iterator[None]:
             yield
         finally:
             pipe.scheduler = own
+
+
+def check_num_steps(pipe: Any, steps: int) -> None:
+    """Check that a pipeline's schedule has as many steps.
+
+    With leading spacing and an offset, as in Stable Diffusion, it has fewer than timesteps.
+
+    Raises:
+        ConfigError: it has fewer, or the scheduler cannot make so few, or cannot take the shift
+            that the pipeline gives it.
+    """
+    scheduler = pipe.scheduler
+    config = scheduler.config
+    limit = int(config.get("num_train_timesteps", 1000))
+    if config.get("timestep_spacing") == "leading":
+        limit -= int(config.get("steps_offset", 0))
+    if steps > limit:
+        raise ConfigError(f"steps must be <= {limit} on this model's schedule, got {steps}")
+    try:
+        type(scheduler).from_config(config).set_timesteps(steps, **_shift(pipe))
+    except (AssertionError, TypeError) as error:
+        raise ConfigError(
+            f"scheduler must be one that takes the shift of a {type(pipe).__name__}, got "
+            f"{type(scheduler).__name__}. Use the model's own."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"num_inference_steps must be a number that a {type(scheduler).__name__} can make, got "
+            f"{steps}. Use more steps."
+        ) from error
+
+
+def _shift(pipe: Any) -> dict[str, float]:
+    """Return an example of the shift that a pipeline gives its scheduler at each call.
+
+    FLUX gives one to every scheduler, SD 3 to one that shifts by the image's size.
+    """
+    is_flux = guidance_option(pipe) == "true_cfg_scale"
+    needs_shift = bool(pipe.scheduler.config.get("use_dynamic_shifting"))
+    return {"mu": 1.0} if is_flux or needs_shift else {}

@@ -136,7 +136,7 @@ def include(first: Patch, second: Patch) -> Patch:
     metadata = second.metadata.model_copy(
         update={
             "parents": tuple(outer),
-            "components": _components(_common_bases([first, second])),
+            "components": {**first.metadata.components, **second.metadata.components},
             "parts": (PatchRecord(hash=first.hash, metadata=first.metadata),),
             "description": f"{second.metadata.description or ''} It starts from the patch "
             f"{first.metadata.method or 'unknown'} {first.hash[:12]}{note}.".lstrip(),

@@ -205,6 +205,8 @@ class ServerConfig(BaseSettings):
     """Denoising steps of requests that name none."""
     guidance_scale: GuidanceScale = 5.0
     """Guidance scale of requests that name none."""
+    true_cfg_scale: GuidanceScale = 1.0
+    """Scale of classifier-free guidance on FLUX; 1 turns it off, and with it negative prompts."""
     limits: RequestLimits = RequestLimits()
     """Limits of one request."""
 

@@ -59,6 +59,7 @@ def build_request(
     generation_config = GenerationConfig(
         num_inference_steps=config.num_inference_steps if steps is None else steps,
         guidance_scale=config.guidance_scale if guidance is None else guidance,
+        true_cfg_scale=config.true_cfg_scale,
         batch_size=config.max_batch_size,
         width=width,
         height=height,

@@ -19,6 +19,7 @@ from safegen.edits.functional.text_search import adv_unlearn_text, fast_gradient
 from safegen.edits.training.lora import merged_weight
 from safegen.models.conditioning import Conditioning
 from safegen.models.model import Model
+from safegen.models.text_encoder import text_encoder_names
 
 MAX_RADIUS = 2.0
 """Maximum radius of a step, relative to the norm of the embedding."""
@@ -218,7 +219,10 @@ class ReceAdversary(Adversary):
 
 
 class InversionAdversary(Adversary):
-    """A word that is learned against the edited model, beside it (STEREO, arXiv:2408.16807)."""
+    """A word that is learned against the edited model, beside it (STEREO, arXiv:2408.16807).
+
+    The model must have one text encoder.
+    """
 
     paper: ClassVar[str] = "arXiv:2408.16807"
     code_url: ClassVar[str] = "https://github.com/koushiksrivats/robust-concept-erasing"
@@ -250,8 +254,15 @@ class InversionAdversary(Adversary):
         """Return the attack.
 
         Raises:
-            ConfigError: the word leaves no room for the marks at both ends of a text.
+            ConfigError: the model has several text encoders, or the word leaves no room for the
+                marks at both ends of a text.
         """
+        encoders = text_encoder_names(model.pipeline)
+        if len(encoders) > 1:
+            raise ConfigError(
+                "adversary inversion needs a model with one text encoder, got "
+                f"{', '.join(encoders)}. Use another adversary, such as one-step."
+            )
         limit = int(model.pipeline.tokenizer.model_max_length) - 2
         if self.num_vectors > limit:
             raise ConfigError(

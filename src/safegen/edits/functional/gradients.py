@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 
 @contextmanager
 def detach_start_token(denoiser: nn.Module, *, enabled: bool = True) -> Iterator[None]:
-    """Make the keys and values of the first token of text constants inside the block.
+    """Make the keys and values of the start token of text constants inside the block.
 
     Outputs do not change; the weights get no gradient from that token.
 
@@ -33,11 +34,14 @@ def detach_start_token(denoiser: nn.Module, *, enabled: bool = True) -> Iterator
 
 
 def _text_layers(denoiser: nn.Module) -> tuple[str, ...]:
-    """Return the endings of the keys and values of text: SD 3.5 also has an attn2, of the image."""
+    """Return the endings of the keys and values of a text that has a start token.
+
+    Of SD 3 it is that of CLIP. FLUX reads the tokens of T5, which has none.
+    """
     network = getattr(denoiser, "module", denoiser)
     if isinstance(network, UNet2DConditionModel):
         return (".attn2.to_k", ".attn2.to_v")
-    return (".add_k_proj", ".add_v_proj")
+    return (".add_k_proj", ".add_v_proj") if isinstance(network, SD3Transformer2DModel) else ()
 
 
 def _detach_first_row(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

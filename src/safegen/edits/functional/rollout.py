@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from safegen.models import denoisers
 from safegen.models.conditioning import Conditioning
-from safegen.models.generation import check_num_steps
 from safegen.models.model import DTYPES, Model
 from safegen.models.noise_schedule import FLOW_PREDICTION
+from safegen.models.pipeline_specs import step_options
+from safegen.models.schedulers import check_num_steps
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """Latents (b, c, h, w), timesteps (b,), embeddings of b texts -> prediction (b, c, h, w)."""
@@ -53,12 +54,18 @@ class Rollout:
         Raises:
             ConfigError: the schedule has fewer timesteps.
         """
-        check_num_steps(model, steps)
+        check_num_steps(model.pipeline, steps)
         self.steps, self.guidance = steps, guidance
         self.scheduler = build_scheduler(model, scheduler)
-        self.scheduler.set_timesteps(steps)
         self.shape, self.device = model.latent_shape, model.device
+        is_flow = model.prediction == FLOW_PREDICTION
+        self.options = step_options(model.pipeline, self.shape, steps) if is_flow else {}
+        self.restart()
         self.negative_text = model.encode_text([negative_prompt]).float()
+
+    def restart(self) -> None:
+        """Set the timesteps, and forget the step and the predictions of another rollout."""
+        self.scheduler.set_timesteps(self.steps, **self.options)
 
     @property
     def timesteps(self) -> Tensor:
@@ -92,7 +99,7 @@ class Rollout:
             text: embeddings of the prompt, b rows.
             predict: the network.
         """
-        self.scheduler.set_timesteps(self.steps)  # forget the predictions of another rollout
+        self.restart()
         for t in timesteps:
             x = self.scheduler.step(self.predict_guided(t, x, text, predict), t, x).prev_sample
         return x
@@ -113,7 +120,7 @@ class Rollout:
             `x` (latents), `text` and `blank` (predictions) and the predictions for each extra
             text, (n, timesteps, c, h, w) each, on the CPU.
         """
-        self.scheduler.set_timesteps(self.steps)
+        self.restart()
         rows: dict[str, list[Tensor]] = {name: [] for name in ("x", "text", "blank", *extra)}
         for t in self.timesteps:
             cond, uncond = self.predict_cfg(t, x, text, predict)
@@ -163,7 +170,7 @@ def build_scheduler(model: Model, name: SchedulerName) -> Any:
     """Return a scheduler with the model's noise schedule."""
     config = model.pipeline.scheduler.config
     if model.prediction == FLOW_PREDICTION:
-        return FlowMatchEulerDiscreteScheduler.from_config(config, use_dynamic_shifting=False)
+        return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
     if name == "pndm":
         return PNDMScheduler.from_config(config, skip_prk_steps=True)
     if name == "dpm-solver":

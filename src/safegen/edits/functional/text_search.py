@@ -17,7 +17,8 @@ def fast_gradient_text(
 
     c + radius |c| g / |g|, g = d |eps(x_t, t, c) - want|^2 / dc, with norms per sample (ours, after
     the adversarial training of Zhang et al. 2024, arXiv:2405.15234). Pooled embeddings are moved
-    in the same way, by norms of their own.
+    in the same way, by norms of their own. Embeddings of zeros, such as the blank text of SDXL,
+    stay.
 
     Args:
         denoiser: the network in training.

@@ -128,7 +128,7 @@ class DRaFTAlgorithm(Algorithm):
         def predict(x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
             return self.policy.predict(denoiser, x, t, text)
 
-        sampler.scheduler.set_timesteps(sampler.steps)  # Euler steps count from the first one
+        sampler.restart()  # Euler steps count from the first one
         for t in self._timesteps()[1]:
             guided = sampler.predict_guided(t, x, text, predict)
             x = sampler.scheduler.step(guided, t, x).prev_sample

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, cast
 
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -31,7 +32,7 @@ def prepared_network(
     checkpointing = config.gradient_checkpointing and not denoiser.is_gradient_checkpointing
     on_cpu = parameters[names[0]].device.type == "cpu"
     is_unet = isinstance(denoiser, UNet2DConditionModel)
-    processors = dict(denoiser.attn_processors) if on_cpu and is_unet else {}
+    processors = dict(cast(Any, denoiser).attn_processors) if on_cpu and is_unet else {}
     plain = sdpa_kernel(SDPBackend.MATH) if on_cpu and not is_unet else nullcontext()
     stack = ExitStack()
     try:

@@ -147,6 +147,11 @@ class PipelineAdapter:
         """Name of the option for the number of images per prompt; None if there is none."""
         return next((key for key in NUM_IMAGES_OPTIONS if key in self.call_defaults), None)
 
+    @property
+    def takes_image_per_row(self) -> bool:
+        """Whether the pipeline reads one image per generator, and repeats none."""
+        return self.family == "StableDiffusion3Img2ImgPipeline"
+
     def image_options(self, n: int) -> tuple[str, ...]:
         """Return the options that may hold one image for each of `n` prompts.
 

@@ -81,6 +81,8 @@ class Request:
                 *generators[:n],
                 *(clone_generator(g) for g in generators[n:]),
             ]
+            if self.adapter.takes_image_per_row and num_entries(arguments["image"]) == 1:
+                arguments["image"] = _repeat_image(arguments["image"], len(indices))
         if self.copies > 1 and (option := self.adapter.num_images_option):
             arguments[option] = self.copies
         negative = arguments.get("negative_prompt") or [""] * len(indices)
@@ -143,6 +145,12 @@ def _check_length(key: str, entries: int, expected: int, noun: str) -> None:
 def num_entries(value: Any) -> int:
     """Return the length of a list or of a batch with four axes; 1 for anything else."""
     return len(value) if isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 4 else 1
+
+
+def _repeat_image(image: Any, n: int) -> list[Any]:
+    """Return an image, a list with one or a batch of one, as a list of `n`."""
+    is_batch = isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4
+    return [image[0] if is_batch else image] * n
 
 
 def _select(value: Any, indices: Sequence[int]) -> Any:

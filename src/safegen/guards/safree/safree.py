@@ -61,10 +61,13 @@ class SafreeConfig(GuardConfig):
         "Re-attention follows the paper, for the network's two greatest widths; in the released "
         "script it has no effect, and its images with it equal ours without it (7.9e-5). On SDXL "
         "both encoders' columns are projected; the released script leaves those of the first, "
-        "which ours changes by up to 1.1. The released scripts also use the phrases as the "
-        "negative prompt: add a `negative-prompt` guard for that. Texts are pooled at the end mark "
-        "of the tokenizer (ours), since with the old `eos_token_id` 2 the encoder pools at a "
-        "textual inversion, if there is one."
+        "which ours changes by up to 1.1. On SD 3 and FLUX, T5's rows are projected with its own "
+        "triggers; T5 has no pooled embedding, and the mean over a text's tokens and end mark "
+        "takes its place (ours), where the released script for SD 3 reads its first token and "
+        "projects rows of the CLIPs. Pooled embeddings stay. The released scripts also use "
+        "the phrases as the negative prompt: add a `negative-prompt` guard for that. Texts are pooled "
+        "at the end mark of the tokenizer (ours), since with the old `eos_token_id` 2 the encoder "
+        "pools at a textual inversion, if there is one."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "code": {"middle": 5.333, "slope": 2.5},

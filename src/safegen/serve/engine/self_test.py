@@ -114,6 +114,7 @@ def _check_generation(session: Session, concept: Concept | None, config: ServerC
         generation_config=GenerationConfig(
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
+            true_cfg_scale=config.true_cfg_scale,
             batch_size=config.max_batch_size,
         ),
     )
