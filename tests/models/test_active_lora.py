@@ -18,6 +18,7 @@ from safegen.cli import main as run
 from safegen.core.errors import ConfigError, FileError, PatchError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.edits.uce import UCE
+from safegen.models import denoisers
 from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.patches.active_lora import AdapterWarning, active_loras, lora_forward
@@ -66,7 +67,7 @@ def files(tmp_path_factory, tiny_folder):
 @torch.no_grad()
 def predict(model, text="a red cube"):
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return model.denoiser(x, torch.tensor([500]), model.encode_text([text])).sample
+    return denoisers.predict(model.denoiser, x, torch.tensor([500]), model.encode_text([text]))
 
 
 @pytest.mark.filterwarnings("ignore::safegen.patches.active_lora.AdapterWarning")
@@ -125,7 +126,7 @@ def test_gradients_flow_through_active_loras(make_model, files):
     for scale in (1.0, 0.0):
         start = x.clone().requires_grad_()
         with active_loras(model, [(read, scale)]):
-            model.denoiser(start, t, text).sample.sum().backward()
+            denoisers.predict(model.denoiser, start, t, text).sum().backward()
         slopes.append(start.grad)
     assert (slopes[0] - slopes[1]).abs().max() > 1e-3
 

@@ -65,15 +65,17 @@ class RECE(ClosedFormEdit):
         "captions. "
         "On `mini` the released values for nudity break the model, from either start: 1 of 16 "
         "benign images shows the right object. "
-        "The artists' names that the run for styles preserves are not included; set `preserve`."
+        "The artists' names that the run for styles preserves are not included; set `preserve`. "
+        "The released code edits SD 1.x and 2.x; on others the rounds are those of each input of "
+        "the text alone: token embeddings and, on SD 3 and FLUX, pooled ones."
     )
 
     start: Literal["rece", "uce"] = "rece"
     """First erasure: with the settings below (ours), or as UCE's first code does (released)."""
     guide: str = " "
-    """Text that provides the new keys and values of the phrases."""
+    """Text that the phrases are mapped to."""
     preserve: tuple[str, ...] = (" ",)
-    """Phrases that keep their keys and values; the published code preserves a blank."""
+    """Phrases that are mapped as before; the published code preserves a blank."""
     captions: tuple[str, ...] = ()
     """Prompt lists (`source:list`) and text files with captions to preserve too (ours)."""
     tokens: Literal["last", "tail", "all"] = "all"
@@ -111,8 +113,8 @@ class RECE(ClosedFormEdit):
         """Return one or two sentences for a report."""
         return (
             f"The edit learns from phrases ({join_quoted(self.erase)}), not from images. It solves "
-            "for new keys and values of cross-attention under which these phrases, and the "
-            "embeddings that bring their meaning back, mean something else. "
+            "for new projections of the text under which these phrases, and the embeddings that "
+            "bring their meaning back, mean something else. "
             "A prompt that paraphrases them may still generate the concept."
         )
 

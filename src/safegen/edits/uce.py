@@ -52,20 +52,24 @@ class UCE(ClosedFormEdit):
         "Solved in float64; the released code inverts in fp32. "
         "Captions are preserved in `mini` and `full` (ours). "
         "One guide serves all phrases. "
-        "Shares of `debias` are given; the released loop searches for them with a classifier."
+        "Shares of `debias` are given; the released loop searches for them with a classifier. "
+        "SD 3 has no released code: its rows of CLIP and of T5 are phrases of their own. "
+        "FLUX (`uce_flux_edit.py`, 81f4950): its outputs contain the bias, which the layer then "
+        "adds again, and an empty text has the last row of padding; here weights map to weights, "
+        "and an empty text has the row of its end mark."
     )
 
     concept_type: Literal["object", "art"] = "object"
     """Type of the concept: the templates of `expand`, and the default of `guide`."""
     guide: str = ""
-    """Text that provides the new keys and values. Default: blank, and `art` for that type."""
+    """Text that the phrases are mapped to. Default: blank, and `art` for that type."""
     debias: dict[Phrase, FiniteFloat] = Field(default_factory=dict)
     """Shares of attributes that each phrase moves toward, instead of a guide: `{"a woman": 0.3}`.
 
     Nothing is erased then: the phrases keep their meaning.
     """
     preserve: tuple[str, ...] = ()
-    """Phrases that keep their keys and values."""
+    """Phrases that are mapped as before."""
     captions: tuple[str, ...] = ()
     """Prompt lists (`source:list`) and text files with captions to preserve too (ours)."""
     tokens: Literal["last", "tail", "all"] = "last"
@@ -126,8 +130,8 @@ class UCE(ClosedFormEdit):
                 "closed form. Nothing is erased: they keep their meaning."
             )
         return (
-            f"The edit learns from phrases ({phrases}), not from images. It solves for new keys "
-            "and values of cross-attention under which these phrases mean something else. "
+            f"The edit learns from phrases ({phrases}), not from images. It solves for new "
+            "projections of the text under which these phrases mean something else. "
             "A prompt that paraphrases them may still generate the concept."
         )
 

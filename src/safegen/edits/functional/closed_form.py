@@ -26,6 +26,8 @@ TEMPLATES = {
     "art": (*(f"{kind} by {{}}" for kind in STYLES), "style of {}"),
 }
 """Released prompt templates by type of concept, for `expand_phrases`."""
+TEXTS_AT_ONCE = 64
+"""Texts that are encoded in one call."""
 
 Weight = Float[Tensor, "out in"]
 TextInput = Literal["hidden", "pooled"]
@@ -114,7 +116,7 @@ def debias_value(
 ) -> Float[Tensor, "k in"]:
     """Return an embedding moved toward attributes: c + sum_p a_p c_p.
 
-    Its keys and values become those of the debiased word: v* = W_old (c + sum_p a_p c_p)
+    Its outputs become those of the debiased word: v* = W_old (c + sum_p a_p c_p)
     (Gandikota et al. 2023, arXiv:2308.14761, section on debiasing; the equation is from memory).
     The paper's search for the a_p on generated images is not implemented.
 
@@ -132,11 +134,11 @@ class ConceptEmbeddings(NamedTuple):
     """Text embeddings of a closed-form edit that some projections read, one per row."""
 
     erased: Tensor
-    """Embeddings with new keys and values, (n, width)."""
+    """Embeddings that get new outputs, (n, width)."""
     targets: Tensor
-    """Embeddings that provide the new keys and values, (n, width)."""
+    """Embeddings whose outputs they get, (n, width)."""
     preserved: Tensor
-    """Embeddings that keep their keys and values, (m, width)."""
+    """Embeddings that keep their outputs, (m, width), or fewer rows that are as good."""
 
 
 def expand_phrases(phrases: Sequence[str], concept_type: str) -> list[str]:
@@ -196,11 +198,25 @@ def embed_concept(
     erased = torch.cat(keys)
     positions = "all" if tokens == "tail" else tokens
     phrases = embed(model, preserve, part=part, tokens=positions) if preserve else []
-    preserved = [erased[:0], *(rows for spans in phrases for rows in spans)]
-    if captions:
-        listed = embed(model, read_captions(captions), part=part, tokens="all")
-        preserved += [rows / len(listed) ** 0.5 for spans in listed for rows in spans]
-    return ConceptEmbeddings(erased, torch.cat(targets), torch.cat(preserved))
+    preserved = torch.cat([erased[:0], *(rows for spans in phrases for rows in spans)])
+    listed = read_captions(captions) if captions else []
+    for start in range(0, len(listed), TEXTS_AT_ONCE):
+        texts = listed[start : start + TEXTS_AT_ONCE]
+        rows = [row for spans in embed(model, texts, part=part, tokens="all") for row in spans]
+        preserved = reduce_rows(torch.cat([preserved, torch.cat(rows) / len(listed) ** 0.5]))
+    return ConceptEmbeddings(erased, torch.cat(targets), preserved)
+
+
+def reduce_rows(rows: Float[Tensor, "m in"]) -> Float[Tensor, "k in"]:
+    """Return at most as many rows as columns with an equal Gram matrix (ours).
+
+    The factor R of rows = QR has R'R = rows'rows, which is all that `solve_projection` reads of
+    preserved embeddings.
+    """
+    if len(rows) <= rows.shape[1]:
+        return rows
+    reduced: Tensor = torch.linalg.qr(rows, mode="r").R
+    return reduced
 
 
 def projections(model: Model) -> dict[TextInput, dict[str, Tensor]]:
@@ -209,7 +225,7 @@ def projections(model: Model) -> dict[TextInput, dict[str, Tensor]]:
     In a UNet these are the keys and values of cross-attention. A transformer has keys and values of
     text too, but only its `context_embedder` and the first layer of its `text_embedder` map the
     embeddings themselves, the others what earlier blocks made of them (as in the code of UCE for
-    FLUX, arXiv:2308.14761).
+    FLUX, arXiv:2308.14761). The two read different embeddings and are solved apart.
     """
     parameters = dict(model.denoiser.named_parameters())
     selector = "kv2" if model.denoiser_name == "unet" else "context"
@@ -236,7 +252,8 @@ def embed(
         tokens: positions in a span. `last` is the last token of the text (of an empty text, the
             first), `tail` everything from there on, `all` every position, padding included.
     """
-    parts = [list(texts[i : i + 64]) for i in range(0, len(texts), 64)]
+    starts = range(0, len(texts), TEXTS_AT_ONCE)
+    parts = [list(texts[i : i + TEXTS_AT_ONCE]) for i in starts]
     encoded = Conditioning.concat([encode_texts(model.pipeline, part) for part in parts])
     if part == "pooled":
         assert encoded.pooled is not None

@@ -145,7 +145,6 @@ class RemovalJob:
     def run(self) -> MakeSafeResult:
         """Do what is missing of the job, and return its result."""
         model, weights = self.loader.model(self.model, self.config)
-        model.encode_text([""])  # refuses a model that cannot be edited
         captions = self.files.work / "prompts" / "captions.txt"
         concept = self._with_captions(captions)
         edit = self._make_edit(model, concept)
