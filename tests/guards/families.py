@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tests.tiny import FAMILIES
-
+FAMILIES = ("sd1", "sd2-v", "sdxl", "sdxl-v", "sd3", "sd35", "flux", "flux-schnell")
 GUARDS = (
     "crops",
     "dual-latent",
