@@ -204,6 +204,8 @@ def main() -> None:
         "model": "Stable Diffusion 1.4 and 2.1, SDXL, SD 3.5 medium and FLUX.1-dev, on the meta "
         "device",
         "date": str(date.today()),
+        "machine": "any CPU",
+        "n": "all weights, counted",
         "command": "`python benchmarks/real_size.py --out docs/results/real_size.json`",
         "tables": [
             {
