@@ -58,6 +58,10 @@ def check_equal(model, other, *components):
         )
 
 
+def dtypes_of(model):
+    return {c: {n: v.dtype for n, v in state_of(model, c).items()} for c in model.components}
+
+
 def refusal(path, **options):
     with pytest.raises(FileError) as caught:
         load(path, **options)
@@ -136,8 +140,10 @@ def test_an_all_in_one_file_replaces_every_component(saved, tmp_path, family):
         assert torch.equal(ours.pop("text_projection.weight"), torch.eye(32))
         del theirs["text_projection.weight"]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    half = load(path, config=folder, dtype="bf16")
-    assert half.pipeline.vae.dtype == half.denoiser.dtype == torch.bfloat16
+    half = load(path, config=folder, dtype="fp16")
+    assert half.pipeline.vae.dtype == half.denoiser.dtype == torch.float16
+    by_folder = load(folder, dtype="fp16")
+    assert dtypes_of(half) == dtypes_of(by_folder)  # T5 has a part that stays fp32
 
 
 @pytest.mark.parametrize("family", ["sd3", "sd35"])
@@ -263,3 +269,17 @@ def test_a_patch_of_the_transformer_is_in_the_file_with_its_metadata(saved, tmp_
     again = load(tmp_path / "x.safetensors", config=folder)
     assert again.hash != model.hash
     assert [record.hash for record in again.verified_metadata.patches] == [patch.hash]
+
+
+def test_the_command_says_where_the_file_belongs_and_reads_it_with_a_folder(saved, tmp_path):
+    from typer.testing import CliRunner
+
+    from safegen.cli.main import app
+
+    _, file, folder = saved("flux")
+    out = tmp_path / "x.safetensors"
+    arguments = ["export", str(file), "--config", str(folder), "--out", str(out), "--dtype", "fp32"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "models/diffusion_models" in result.output
+    assert load_file(out).keys() == load_file(file).keys()
