@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= safegen-demo
 FIGURES ?= safegen-figures
+INTEROP ?= safegen-interop
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly integrations lint docs bench clean
+.PHONY: help demo test nightly interop integrations lint docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -20,8 +21,13 @@ demo: .venv/installed ## the main job: remove skulls from the bundled miniature 
 test: .venv/installed ## the test suite, in two processes of one thread each; most tests leave a second thread idle
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-nightly: .venv/installed ## the slow proofs too: the shipped model's required figures, the whole demo
+nightly: .venv/installed ## the slow proofs too: the shipped model's required figures, the whole demo, other programs
 	$(BIN)/python -m pytest
+	$(MAKE) interop
+
+interop: .venv/installed ## ComfyUI, stable-diffusion.cpp, InvokeAI and diffusers read our files (4 GB of disk, 7 GB of memory)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interop]'
+	$(BIN)/python -m tools.interop --cache $(INTEROP)
 
 integrations: ## eval-unlearn, inspect_ai, Ray Serve and C2PA as they are, in an environment of their own
 	$(PYTHON) -m venv .venv-integrations
@@ -65,4 +71,4 @@ lint: .venv/installed ## ruff, mypy, the import contracts and the vocabulary
 	$(BIN)/python -m pytest -q tests/test_vocabulary.py
 
 clean: ## remove the environment
-	rm -rf .venv .venv-integrations
+	rm -rf .venv .venv-integrations $(INTEROP)

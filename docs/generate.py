@@ -100,9 +100,10 @@ def pages() -> dict[str, Page]:
 def families() -> str:
     """Return what works on which family, and the reasons where it does not."""
     text = [
-        "Made from the tables that the contract tests check cell by cell, on tiny random models of "
-        "each family. *yes* says that it runs and keeps its laws, not how well it removes. A number "
-        "names the reason why it is refused. See [Families of models](../explanation/families.md).",
+        "Made from the tables that the contract tests check cell by cell, on tiny random models "
+        "of each family. *yes* says that it runs and keeps its laws, not how well it removes. A "
+        "number names the reason why it is refused. See "
+        "[Families of models](../explanation/families.md).",
     ]
     for heading, source in FAMILIES.items():
         file, _, name = source.partition(":")

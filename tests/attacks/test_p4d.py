@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from safegen.attacks.core.base import AttackContext
 from safegen.attacks.core.target import Target
-from safegen.attacks.core.unedited import UneditedDenoiser
+from safegen.attacks.core.unedited import UneditedModel
 from safegen.attacks.p4d import P4D, HardPromptSearch, _HardPrompt, insert_tokens
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError
@@ -113,7 +113,7 @@ def test_the_unedited_denoiser_has_neither_patches_nor_loras(loader, tmp_path):
     save_lora(extract_lora(uce, model, 2), model, lora, dtype=torch.float32, base=model.hash)
     twice = Patch({name: value * 1.01 for name, value in uce.tensors.items()})
     with uce.apply(model), twice.apply(model), active_loras(model, [(read_lora(lora, model), 1.0)]):
-        edited, unedited = predict(), UneditedDenoiser(model)
+        edited, unedited = predict(), UneditedModel(model)
         assert not torch.equal(edited, before)
         assert torch.equal(unedited.predict(x, t, text), before)
         with unedited.restored():

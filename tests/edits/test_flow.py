@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, UnusedSettingWarning
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.duo import DUO, DUOObjective
 from safegen.edits.functional.adversary import InversionAdversary, build_adversary
@@ -189,9 +189,12 @@ def test_adversaries_train_on_every_family(two, tmp_path, family, adversary):
     assert found.hash != plain.hash
 
 
-def test_the_blank_text_of_sdxl_is_not_moved():
+def test_the_blank_text_of_sdxl_is_not_moved(two):
     """A step relative to embeddings of zeros is zero."""
     model = tiny("sdxl")
+    names = select_parameters(model.denoiser, "attn1")
+    with pytest.warns(UnusedSettingWarning, match="adversary has no effect without captions on a"):
+        SafeGenObjective(SafeGen(**PLAIN | {"adversary": 0.25}), model, two, names)
     x, want = draw(model, 2)
     t, text = model.noise_schedule.timesteps[[200, 700]], model.encode_text([""] * 2)
     found = fast_gradient_text(model.denoiser, x, t, text, want, radius=0.25)

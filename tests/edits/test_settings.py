@@ -140,7 +140,7 @@ def test_a_legal_change_of_one_number_never_raises(method, preset, cubes):
         assert all(len(pair) == 2 for pair in edit.unused_settings())
 
 
-SLOW = {"shielddiff", "safegen-plus", "duo", "sdd", "esd"}
+SLOW = {"shielddiff", "safegen-plus", "duo", "sdd", "esd", "concept_ablation", "des"}
 """Edits that train longest with the smallest values."""
 
 

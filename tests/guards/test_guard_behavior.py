@@ -233,6 +233,7 @@ def test_every_guard_works_with_model_offloading(
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "more"), VARIANTS)
 def test_every_guard_works_with_sequential_offloading(
     name, more, own_pipeline, pil, passing_settings

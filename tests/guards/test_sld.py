@@ -49,7 +49,7 @@ def safe(tiny_model):
     return out
 
 
-@pytest.mark.parametrize("scale_warmup", [False, True])
+@pytest.mark.parametrize("scale_warmup", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("preset", "negative"),
     [*((name, None) for name in PUBLISHED), ("released-max", "a green cone")],

@@ -318,6 +318,7 @@ def test_our_file_loads_without_a_folder_and_omits_the_clip_vocabulary(small, tm
     assert again.pipeline.tokenizer_2.pad_token_id == 0
 
 
+@pytest.mark.slow
 def test_a_redefined_token_is_stored(small, tmp_path):
     """The text of the added token is in CLIP's vocabulary too: "cat" was `cat</w>` before."""
     model = load(str(theirs("sd1", tmp_path)[0]))
@@ -328,6 +329,7 @@ def test_a_redefined_token_is_stored(small, tmp_path):
     assert load(str(tmp_path / "ours.safetensors")).pipeline.tokenizer("a cat").input_ids == ids
 
 
+@pytest.mark.slow
 def test_an_added_token_is_stored(small, tmp_path):
     """Textual inversion adds tokens that CLIP's vocabulary would split."""
     model = load(str(theirs("sd1", tmp_path)[0]))

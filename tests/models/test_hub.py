@@ -208,7 +208,7 @@ def test_a_folder_with_fp16_shards_alone_loads(split_folder):
 def test_the_files_of_a_repository_are_chosen_before_they_are_fetched(
     monkeypatch, tmp_path, split_folder
 ):
-    """A folder stands in for the hub: what its client lists and copies."""
+    """Let a folder stand in for the hub: its client lists and copies files."""
     from huggingface_hub.utils import filter_repo_objects
 
     remote, pipe = split_folder

@@ -181,6 +181,15 @@ def test_fused_factors_of_another_shape_are_refused(tmp_path):
         load_lora(tmp_path / "lora.safetensors", model)
 
 
+def test_a_lora_of_sd_3_is_refused_on_sd_35(tmp_path):
+    """Compare families, as the matrices have equal shapes."""
+    sd3, out = build_model("sd3"), tmp_path / "lora.safetensors"
+    names = [n for n in select_parameters(sd3.denoiser, "joint") if n.endswith(".weight")]
+    save_lora(extract_lora(noised(sd3, names), sd3, 2), sd3, out, keys="diffusers")
+    with pytest.raises(PatchError, match=r"another family .*dual 0\), this one is .*dual 2"):
+        load_lora(out, build_model("sd35"))
+
+
 # ------------------------------------------------------------ published names
 
 FLUX_DOUBLE = {

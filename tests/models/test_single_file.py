@@ -107,7 +107,7 @@ def test_a_file_without_configurations_uses_a_folder(file, tiny_model, tiny_fold
     }
     save_file(load_file(file) | extra, bare)
     with pytest.raises(
-        FileError, match=r"must be .* configuration is that .* SD 1\.x\. Name .* \(--config, or"
+        FileError, match=r"lacks .* configuration is that .* SD 1\.x\. Name .* \(--config, or"
     ):
         load(str(bare))
     assert torch.equal(

@@ -11,10 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from safegen.core import registry as tables
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig, Sample
-from safegen.edits.base import Edit
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.checkpoint.single_file import CONFIGS_KEY
@@ -220,30 +218,6 @@ def test_a_stack_generates_with_an_sdxl(make_tiny):
     )
     assert one.size == two.size == (model.size, model.size)
     assert one.tobytes() != two.tobytes()
-
-
-@pytest.mark.parametrize("name", sorted(tables.EDITS))
-def test_edits_refuse_an_sdxl(name, make_tiny, triplets, cubes):
-    """SDXL is conditioned on more than one text embedding, which edits do not support."""
-    model = make_tiny("sdxl")
-    edit: Edit = tables.resolve(tables.EDITS, name, "edit").preset("mini", concept=cubes)
-    before = {
-        k: v.clone()
-        for part in model.components
-        for k, v in getattr(model.pipeline, part).state_dict().items()
-    }
-    with pytest.raises(ConfigError, match=r"need an SD 1.x or 2.x, got the SDXL 'sdxl'") as caught:
-        edit.apply(model, triplets if edit.inputs != "words" else None)
-    assert "\n" not in str(caught.value)
-    after = {
-        k: v
-        for part in model.components
-        for k, v in getattr(model.pipeline, part).state_dict().items()
-    }
-    assert after.keys() == before.keys()
-    assert all(torch.equal(v, before[k]) for k, v in after.items())
-    assert model.applied_patches == []
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.denoiser.modules())
 
 
 def test_the_header_has_the_configurations_of_both_text_encoders(make_tiny, tmp_path):

@@ -57,7 +57,9 @@ SLD = {"name": "sld", "preset": "max", "concept": "skulls"}
 FILTER = {"name": "judge-filter", "judge": "mini", "labels": ["skulls"]}
 
 
-@pytest.mark.parametrize("guards", [(), (SLD,), (FILTER,)])
+@pytest.mark.parametrize(
+    "guards", [(), *(pytest.param((guard,), marks=pytest.mark.slow) for guard in (SLD, FILTER))]
+)
 def test_every_kind_of_start_in_one_call_equals_each_alone(loader, folder, guards):
     with loader.open(Stack(name="s", model="mini")) as loaded:
         size, config = loaded.model.size, loaded.model.denoiser.config

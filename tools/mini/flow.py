@@ -58,7 +58,7 @@ class FlowNetwork(nn.Module):
         return velocity
 
 
-def train_flow(work: Path, *, steps: int = 5000, compiled: bool = False) -> None:
+def train_flow(work: Path, *, steps: int = 3000, compiled: bool = False) -> None:
     """Train mini-flow from random weights and write its parts to `work`/flow.
 
     x_t = (1 - t) x0 + t noise, and the network predicts noise - x0. The times are logit-normal

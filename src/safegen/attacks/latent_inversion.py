@@ -27,7 +27,7 @@ from torch import Tensor
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.images import ConceptImages
-from safegen.attacks.core.inversion import Output, ddim_steps, invert, likelihood, refine
+from safegen.attacks.core.inversion import Output, invert, likelihood, refine, sampling_steps
 from safegen.attacks.core.redraw import control_images
 from safegen.attacks.core.target import QueryResult, Target
 from safegen.core.errors import DivergedError, SafegenWarning
@@ -36,6 +36,7 @@ from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
 from safegen.models.conditioning import Conditioning
 from safegen.models.denoisers import predict
+from safegen.models.pipeline_specs import guidance_option
 
 BLANK = " "
 """Blank text. An empty prompt in a record would mean that the text was left out."""
@@ -82,6 +83,7 @@ class LatentInversion(Attack):
         "(ReNoise) averages iterates, and its settings pull the predicted noise towards a "
         "Gaussian, which this attack does not do. "
         "The inversion does not go through guards; images are requested through them. "
+        "On flow matching, the Euler steps of its ODE are inverted by the same fixed point. "
         "No null-text optimization: its embeddings belong to single steps, and a prompt file "
         "cannot carry them to other stacks."
     )
@@ -123,10 +125,10 @@ class LatentInversion(Attack):
         """Return the attacker; the images are encoded here.
 
         Raises:
-            ConfigError: there are no images with or without the concept, or the model is an SDXL.
+            ConfigError: there are no images with or without the concept.
 
         Warns:
-            SamplerMismatchWarning: the model's sampler is not DDIM.
+            SamplerMismatchWarning: the sampler is neither DDIM nor that of flow matching.
         """
         return Inversion(self, context)
 
@@ -139,14 +141,15 @@ class Inversion:
         model, stack = self.target.model, self.target.loaded.stack
         self.model, self.generation = model, self.target.generation
         scheduler = model.pipeline.scheduler
-        if type(scheduler).__name__ != "DDIMScheduler" or scheduler.config.clip_sample:
+        if not is_invertible(scheduler):
             warnings.warn(
-                "latent inversion inverts DDIM without clipping, and this model draws with "
-                f"{type(scheduler).__name__}; its images are near the inverted ones only",
+                "latent inversion inverts DDIM without clipping, or Euler steps of flow matching, "
+                f"and this model draws with {type(scheduler).__name__}; its images are near the "
+                "inverted ones only",
                 SamplerMismatchWarning,
                 stacklevel=3,
             )
-        self.steps = ddim_steps(scheduler.config, self.generation.num_inference_steps)
+        self.steps = sampling_steps(model, self.generation.num_inference_steps)
         self.negative = stack.negative_prompt or ""
         shown = ConceptImages(model, context.concept, config.images)
         harmless = control_images(
@@ -209,12 +212,13 @@ class Inversion:
         Where a text is that of the negative prompt, guidance changes nothing and is left out.
         """
         scale, denoiser = self.generation.guidance_scale, self.model.denoiser
-        positive = self.model.encode_text(texts).to(denoiser.dtype)
+        positive = self.model.encode_text(texts).replace_guidance(scale).to(denoiser.dtype)
         negative = self.model.encode_text([self.negative]).to(denoiser.dtype)
-        plain = scale <= 1 or (
-            all(text.strip() == self.negative for text in texts)  # as the tokenizer does
-            and torch.allclose(positive.hidden, negative.hidden, atol=SAME)
-        )
+        is_negative = all(text.strip() == self.negative for text in texts) and torch.allclose(
+            positive.hidden, negative.hidden, atol=SAME
+        )  # SDXL's blank text is not the zeros that it guides away from
+        guides = guidance_option(self.model.pipeline) == "guidance_scale" and scale > 1
+        plain = is_negative or not guides
 
         def output(x: Tensor, t: float, rows: Tensor) -> Tensor:
             x, text = x.to(denoiser.dtype), positive[rows]
@@ -307,6 +311,14 @@ class _ImageSet:
         if found.unjudged is None:
             details["autoencoder_success"] = float(self.target.shows_concept(found))
         return details
+
+
+def is_invertible(scheduler: Any) -> bool:
+    """Return whether a scheduler of diffusers takes the steps that are inverted."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return not config.get("stochastic_sampling")
+    return name == "DDIMScheduler" and not config.clip_sample
 
 
 def _prompt_for(sample: EvalSample, text: Text) -> str:

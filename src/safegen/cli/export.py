@@ -47,12 +47,13 @@ def export(
 ) -> None:
     """Write a model with its patches as one checkpoint file or as a diffusers folder.
 
-    A1111, ComfyUI and InvokeAI open the file; `from_pretrained` opens the folder.
+    A1111, ComfyUI and InvokeAI open the file; `from_pretrained` opens the folder. The file of SD 3
+    and FLUX holds the transformer alone: put it in ComfyUI's `models/diffusion_models`.
     """
     is_file = format_ is Format.single_file
     check_outputs(ctx, out, no_card or not is_file)
     from safegen.patches.patch import Patch
-    from safegen.workflows.export import check_suffix
+    from safegen.workflows.export import TRANSFORMER_ALONE, check_suffix
     from safegen.workflows.export import export as export_model
 
     check_suffix(out, format_.value)
@@ -72,6 +73,8 @@ def export(
     echo(f"{out}: {size:.1f} MB, {len(patches)} patch{'es' * (len(patches) != 1)} applied")
     for change in patches:
         echo(f"patch {change.hash[:12]}: {change.describe_change(loaded)}")
+    if is_file and loaded.denoiser_name == "transformer":
+        echo(TRANSFORMER_ALONE)
     if not is_file:
         pipeline = type(loaded.pipeline).__name__
         echo(f"load it with {pipeline}.from_pretrained({str(out)!r})")

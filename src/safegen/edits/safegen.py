@@ -19,7 +19,13 @@ from safegen.edits.base import TrainedEdit
 from safegen.edits.functional import losses
 from safegen.edits.functional.adversary import AdversarySetting, build_adversary, resolve_adversary
 from safegen.edits.functional.targets import PaperTarget, Target, X0Target
-from safegen.edits.training.config import FULL_SIZE_TRAINING, SHORT_WITH_IMAGES, Objective, Training
+from safegen.edits.training.config import (
+    FULL_SIZE_TRAINING,
+    SHORT_WITH_IMAGES,
+    Objective,
+    Training,
+    warn_unused,
+)
 from safegen.edits.training.samples import encode_triplets, read_captions
 from safegen.models.conditioning import Conditioning
 from safegen.models.denoisers import predict
@@ -187,6 +193,9 @@ class SafeGenObjective:
         Raises:
             ConfigError: there are too few triplets to hold some out, no triplet shows the concept,
                 or `timesteps` or `target` do not suit the model.
+
+        Warns:
+            UnusedSettingWarning: the adversary has nothing to move.
         """
         self.edit, self.schedule = edit, model.noise_schedule
         if edit.timesteps[1] > len(self.schedule):
@@ -217,6 +226,8 @@ class SafeGenObjective:
             )
         self.num_train, self.validation_rows = n - held_out, range(n - held_out, n)
         self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
+        if self.attack and not self.text.hidden.any():
+            warn_unused([("adversary", "without captions on a model with a blank text of zeros")])
         uses_teacher = isinstance(edit.target, X0Target) and edit.target.anchor == "teacher"
         # An adversary that searches does so against the original prediction.
         searches = bool(edit.adversary) and not resolve_adversary(edit.adversary).is_additive
@@ -298,8 +309,7 @@ class SafeGenObjective:
         x = self.schedule.add_noise(z, noise, timesteps)
         truth = self.schedule.target(z, noise, timesteps)
         frozen = truth  # predictions of the original model, where they are needed
-        if self.reference:
-            # Benign samples with a moved text are predicted after the move.
+        if self.reference:  # benign samples with a moved text are predicted after the move
             rows = 2 * n if self.edit.teacher and not moves_benign else n
             frozen = self._predict_frozen(denoiser, x[:rows], timesteps[:rows], text[:rows])
         if isinstance(target, PaperTarget):

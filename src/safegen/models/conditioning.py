@@ -81,6 +81,13 @@ class Conditioning:
         """Return the embeddings with other token embeddings."""
         return Conditioning(hidden, self.pooled, self.added)
 
+    def replace_guidance(self, scale: Weight) -> Conditioning:
+        """Return the embeddings with another embedded guidance, if the denoiser reads one."""
+        if "guidance" not in self.added:
+            return self
+        guidance = torch.full_like(self.added["guidance"], scale)
+        return Conditioning(self.hidden, self.pooled, {**self.added, "guidance": guidance})
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         pooled = None if self.pooled is None else function(self.pooled)
         added = {name: function(value) for name, value in self.added.items()}

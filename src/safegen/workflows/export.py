@@ -23,6 +23,11 @@ from safegen.patches.arithmetic import warn_of_overlap
 from safegen.patches.patch import Patch
 
 ExportFormat = Literal["single-file", "diffusers"]
+TRANSFORMER_ALONE = (
+    "The file holds the transformer alone: put it in ComfyUI's models/diffusion_models, and take "
+    "text encoders and autoencoder from the base model."
+)
+"""Sentence for single files of SD 3 and FLUX."""
 
 
 @check_keywords
@@ -70,7 +75,8 @@ def export(
     Args:
         model: model from `safegen.load`, with or without patches.
         out: the new .safetensors file or the new folder.
-        format: `single-file` for A1111, ComfyUI and InvokeAI, or `diffusers` for a folder.
+        format: `single-file` for A1111, ComfyUI and InvokeAI, of SD 3 and FLUX the transformer
+            alone for ComfyUI; or `diffusers` for a folder.
         patches: applied in this order, after those that the model has.
         dtype: weight type of a single file: fp16 (the default), bf16 or fp32, or torch's name or
             object for it.
@@ -80,8 +86,8 @@ def export(
 
     Raises:
         UnknownNameError: there is no such `dtype`.
-        ConfigError: `out` has another ending, a weight does not fit `dtype`, or the results are of
-            other patches.
+        ConfigError: `out` has another ending, a weight does not fit `dtype`, the file has no place
+            for a patch of a text encoder, or the results are of other patches.
         FileError: the output exists or cannot be written, or a result cannot be read. Nothing is
             written then.
         PatchError: a patch does not fit the model.
@@ -111,6 +117,8 @@ def export(
             stacklevel=3,
         )
     precision = [f"Weights are {weights}. Results were measured before this conversion."]
+    if is_file and model.denoiser_name == "transformer":
+        precision.append(TRANSFORMER_ALONE)
     sentences = [*notes, *(precision if is_file else ())]
     subject = _card_subject(model, out, "file" if is_file else "folder", patches, sentences)
     text = cards.model_card(subject, results) if card else None

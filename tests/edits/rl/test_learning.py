@@ -28,7 +28,7 @@ def apply(patch, model):
 
 CELLS = [
     *((name, kind) for name in sorted(SETTINGS) for kind in ("epsilon", "v_prediction")),
-    *((name, "flow_prediction") for name in ("draft", "nft", "v_grpo")),
+    *((name, "flow_prediction") for name in ("nft", "v_grpo")),
 ]
 
 

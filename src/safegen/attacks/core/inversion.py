@@ -14,11 +14,17 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from safegen.edits.functional.losses import Latent, PerSample
+from safegen.models.model import Model
+from safegen.models.noise_schedule import FLOW_PREDICTION
+from safegen.models.pipeline_specs import step_options
 
 Output = Callable[[Latent, float, Tensor], Latent]
 """Output of the denoiser for latents at a timestep; the last argument has the rows' numbers."""
@@ -56,19 +62,28 @@ def ddim_steps(config: Any, num_steps: int) -> list[Step]:
     ]
 
 
-def euler_steps(scheduler: Any) -> list[Step]:
-    """Return the Euler steps of flow matching, from noise to image: x' = x + (s' - s) output.
+def euler_steps(model: Model, num_steps: int) -> list[Step]:
+    """Return the Euler steps of a flow-matching model, from noise to image.
 
-    Args:
-        scheduler: scheduler of diffusers for flow matching, with its timesteps set.
+    x' = x + (s' - s) output, at the noise levels s of its pipeline for an image of its size.
     """
-    sigmas = scheduler.sigmas.tolist()
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        model.pipeline.scheduler.config, stochastic_sampling=False
+    )
+    options = step_options(model.pipeline, model.latent_shape, num_steps)
+    scheduler.set_timesteps(num_steps, **options)
+    timesteps, levels = scheduler.timesteps.tolist(), scheduler.sigmas.tolist()
     return [
         Step(t, a=1.0, b=after - before)
-        for t, before, after in zip(
-            scheduler.timesteps.tolist(), sigmas[:-1], sigmas[1:], strict=True
-        )
+        for t, before, after in zip(timesteps, levels[:-1], levels[1:], strict=True)
     ]
+
+
+def sampling_steps(model: Model, num_steps: int) -> list[Step]:
+    """Return the deterministic steps that are inverted on a model: those of DDIM, or of Euler."""
+    if model.prediction == FLOW_PREDICTION:
+        return euler_steps(model, num_steps)
+    return ddim_steps(model.pipeline.scheduler.config, num_steps)
 
 
 def draw(output: Output, steps: Sequence[Step], x: Latent) -> Latent:

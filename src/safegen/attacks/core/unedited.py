@@ -11,20 +11,23 @@ from torch import Tensor
 from safegen.models.conditioning import Conditioning
 from safegen.models.denoisers import predict
 from safegen.models.model import Model
+from safegen.models.patched_weights import component_of, pipeline_weights, restore
 from safegen.patches.active_lora import disabled_loras
 
 
-class UneditedDenoiser:
-    """Denoiser with the weights that it had before its patches, and without active LoRAs."""
+class UneditedModel:
+    """Model with the weights that it had before its patches, and without active LoRAs."""
 
     def __init__(self, model: Model) -> None:
         """Note the values of the weights before the first patch on each."""
         self.model = model
         self.weights: dict[str, Tensor] = {}
-        """Values before the patches, of the patched weights."""
+        """Values before the patches, of the patched weights, by their names in patches."""
         for applied in model.applied_patches:
             for name, value in applied.before.items():
                 self.weights.setdefault(name, value)
+        self.denoiser = {n: v for n, v in self.weights.items() if component_of(n) is None}
+        """Those of the denoiser."""
 
     @torch.no_grad()
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning) -> Tensor:
@@ -36,12 +39,12 @@ class UneditedDenoiser:
             text: what it is conditioned on, n rows.
         """
         with disabled_loras(self.model):
-            return predict(self.model.denoiser, noisy, timesteps, text, self.weights)
+            return predict(self.model.denoiser, noisy, timesteps, text, self.denoiser)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Put the old values into the model inside the block, for generation without the edit."""
-        parameters = dict(self.model.denoiser.named_parameters())
+        """Put the old values into the model inside the block, for what needs no edit."""
+        parameters = pipeline_weights(self.model.pipeline)
         edited = {name: parameters[name].detach().clone() for name in self.weights}
         try:
             with disabled_loras(self.model):
@@ -52,6 +55,6 @@ class UneditedDenoiser:
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
-        parameters = dict(self.model.denoiser.named_parameters())
+        parameters = pipeline_weights(self.model.pipeline)
         for name, value in values.items():
-            parameters[name].copy_(value)
+            restore(parameters[name], value)

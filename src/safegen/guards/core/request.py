@@ -12,7 +12,12 @@ from safegen.core.errors import ConfigError
 from safegen.guards.core.adapter import NUM_IMAGES_OPTIONS, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Call
 
-UNSUPPORTED_OPTIONS = ("ip_adapter_image", *NUM_IMAGES_OPTIONS, "return_dict")
+UNSUPPORTED_OPTIONS = (
+    "ip_adapter_image",
+    "negative_ip_adapter_image",
+    *NUM_IMAGES_OPTIONS,
+    "return_dict",
+)
 """Options of pipelines that bypass guards or change what a call returns."""
 
 
@@ -114,6 +119,11 @@ def check_request(
             raise ConfigError(
                 f"{key} must not be given with guards, which do not see it. Leave it out."
             )
+    if any("ip_adapter" in key for key in options.get("joint_attention_kwargs") or {}):
+        raise ConfigError(
+            "joint_attention_kwargs must have no image prompt with guards, which do not see it. "
+            "Leave it out."
+        )
     if copies < 1:
         raise ConfigError(f"num_images_per_prompt must be >= 1, got {copies}")
     if copies > 1 and not adapter.num_images_option:

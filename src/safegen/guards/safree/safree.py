@@ -65,9 +65,9 @@ class SafreeConfig(GuardConfig):
         "triggers; T5 has no pooled embedding, and the mean over a text's tokens and end mark "
         "takes its place (ours), where the released script for SD 3 reads its first token and "
         "projects rows of the CLIPs. Pooled embeddings stay. The released scripts also use "
-        "the phrases as the negative prompt: add a `negative-prompt` guard for that. Texts are pooled "
-        "at the end mark of the tokenizer (ours), since with the old `eos_token_id` 2 the encoder "
-        "pools at a textual inversion, if there is one."
+        "the phrases as the negative prompt: add a `negative-prompt` guard for that. Texts are "
+        "pooled at the end mark of the tokenizer (ours), since with the old `eos_token_id` 2 the "
+        "encoder pools at a textual inversion, if there is one."
     )
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "code": {"middle": 5.333, "slope": 2.5},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,12 @@ MODEL_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def read_folder(
-    name: str, folder: Path, *, dtype: torch.dtype, allow_pickle: bool
+    name: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    allow_pickle: bool,
+    components: Mapping[str, nn.Module] | None = None,
 ) -> tuple[Pipeline, CheckpointMetadata | None]:
     """Return the pipeline in a diffusers folder, and its metadata if safegen wrote it.
 
@@ -79,19 +84,20 @@ def read_folder(
         folder: the folder.
         dtype: type of the weights.
         allow_pickle: also open pickled weights.
+        components: components that are loaded already; the folder may lack their weights.
 
     Raises:
         FileError: it is no diffusers folder of a known pipeline, lacks weights, or has files that
             are pickled or damaged.
     """
-    index, weights = _check_folder(name, folder, allow_pickle)
+    index, weights = _check_folder(name, folder, allow_pickle, loaded=components or {})
     cls, options = pipeline_class(index.class_name)
     text = ""
     if exists(folder / METADATA_FILE):
         text = read_bytes(folder / METADATA_FILE).decode("utf-8", errors="replace")
     try:
         with silence_libraries():
-            components = {
+            components = dict(components or {}) | {
                 component: _load_component(
                     folder / component, index.class_of(component), files, dtype
                 )
@@ -113,6 +119,11 @@ def pipeline_class(name: str) -> tuple[Any, dict[str, Any]]:
     return _import(PIPELINES[name][0]), PIPELINES[name][1]
 
 
+def component_class(name: str) -> Any:
+    """Return a class of `COMPONENTS`."""
+    return _import(COMPONENTS[name])
+
+
 def _import(target: str) -> Any:
     module, _, attribute = target.partition(":")
     return getattr(import_module(module), attribute)
@@ -130,12 +141,13 @@ def check_schedule(scheduler: Any) -> None:
 
 
 def _check_folder(
-    name: str, folder: Path, allow_pickle: bool
+    name: str, folder: Path, allow_pickle: bool, *, loaded: Container[str]
 ) -> tuple[FolderIndex, dict[str, WeightFiles]]:
     """Check a model folder before anything is built.
 
     Returns:
-        Its model_index.json, and the files of each component that has weights.
+        Its model_index.json, and the files of each component that has weights, without those that
+        are loaded already.
     """
     try:
         index = check_configs(folder)
@@ -143,6 +155,8 @@ def _check_folder(
         raise FileError(f"the model {name!r} cannot be read: {error}") from error
     weights = {}
     for component in (index.denoiser, "vae", *index.text_encoders):
+        if component in loaded:
+            continue
         path = folder / component
         files = find_weights(component, [file.name for file in path.iterdir()], allow_pickle=True)
         if files is None:
@@ -181,7 +195,7 @@ def _load_component(
     A pipeline would silently initialize a text encoder's missing weights at random, and asks for
     one precision of all components.
     """
-    component, report = _import(COMPONENTS[class_name]).from_pretrained(
+    component, report = component_class(class_name).from_pretrained(
         str(folder),
         dtype=dtype,
         variant=files.variant,

@@ -1,4 +1,4 @@
-"""Names of diffusers weights in the original Stable Diffusion layout and in LoRA files.
+"""Names of diffusers weights in the layouts of the models' publishers and in LoRA files.
 
 Block counts are read off the names, so that the map holds for every size of an architecture.
 """
@@ -6,12 +6,25 @@ Block counts are read off the names, so that the map holds for every size of an 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-_SHARED = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+from safegen.models.checkpoint.transformer_map import (
+    part_of,
+    swap_halves,
+    swapped_names,
+    transformer_names,
+)
+
+DENOISER_PREFIX = "model.diffusion_model."
+"""Prefix of a denoiser's weights in the file; files of a transformer alone may lack it."""
+_SHARED = {"unet": DENOISER_PREFIX, "vae": "first_stage_model."}
+_FLOW = {"transformer": DENOISER_PREFIX, "vae": "first_stage_model."}
+_CLIP_L, _CLIP_G, _T5 = (
+    f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")
+)
 PREFIX = {
     "sd1": _SHARED | {"text_encoder": "cond_stage_model.transformer.text_model."},
     "sd2": _SHARED | {"text_encoder": "cond_stage_model.model."},
@@ -20,6 +33,8 @@ PREFIX = {
         "text_encoder": "conditioner.embedders.0.transformer.text_model.",
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
+    "sd3": _FLOW | {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "text_encoder_3": _T5},
+    "flux": _FLOW | {"text_encoder": _CLIP_L, "text_encoder_2": _T5},
 }
 """Architecture, component: prefix of its weights in the file."""
 OPEN_CLIP = {("sd2", "text_encoder"), ("sdxl", "text_encoder_2")}
@@ -172,65 +187,91 @@ def open_clip_names(names: Iterable[str]) -> dict[str, str]:
     return renamed
 
 
+_RENAMED = {"unet": unet_names, "vae": vae_names, "transformer": transformer_names}
+"""Component: the function that names its weights."""
+
+
 def original_names(architecture: str, component: str, names: Iterable[str]) -> dict[str, str]:
     """Return the name in a one-file checkpoint of each weight of a component.
 
     Several weights may share one (`pack`).
     """
     names, prefix = list(names), PREFIX[architecture][component]
-    if component in _SHARED:
-        return {
-            n: prefix + original
-            for n, original in (unet_names if component == "unet" else vae_names)(names).items()
-        }
+    if component in _RENAMED:
+        return {n: prefix + original for n, original in _RENAMED[component](names).items()}
     if (architecture, component) in OPEN_CLIP:
         return {n: prefix + original for n, original in open_clip_names(names).items()}
+    if prefix == _T5:  # the table of embeddings has two names in transformers
+        return {n: prefix + n.replace("encoder.embed_tokens.", "shared.") for n in names}
+    if prefix in (_CLIP_L, _CLIP_G):  # CLIPTextModel has no `text_model.` of its own
+        heads = ("text_model.", "text_projection.")
+        return {n: prefix + ("" if n.startswith(heads) else "text_model.") + n for n in names}
     return {n: prefix + n.removeprefix("text_model.") for n in names}
+
+
+def _groups(architecture: str, component: str, names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the weights by the name of the tensor that they share, in their order there."""
+    groups: dict[str, list[str]] = {}
+    for name, original in original_names(architecture, component, names).items():
+        groups.setdefault(original, []).append(name)
+    order = part_of if component == "transformer" else _qkv
+    return {original: sorted(group, key=order) for original, group in groups.items()}
 
 
 def pack(architecture: str, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a component as a one-file checkpoint stores them.
 
     The autoencoder's attention has 1x1 convolutions; OpenCLIP stores queries, keys and values in
-    one tensor, and transposes its text projection.
+    one tensor, and transposes its text projection. Transformers share tensors too, and their last
+    modulations have shift before scale.
     """
-    shared: dict[str, list[str]] = {}
-    for name, original in original_names(architecture, component, state).items():
-        shared.setdefault(original, []).append(name)
+    swapped = swapped_names(state) if component == "transformer" else set()
     packed = {}
-    for original, names in shared.items():
-        value = (
-            torch.cat([state[name] for name in sorted(names, key=_qkv)])
-            if len(names) > 1
-            else state[names[0]]
-        )
+    for original, names in _groups(architecture, component, state).items():
+        is_fused = len(names) > 1 and not _is_tied(names)
+        value = torch.cat([state[name] for name in names]) if is_fused else state[names[0]]
         if component == "vae" and ".mid_block.attentions." in names[0] and value.ndim == 2:
             value = value[:, :, None, None]
+        if names[0] in swapped:
+            value = swap_halves(value)
         packed[original] = value.T if _is_transposed(architecture, component, original) else value
     return packed
 
 
 def unpack(
-    architecture: str, component: str, name: str, value: Tensor, shape: torch.Size
-) -> Tensor:
-    """Return one weight from a one-file checkpoint's tensor: the inverse of `pack`.
+    architecture: str,
+    component: str,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+) -> dict[str, Tensor]:
+    """Return a component's weights from the tensors of a one-file checkpoint: inverse of `pack`.
 
     Args:
         architecture: key of `PREFIX`.
         component: key of `PREFIX[architecture]`.
-        name: name of the weight in diffusers.
-        value: the tensor of its name in `original_names`.
-        shape: shape of the weight. A result of another shape means that the file does not fit.
+        tensors: tensors of the file, those of `original_names` among them.
+        shapes: shape of each weight by its name in diffusers. A result of another shape means that
+            the file does not fit.
     """
-    if component == "vae" and value.ndim == 4 and len(shape) == 2:
-        return value[:, :, 0, 0]
-    if (architecture, component) in OPEN_CLIP and (index := _qkv(name)) < len(_QKV):
-        return (
-            value[index * shape[0] : (index + 1) * shape[0]]
-            if len(value) == len(_QKV) * shape[0]
-            else value
-        )
-    return value.T if _is_transposed(architecture, component, name) else value
+    swapped = swapped_names(shapes) if component == "transformer" else set()
+    weights = {}
+    for original, names in _groups(architecture, component, shapes).items():
+        value, rows = tensors[original], [shapes[name][0] for name in names]
+        is_fused = len(names) > 1 and not _is_tied(names) and value.ndim > 0
+        parts = value.split(rows) if is_fused and len(value) == sum(rows) else [value] * len(rows)
+        for name, part in zip(names, parts, strict=True):
+            if component == "vae" and part.ndim == 4 and len(shapes[name]) == 2:
+                weights[name] = part[:, :, 0, 0]
+            elif name in swapped and part.shape == shapes[name]:
+                weights[name] = swap_halves(part)
+            else:
+                weights[name] = part.T if _is_transposed(architecture, component, name) else part
+    return weights
+
+
+def _is_tied(names: Sequence[str]) -> bool:
+    """Return whether names are those of one weight, T5's table of embeddings."""
+    return "shared.weight" in names
 
 
 def _qkv(name: str) -> int:

@@ -1,16 +1,18 @@
-"""Format of one-file checkpoints in the original Stable Diffusion layout."""
+"""Format of one-file checkpoints in the layouts of the models' publishers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safegen.core.errors import FileError, first_line
-from safegen.core.tensor_files import check_pickle, read_tensors
+from safegen.core.tensor_files import FACTOR_DTYPES, check_pickle, read_tensors
+from safegen.models.checkpoint.key_map import PREFIX, original_names, unpack
 
 CONFIGS_KEY = "safegen_configs"
 """Header key with a pipeline's configuration files, which make the file self-contained."""
@@ -41,6 +43,10 @@ LEGACY_TEXT_PREFIX = "cond_stage_model.transformer."
 """Prefix of the text encoder's weights in SD 1.x merges of 2022."""
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
 """Prefix of the text encoder's weights in the published SD 1.x file."""
+PROJECTION = "text_projection.weight"
+"""Name of the projection of a CLIP's pooled embedding."""
+UNUSED = ("embeddings.position_ids", "logit_scale", "attn_mask", "encoder.embed_tokens.weight")
+"""Tensors of text encoders that decide no image."""
 PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
 
 
@@ -113,3 +119,75 @@ def open_single_file(path: Path, allow_pickle: bool) -> SingleFile:
             for key, value in tensors.items()
         }
     return SingleFile(path, tensors, header)
+
+
+def load_weights(
+    checkpoint: SingleFile, architecture: str, component: str, module: nn.Module, hint: str
+) -> None:
+    """Load a file's weights into a component; every weight must be in the file, and no other.
+
+    Args:
+        checkpoint: the file.
+        architecture: key of `PREFIX`.
+        component: name of the component in the pipeline.
+        module: the component, on the meta device.
+        hint: way out for messages.
+
+    Raises:
+        FileError: the weights do not fit the component's configuration.
+    """
+    path, tensors = checkpoint.path, checkpoint.tensors
+    state = module.state_dict()
+    weights = {}
+    if (architecture, component) == ("sd3", "text_encoder"):
+        # SD 3 reads the pooled embedding of CLIP-L before its projection
+        projection = state.pop(PROJECTION)
+        weights[PROJECTION] = torch.eye(*projection.shape, dtype=projection.dtype)
+    names = original_names(architecture, component, state)
+    for original in names.values():
+        if original not in tensors:
+            raise FileError(f"{path} lacks {original}, which its configuration needs. {hint}")
+        if tensors[original].dtype not in FACTOR_DTYPES:
+            raise FileError(
+                f"weights in {path} must be fp64, fp32, fp16 or bf16, got "
+                f"{tensors[original].dtype} in {original}. Get the model in another precision"
+            )
+    shapes = {name: value.shape for name, value in state.items()}
+    for name, value in unpack(architecture, component, tensors, shapes).items():
+        if value.shape != shapes[name]:
+            raise FileError(
+                f"shape of {names[name]} in {path} must be {tuple(shapes[name])} for {name}, got "
+                f"{tuple(tensors[names[name]].shape)}. {hint}"
+            )
+        # a copy, since the alignment of memory-mapped tensors changes how sums are rounded
+        weights[name] = value.to(state[name].dtype, copy=True).contiguous()
+    prefix = PREFIX[architecture][component]
+    unknown = {
+        key
+        for key in tensors
+        if key.startswith(prefix)
+        and not _is_unused(architecture, component, key.removeprefix(prefix), module)
+    } - set(names.values())
+    if unknown:
+        raise FileError(
+            f"{path} has {len(unknown)} weights that its configuration does not know, first "
+            f"{min(unknown)}. {hint}"
+        )
+    module.load_state_dict(weights, assign=True)
+
+
+def _is_unused(architecture: str, component: str, name: str, module: Any) -> bool:
+    """Return whether a text encoder's tensor decides no image.
+
+    Those are buffers, the logit scale, T5's second name of its table and, in SD 2.x, which reads
+    the last block but one, the projection and the last block; SD 3 and FLUX read CLIP-L without a
+    projection.
+    """
+    if name.removeprefix("text_model.") in UNUSED:
+        return True
+    if architecture in ("sd3", "flux") and component == "text_encoder":
+        return name == PROJECTION
+    if (architecture, component) != ("sd2", "text_encoder"):
+        return False
+    last_block = f"transformer.resblocks.{module.config.num_hidden_layers}."
+    return name == "text_projection" or name.startswith(last_block)

@@ -1,4 +1,4 @@
-"""Reading of one-file checkpoints in the original Stable Diffusion layout: SD 1.x, 2.x and XL."""
+"""Reading of one-file checkpoints in the layouts of the models' publishers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from pydantic import BaseModel, Field
-from torch import nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -19,11 +18,10 @@ from safegen.core.documents import parse_json, validate
 from safegen.core.errors import FileError
 from safegen.core.files import writing
 from safegen.core.quiet import silence_libraries
-from safegen.core.tensor_files import FACTOR_DTYPES
 from safegen.models.checkpoint import configs
 from safegen.models.checkpoint.diffusers_folder import SDXL, check_schedule, pipeline_class
 from safegen.models.checkpoint.folder_schema import check_configs
-from safegen.models.checkpoint.key_map import PREFIX, original_names, unpack
+from safegen.models.checkpoint.key_map import PREFIX
 from safegen.models.checkpoint.metadata import METADATA_KEY, CheckpointMetadata, parse_metadata
 from safegen.models.checkpoint.single_file import (
     CONFIGS_KEY,
@@ -32,8 +30,10 @@ from safegen.models.checkpoint.single_file import (
     ZERO_SNR_ABAR,
     ZERO_SNR_TENSOR,
     SingleFile,
+    load_weights,
     open_single_file,
 )
+from safegen.models.checkpoint.transformer_file import read_transformer_file, transformer_in
 from safegen.models.model import Pipeline
 
 FILE_NAME = r"^[A-Za-z0-9_-]{1,40}(/[A-Za-z0-9_-]{1,40})?\.(json|txt)$"
@@ -60,7 +60,8 @@ def read_single_file(
 
     Args:
         path: .safetensors, or with `allow_pickle` .ckpt.
-        config: a diffusers folder of the same family, for its configuration files and vocabulary.
+        config: a diffusers folder of the same family, for its configuration files and vocabulary;
+            that of SD 3 and FLUX also for components that the file lacks, and required.
             Default: those in the header of a file that safegen wrote, or those of the published
             model with these weight names.
         dtype: type of the weights.
@@ -72,6 +73,10 @@ def read_single_file(
             configuration; or it is an SD 2.x that does not state what it predicts.
     """
     checkpoint = open_single_file(path, allow_pickle)
+    if (architecture := transformer_in(checkpoint)) is not None:
+        return read_transformer_file(
+            checkpoint, architecture, config=config, dtype=dtype, allow_pickle=allow_pickle
+        )
     if edm := sorted(name for name in checkpoint.tensors if name.startswith(EDM_PREFIXES)):
         raise FileError(
             f"schedule of {path} must not be EDM, got the tensor {edm[0]}. Use another model"
@@ -185,7 +190,7 @@ def _build_pipeline(checkpoint: SingleFile, config: Path, class_name: str, hint:
         linear = components["unet"].config.use_linear_projection
         architecture = "sdxl" if class_name == SDXL else "sd2" if linear else "sd1"
         for component, module in components.items():
-            _load_weights(checkpoint, architecture, component, module.float(), hint)
+            load_weights(checkpoint, architecture, component, module.float(), hint)
         cls, options = pipeline_class(class_name)
         pipeline: Pipeline = cls.from_pretrained(
             config, **components, **options, local_files_only=True
@@ -209,56 +214,3 @@ def _empty_components(config: Path, class_name: str) -> dict[str, Any]:
                 CLIPTextConfig.from_pretrained(config / "text_encoder_2")
             )
     return components
-
-
-def _load_weights(
-    checkpoint: SingleFile, architecture: str, component: str, module: nn.Module, hint: str
-) -> None:
-    """Load a file's weights into a component; every weight must be in the file, and no other."""
-    path, tensors = checkpoint.path, checkpoint.tensors
-    state = module.state_dict()
-    names = original_names(architecture, component, state)
-    weights = {}
-    for name, original in names.items():
-        if original not in tensors:
-            raise FileError(f"{path} lacks {original}, which its configuration needs. {hint}")
-        if tensors[original].dtype not in FACTOR_DTYPES:
-            raise FileError(
-                f"weights in {path} must be fp64, fp32, fp16 or bf16, got "
-                f"{tensors[original].dtype} in {original}. Get the model in another precision"
-            )
-        value = unpack(architecture, component, name, tensors[original], state[name].shape)
-        if value.shape != state[name].shape:
-            raise FileError(
-                f"shape of {original} in {path} must be {tuple(state[name].shape)} for {name}, got "
-                f"{tuple(tensors[original].shape)}. {hint}"
-            )
-        # a copy, since the alignment of memory-mapped tensors changes how sums are rounded
-        weights[name] = value.to(state[name].dtype, copy=True).contiguous()
-    prefix = PREFIX[architecture][component]
-    unknown = {
-        key
-        for key in tensors
-        if key.startswith(prefix)
-        and not _is_unused(architecture, component, key.removeprefix(prefix), module)
-    } - set(names.values())
-    if unknown:
-        raise FileError(
-            f"{path} has {len(unknown)} weights that its configuration does not know, first "
-            f"{min(unknown)}. {hint}"
-        )
-    module.load_state_dict(weights, assign=True)
-
-
-def _is_unused(architecture: str, component: str, name: str, module: Any) -> bool:
-    """Return whether a text encoder's tensor decides no image.
-
-    Those are buffers, the logit scale, and, in SD 2.x, which reads the last block but one, the
-    projection and the last block.
-    """
-    if name in ("embeddings.position_ids", "logit_scale", "attn_mask"):
-        return True
-    if (architecture, component) != ("sd2", "text_encoder"):
-        return False
-    last_block = f"transformer.resblocks.{module.config.num_hidden_layers}."
-    return name == "text_projection" or name.startswith(last_block)

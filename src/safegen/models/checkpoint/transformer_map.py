@@ -94,6 +94,8 @@ _BLOCKS = {
     },
 }
 _ENDS = {"sd3": _ADDED | _FINAL, "flux": _FLUX_ENDS | _FINAL}
+POSITIONS = "pos_embed.pos_embed"
+"""SD 3's position embedding, a constant that its files have."""
 _BLOCK = re.compile(r"((?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 _PARTS = re.compile(r"\.(?:to_(?P<image>[qkv])|add_(?P<text>[qkv])_proj|proj_mlp)\.")
 
@@ -112,6 +114,9 @@ def transformer_names(names: Iterable[str]) -> dict[str, str]:
     renamed = {}
     for name in names:
         stem, _, end = name.rpartition(".")
+        if name == POSITIONS:
+            renamed[name] = "pos_embed"
+            continue
         original = _ENDS[layout].get(stem)
         if match := _BLOCK.fullmatch(stem):
             blocks, inner = _BLOCKS[layout].get(match[1], ("", {}))
