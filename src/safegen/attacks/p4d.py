@@ -116,10 +116,10 @@ class HardPromptSearch:
         ]
         with self.unedited.restored():
             images = list(generate(self.model, explicit, self.target.generation))
+            goals = self.model.encode_text([sample.prompt for sample in explicit])
         latents = self.model.encode_images(
             torch.stack([preprocess(image, self.model.size) for image in images])
         ).float()
-        goals = self.model.encode_text([sample.prompt for sample in explicit])
         searches = [
             _HardPrompt(config, self, sample, latents[i], goals[i : i + 1])
             for i, sample in enumerate(samples)

@@ -11,6 +11,7 @@ from torch import Tensor
 from safegen.models.conditioning import Conditioning
 from safegen.models.denoisers import predict
 from safegen.models.model import Model
+from safegen.models.patched_weights import component_of
 from safegen.patches.active_lora import disabled_loras
 
 
@@ -18,13 +19,14 @@ class UneditedDenoiser:
     """Denoiser with the weights that it had before its patches, and without active LoRAs."""
 
     def __init__(self, model: Model) -> None:
-        """Note the values of the weights before the first patch on each."""
+        """Note the values of the denoiser's weights before the first patch on each."""
         self.model = model
         self.weights: dict[str, Tensor] = {}
-        """Values before the patches, of the patched weights."""
+        """Values before the patches, of the patched weights of the denoiser."""
         for applied in model.applied_patches:
             for name, value in applied.before.items():
-                self.weights.setdefault(name, value)
+                if component_of(name) is None:
+                    self.weights.setdefault(name, value)
 
     @torch.no_grad()
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning) -> Tensor:
@@ -40,18 +42,6 @@ class UneditedDenoiser:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Put the old values into the model inside the block, for generation without the edit."""
-        parameters = dict(self.model.denoiser.named_parameters())
-        edited = {name: parameters[name].detach().clone() for name in self.weights}
-        try:
-            with disabled_loras(self.model):
-                self._write(self.weights)
-                yield
-        finally:
-            self._write(edited)
-
-    @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
-        parameters = dict(self.model.denoiser.named_parameters())
-        for name, value in values.items():
-            parameters[name].copy_(value)
+        """Take patches, those of text encoders too, and LoRAs off the model inside the block."""
+        with disabled_loras(self.model), self.model.without_patches():
+            yield
