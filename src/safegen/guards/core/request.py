@@ -12,8 +12,15 @@ from safegen.core.errors import ConfigError
 from safegen.guards.core.adapter import NUM_IMAGES_OPTIONS, PipelineAdapter, clone_generator
 from safegen.guards.core.base import Call
 
-UNSUPPORTED_OPTIONS = ("ip_adapter_image", *NUM_IMAGES_OPTIONS, "return_dict")
+UNSUPPORTED_OPTIONS = (
+    "ip_adapter_image",
+    "negative_ip_adapter_image",
+    *NUM_IMAGES_OPTIONS,
+    "return_dict",
+)
 """Options of pipelines that bypass guards or change what a call returns."""
+ATTENTION_OPTIONS = ("cross_attention_kwargs", "joint_attention_kwargs")
+"""Options with inputs of the denoiser's attention."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,12 @@ def check_request(
         if _is_unsupported(key) and value is not None:
             raise ConfigError(
                 f"{key} must not be given with guards, which do not see it. Leave it out."
+            )
+    for key in ATTENTION_OPTIONS:
+        if any(name.startswith("ip_") for name in options.get(key) or ()):
+            raise ConfigError(
+                f"{key} must not have an image prompt with guards, which do not see it. "
+                "Leave it out."
             )
     if copies < 1:
         raise ConfigError(f"num_images_per_prompt must be >= 1, got {copies}")
