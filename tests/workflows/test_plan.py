@@ -11,6 +11,7 @@ from safegen.attacks.core.cost import Budget
 from safegen.attacks.core.run import AttackConfig
 from safegen.core.concept import load_concept
 from safegen.core.generation import GenerationConfig
+from safegen.edits.des import DES
 from safegen.edits.training.config import Training
 from safegen.evaluation.protocol import Protocol
 from safegen.stack import Stack, load_stack
@@ -64,6 +65,13 @@ def test_passes_of_a_training_are_those_of_its_run(model, method, settings):
     assert plan.seconds > 0
     assert plan.memory > 2**27
     assert plan.images == settings.get("num_images", 0)
+
+
+def test_trained_weights_are_those_of_the_network_that_an_edit_trains(model):
+    des = DES(erase=("skulls",), selector="layers")
+    encoder = model.pipeline.text_encoder
+    trained = sum(p.numel() for name, p in encoder.named_parameters() if ".layers." in name)
+    assert edit._static_memory(des, model) == edit.TRAINING_BYTES * trained
 
 
 @pytest.mark.slow

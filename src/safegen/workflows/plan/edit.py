@@ -143,8 +143,9 @@ def _static_memory(config: TrainedEdit, model: Model) -> int:
     """Return the bytes that a training adds with any batch."""
     if config.rank is not None:
         return 0
-    weights = dict(model.denoiser.named_parameters())
-    selected = select_parameters(model.denoiser, config.selector)
+    network = config.network(model)
+    weights = dict(network.named_parameters())
+    selected = select_parameters(network, config.selector)
     return TRAINING_BYTES * sum(weights[name].numel() for name in selected)
 
 
