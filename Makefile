@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= safegen-demo
 FIGURES ?= safegen-figures
+INTEROP ?= safegen-interop
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly integrations lint docs bench clean
+.PHONY: help demo test nightly interop integrations lint docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -20,8 +21,13 @@ demo: .venv/installed ## the main job: remove skulls from the bundled miniature 
 test: .venv/installed ## the test suite, in two processes of one thread each; most tests leave a second thread idle
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-nightly: .venv/installed ## the slow proofs too: the shipped model's required figures, the whole demo
+nightly: .venv/installed ## the slow proofs too: the shipped model's required figures, the whole demo, other programs
 	$(BIN)/python -m pytest
+	$(MAKE) interop
+
+interop: .venv/installed ## ComfyUI, stable-diffusion.cpp, InvokeAI and diffusers read our files (4 GB of disk, 7 GB of memory)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interop]'
+	$(BIN)/python -m tools.interop --cache $(INTEROP)
 
 integrations: ## eval-unlearn, inspect_ai, Ray Serve and C2PA as they are, in an environment of their own
 	$(PYTHON) -m venv .venv-integrations
@@ -53,6 +59,7 @@ bench: .venv/installed ## the figures in docs/, made again in a folder of their 
 	$(BIN)/python benchmarks/held_out_judge.py $(FIGURES)/skulls
 	$(BIN)/python benchmarks/unlearn_diff.py --folder $(FIGURES)/unlearn-diff --out $(FIGURES)/unlearn_diff_cost.json
 	$(BIN)/python benchmarks/plan.py --out $(FIGURES)/plan.json
+	$(BIN)/python benchmarks/real_size.py --out $(FIGURES)/real_size.json
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python benchmarks/serve_ray.py --out $(FIGURES)/serve_ray.json
 	$(BIN)/python benchmarks/serve.py --out $(FIGURES)/serve.json
@@ -65,4 +72,4 @@ lint: .venv/installed ## ruff, mypy, the import contracts and the vocabulary
 	$(BIN)/python -m pytest -q tests/test_vocabulary.py
 
 clean: ## remove the environment
-	rm -rf .venv .venv-integrations
+	rm -rf .venv .venv-integrations $(INTEROP)

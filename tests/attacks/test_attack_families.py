@@ -15,6 +15,7 @@ from safegen.attacks.core.dataset import FineTuneDataset
 from safegen.attacks.core.finetune import DenoisingObjective
 from safegen.attacks.core.inversion import draw, invert, sampling_steps
 from safegen.attacks.core.target import Target
+from safegen.attacks.core.unedited import UneditedModel
 from safegen.attacks.p4d import P4D, HardPromptSearch, _HardPrompt
 from safegen.attacks.search.text_space import TextSpace
 from safegen.core.concept import load_concept
@@ -24,7 +25,9 @@ from safegen.core.registry import ATTACKS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.models.denoisers import pack_latents, packs_latents, predict
 from safegen.models.generation import batches
+from safegen.models.patched_weights import pipeline_weights
 from safegen.models.textual_inversion import added_words, read_word, write_word
+from safegen.patches.patch import Patch
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 from tests.attacks.families import ATTACKS_ON_FAMILIES
@@ -32,9 +35,11 @@ from tests.tiny import FAMILIES, PROMPTS, build_model
 
 SKULLS = load_concept("skulls")
 TEXTS = [PROMPTS[0], "a cube"]
-FAST = {"sdxl", "sd35", "flux"}
+FAST = ("sdxl", "sd35", "flux")
 """Families whose cells run in the fast suite; between them they have every form of text, schedule
 and network. Nightly runs the others."""
+BLACK_BOX = ("img2img", "inpaint", "seeds", "sneaky_prompt", "tree_search")
+"""Attacks that see images alone, which the fast suite runs on one family."""
 SMALLEST = {
     "concept_inversion": {"updates": 1},
     "latent_inversion": {"texts": ("blank",), "iterations": 1, "updates": 0, "control": False},
@@ -110,8 +115,8 @@ def smallest(name, images, captioned):
 
 
 def cell(family, attack, reason):
-    marks = () if reason or family in FAST else pytest.mark.slow
-    return pytest.param(family, attack, reason, marks=marks)
+    is_fast = family == FAST[-1] if attack in BLACK_BOX else family in FAST
+    return pytest.param(family, attack, reason, marks=() if reason or is_fast else pytest.mark.slow)
 
 
 CELLS = [cell(f, name, row[name]) for f, row in ATTACKS_ON_FAMILIES.items() for name in row]
@@ -249,6 +254,62 @@ def test_the_inverted_steps_are_those_of_the_pipeline(family, models, monkeypatc
     drawn_own = pack_latents(drawn) if packs_latents(model.pipeline) else drawn
     assert_close(drawn_own, found, rtol=1e-4, atol=1e-4)
     assert_close(draw(output, steps, back), drawn, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def text_patch(tmp_path_factory):
+    """Return the file of a patch that changes the text encoders and the denoiser of SDXL."""
+    weights = pipeline_weights(build_model("sdxl").pipeline)
+    kinds = ("text_encoder.", "text_encoder_2.", "conv_in.")
+    rng = torch.Generator().manual_seed(0)
+    changed = {
+        name: value + torch.randn(value.shape, generator=rng) / 10
+        for name, value in weights.items()
+        if name.startswith(kinds) and value.ndim > 1
+    }
+    path = tmp_path_factory.mktemp("patch") / "text.safetensors"
+    Patch(changed).save(path)
+    return path
+
+
+def test_an_unedited_model_has_its_own_text_encoders_and_denoiser(text_patch):
+    model, rng = build_model("sdxl"), torch.Generator().manual_seed(0)
+    x, t = torch.randn(1, *model.latent_shape, generator=rng), torch.tensor([500])
+    before = model.encode_text(TEXTS[:1])
+    with torch.no_grad():
+        said = predict(model.denoiser, x, t, before)
+    with Patch.load(text_patch).apply(model):
+        edited, unedited = model.encode_text(TEXTS[:1]), UneditedModel(model)
+        assert not torch.allclose(edited.hidden, before.hidden)
+        assert torch.equal(unedited.predict(x, t, before), said)
+        with unedited.restored():
+            assert torch.equal(model.encode_text(TEXTS[:1]).hidden, before.hidden)
+        assert torch.equal(model.encode_text(TEXTS[:1]).hidden, edited.hidden)
+
+
+@pytest.mark.parametrize("attack", ["mma", "ring_a_bell"])
+def test_static_attacks_find_the_same_whatever_the_edit_of_the_text_encoders(
+    attack, text_patch, skulls_judge, benign_samples, tmp_path
+):
+    """The attacker has the published encoders, not those of the defended stack."""
+    config, loader = smallest(attack, None, None), StackLoader(model=build_model("sdxl"))
+    found = []
+    for patches in ((), (text_patch,)):
+        with loader.open(Stack(name="sdxl", model="sdxl", patches=patches)) as loaded:
+            target = Target(loaded, SKULLS, skulls_judge, GenerationConfig(num_inference_steps=2))
+            attacker = config.build(AttackContext(target, tmp_path))
+            found.append(attacker.attack(benign_samples[:1]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("family", "passes"), [("sdxl", 8), ("flux", 6)])
+def test_passes_of_each_text_encoder_count_and_only_those_with_a_gradient_twice(
+    family, passes, attack_family, benign_samples, captioned
+):
+    """Two texts pass two CLIPs of SDXL there and back, or FLUX's CLIP there and back and its T5."""
+    config = smallest("concept_inversion", None, captioned)
+    _, cost = attack_family(config, family, benign_samples[:1])
+    assert (cost.text_encoder, cost.denoiser) == (passes, 4)
 
 
 def test_a_word_of_sdxl_has_vectors_for_each_encoder_and_leaves_nothing_behind(tmp_path):

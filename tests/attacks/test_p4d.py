@@ -9,14 +9,13 @@ from torch.testing import assert_close
 
 from safegen.attacks.core.base import AttackContext
 from safegen.attacks.core.target import Target
-from safegen.attacks.core.unedited import UneditedDenoiser
+from safegen.attacks.core.unedited import UneditedModel
 from safegen.attacks.p4d import P4D, HardPromptSearch, _HardPrompt, insert_tokens
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError
 from safegen.core.generation import GenerationConfig
 from safegen.edits.uce import UCE
 from safegen.models.loading import load
-from safegen.models.patched_weights import pipeline_weights
 from safegen.patches.active_lora import active_loras
 from safegen.patches.lora import extract_lora, save_lora
 from safegen.patches.lora_reader import read_lora
@@ -114,7 +113,7 @@ def test_the_unedited_denoiser_has_neither_patches_nor_loras(loader, tmp_path):
     save_lora(extract_lora(uce, model, 2), model, lora, dtype=torch.float32, base=model.hash)
     twice = Patch({name: value * 1.01 for name, value in uce.tensors.items()})
     with uce.apply(model), twice.apply(model), active_loras(model, [(read_lora(lora, model), 1.0)]):
-        edited, unedited = predict(), UneditedDenoiser(model)
+        edited, unedited = predict(), UneditedModel(model)
         assert not torch.equal(edited, before)
         assert torch.equal(unedited.predict(x, t, text), before)
         with unedited.restored():
@@ -123,21 +122,6 @@ def test_the_unedited_denoiser_has_neither_patches_nor_loras(loader, tmp_path):
             raise RuntimeError
         assert torch.equal(predict(), edited)
     assert torch.equal(predict(), before)
-
-
-def test_the_unedited_model_has_the_text_encoder_without_patches(loader):
-    model, _ = loader.model("mini")
-    name = "text_encoder.text_model.final_layer_norm.weight"
-    before = model.encode_text(["skulls"]).hidden
-    patch = Patch({name: pipeline_weights(model.pipeline)[name].detach() * 2})
-    x, t = torch.randn(1, 4, 16, 16), torch.tensor([9])
-    with patch.apply(model):
-        edited, unedited = model.encode_text(["skulls"]), UneditedDenoiser(model)
-        assert not torch.equal(edited.hidden, before)
-        assert unedited.predict(x, t, edited).shape == x.shape
-        with unedited.restored():
-            assert torch.equal(model.encode_text(["skulls"]).hidden, before)
-        assert torch.equal(model.encode_text(["skulls"]).hidden, edited.hidden)
 
 
 def test_texts_that_the_encoder_cannot_read_are_refused(attack_mini, benign_samples):

@@ -17,13 +17,16 @@ GUARDS = (
 )
 NO_TRUE_CFG = {family: f"{family}, true_cfg_scale 1" for family in ("flux", "flux-schnell")}
 """Families that guide only with `true_cfg_scale` > 1, with their row without it."""
-IMAGE_ROWS = ("sd3 from an image", "flux from an image")
-"""Rows of pipelines that start from an image."""
+IMAGE_CLASSES = {
+    "sd3 from an image": "StableDiffusion3Img2ImgPipeline",
+    "sd3 inpainting": "StableDiffusion3InpaintPipeline",
+    "flux from an image": "FluxImg2ImgPipeline",
+    "flux inpainting": "FluxInpaintPipeline",
+}
+"""Rows of pipelines that start from an image, with their classes."""
 TRUE_CFG_REASON = "true_cfg_scale must be > 1"
 NOISE_REASON = "moves the initial noise, and a {} starts from an image"
-IMAGE_CLASSES = dict(
-    zip(IMAGE_ROWS, ("StableDiffusion3Img2ImgPipeline", "FluxImg2ImgPipeline"), strict=True)
-)
+STREAMS_REASON = "needs two streams of equal noise, and inpainting does not start them alike"
 
 GUARDS_ON_FAMILIES: dict[str, dict[str, str]] = (
     {family: dict.fromkeys(GUARDS, "") for family in FAMILIES}
@@ -33,8 +36,9 @@ GUARDS_ON_FAMILIES: dict[str, dict[str, str]] = (
     }
     | {
         row: dict.fromkeys(GUARDS, "")
-        | dict.fromkeys(("crops", "pno"), NOISE_REASON.format(IMAGE_CLASSES[row]))
-        for row in IMAGE_ROWS
+        | dict.fromkeys(("crops", "pno"), NOISE_REASON.format(kind))
+        | ({"dual-latent": STREAMS_REASON} if "inpainting" in row else {})
+        for row, kind in IMAGE_CLASSES.items()
     }
 )
 """Row: guard: reason why it refuses, part of its message; empty where it acts.

@@ -11,6 +11,7 @@ from PIL import Image
 
 import safegen
 from safegen.core.errors import ConfigError
+from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.registry import GUARDS
 from safegen.guards import make_guard
 from safegen.guards.core.adapter import PipelineAdapter
@@ -20,7 +21,10 @@ from safegen.guards.safree.projection import concept_projectors, project_prompt
 from safegen.guards.sld import safety_guidance
 from safegen.models.conditioning import Conditioning
 from safegen.models.denoisers import read_text, replace_text, unpack_latents
-from tests.guards.families import GUARDS_ON_FAMILIES, IMAGE_ROWS, NO_TRUE_CFG
+from safegen.models.model import Model
+from safegen.stack import Stack
+from safegen.stack_loader import LoadedStack
+from tests.guards.families import GUARDS_ON_FAMILIES, IMAGE_CLASSES, NO_TRUE_CFG
 from tests.tiny import FAMILIES, PROMPTS, build_pipeline
 
 PROMPT, TEXT = PROMPTS[0], "a red cube"
@@ -45,11 +49,10 @@ def pipes():
     """Return the tiny pipeline of each row of the table."""
     built = {family: build_pipeline(family) for family in FAMILIES}
     built |= {row: built[family] for family, row in NO_TRUE_CFG.items()}
-    from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+    import diffusers
 
-    kinds = (StableDiffusion3Img2ImgPipeline, FluxImg2ImgPipeline)
-    for row, kind in zip(IMAGE_ROWS, kinds, strict=True):
-        built[row] = kind(**built[row.split()[0]].components)
+    for row, kind in IMAGE_CLASSES.items():
+        built[row] = getattr(diffusers, kind)(**built[row.split()[0]].components)
         built[row].set_progress_bar_config(disable=True)
     return built
 
@@ -58,10 +61,12 @@ def options_of(row, n=1, **options):
     """Return the options of a row's call."""
     if row.startswith("flux") and row not in NO_TRUE_CFG.values():
         options = {"true_cfg_scale": 4.0, "negative_prompt": [""] * n} | options
-    if row in IMAGE_ROWS:
+    if row in IMAGE_CLASSES:
         noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         options |= {"image": [Image.fromarray(noise)] * n, "height": 32, "width": 32}
         options |= {"strength": 1.0}
+    if "inpainting" in row:
+        options["mask_image"] = [Image.new("L", (32, 32), 255)] * n
     return {"num_inference_steps": 1} | options
 
 
@@ -90,7 +95,7 @@ def test_a_guard_acts_on_a_family_or_gives_its_reason(pipes, generate, passing_s
         assert np.abs(output.image - base).max() > 1e-4
 
 
-@pytest.mark.parametrize("row", ["sd35", "flux", *nightly(*IMAGE_ROWS)])
+@pytest.mark.parametrize("row", ["sd35", "flux", *nightly(*IMAGE_CLASSES)])
 def test_guards_without_effect_leave_an_image_bit_for_bit(pipes, generate, row):
     options = options_of(row, 2, num_inference_steps=2)
     guards = [
@@ -99,6 +104,7 @@ def test_guards_without_effect_leave_an_image_bit_for_bit(pipes, generate, row):
         {**SAFREE, "strength": 0.0},
         {"name": "dual-latent", "phrases": [TEXT], "strength": 0.0},
     ]
+    guards = guards[:3] if "inpainting" in row else guards
     outputs = generate(pipes[row], guards, PROMPTS[:2], **options)
     assert {o.trace.action for o in outputs} == {"none"}
     base = generate(pipes[row], None, PROMPTS[:2], **options)
@@ -191,6 +197,40 @@ def test_guidance_on_flux_needs_true_guidance(pipes, generate, row, changes, mes
     with pytest.raises(ConfigError, match=message) as caught:
         generate(pipes[row], [{"name": "sld", "text": TEXT}], [PROMPT], **options_of(row) | changes)
     assert "\n" not in str(caught.value)
+
+
+def test_image_prompts_in_the_attention_of_flux_are_refused(pipes, generate):
+    hidden = {"joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.zeros(1, 1, 8)]}}
+    with pytest.raises(ConfigError, match="joint_attention_kwargs must have no image prompt"):
+        generate(pipes["flux"], [SAFREE], [PROMPT], **options_of("flux"), **hidden)
+
+
+def test_the_rows_of_a_text_are_those_of_its_encoders(pipes):
+    wanted = {
+        "sd1": [1, 2, 3],
+        "sdxl": [1, 2, 3],
+        "sd3": [1, 2, 3],
+        "sd35": [1, 2, 3, 32, 33, 34],
+        "flux": [0, 1, 2],
+    }
+    for row, rows in wanted.items():
+        adapter = PipelineAdapter(pipes[row])
+        assert adapter.token_rows("a red cube") == rows
+        if row == "flux":  # no token that is not read
+            assert adapter.token_rows("a red cube", {"max_sequence_length": 3}) == [0, 1]
+
+
+def test_a_stack_guards_flux_with_true_guidance(pipes):
+    model = Model("flux", pipes["flux"])
+    stack = Stack(name="s", model="flux", guards=({"name": "sld", "preset": "max", "text": TEXT},))
+    loaded = LoadedStack(stack, model, "0" * 64, GuardedPipeline(model.pipeline, stack.guards))
+    config = GenerationConfig(num_inference_steps=1, true_cfg_scale=4.0)
+    (image,) = loaded.generate([Sample(prompt=PROMPT, seed=1)], config)
+    assert image.trace.action == "edit"
+    (plain,) = safegen.generate(model, [Sample(prompt=PROMPT, seed=1)], config)
+    assert image.image.tobytes() != plain.tobytes()
+    with pytest.raises(ConfigError, match=r"^true_cfg_scale must be > 1 with sld, got 1\.0\."):
+        loaded.generate([Sample(prompt=PROMPT, seed=1)], GenerationConfig(num_inference_steps=1))
 
 
 def test_layers_that_sd3_skips_are_refused(pipes, generate):
@@ -300,7 +340,7 @@ def test_text_is_read_and_replaced_under_each_networks_names(kwargs, pooled):
 
 
 @pytest.mark.parametrize("output_type", ["latent", *nightly("pil", "pt")])
-@pytest.mark.parametrize("row", ["sd3", "flux", *nightly(*IMAGE_ROWS)])
+@pytest.mark.parametrize("row", ["sd3", "flux", *nightly(*IMAGE_CLASSES)])
 def test_a_withheld_image_is_black_and_of_the_size_asked_for(pipes, row, output_type):
     protected = safegen.protect(pipes[row], guards=[{"name": "prompt-filter", "words": ["red"]}])
     options = options_of(row) | {"height": 24, "width": 40, "output_type": output_type}

@@ -51,7 +51,10 @@ def model(make_model):
     return make_model()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f not in ("sdxl", "sd35"))) for f in FAMILIES],
+)
 def test_a_patch_of_every_component_is_undone_bit_for_bit(family):
     model = build_model(family)
     before, names = state_of(model), list(pipeline_weights(model.pipeline))

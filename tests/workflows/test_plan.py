@@ -11,18 +11,24 @@ from safegen.attacks.core.cost import Budget
 from safegen.attacks.core.run import AttackConfig
 from safegen.core.concept import load_concept
 from safegen.core.generation import GenerationConfig
-from safegen.edits.des import DES
+from safegen.core.registry import EDITS, resolve
 from safegen.edits.training.config import Training
+from safegen.edits.training.lora import trainable_parameters
 from safegen.evaluation.protocol import Protocol
+from safegen.models.patched_weights import hash_components, pipeline_weights
 from safegen.stack import Stack, load_stack
 from safegen.stack_loader import StackLoader
 from safegen.workflows.attack import make_attack
 from safegen.workflows.edit import prepare_edit
 from safegen.workflows.plan import Plan, attack, edit, plan_attack, plan_edit, plan_evaluation
+from safegen.workflows.plan.memory import model_bytes, training_bytes
 from safegen.workflows.plan.plan import format_seconds
 from safegen.workflows.plan.probe import measured
+from tiny import build_model
 
 CONFIG = GenerationConfig(num_inference_steps=7, batch_size=4)
+FAST = {"sdxl": "sdd", "sd35": "des", "flux": "uce"}
+"""Family: the edit that is planned on it in every run; the others are planned nightly."""
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +73,49 @@ def test_passes_of_a_training_are_those_of_its_run(model, method, settings):
     assert plan.images == settings.get("num_images", 0)
 
 
-def test_trained_weights_are_those_of_the_network_that_an_edit_trains(model):
-    des = DES(erase=("skulls",), selector="layers")
-    encoder = model.pipeline.text_encoder
-    trained = sum(p.numel() for name, p in encoder.named_parameters() if ".layers." in name)
-    assert edit._static_memory(des, model) == edit.TRAINING_BYTES * trained
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        pytest.param(method, family, marks=[pytest.mark.slow] * (FAST[family] != method))
+        for method in ("uce", "sdd", "des")
+        for family in FAST
+    ],
+)
+def test_edits_of_every_family_are_planned(method, family, cubes):
+    tiny = build_model(family)
+    config = resolve(EDITS, method, "edit")
+    settings = {"training": {"updates": 2, "warmup": 0, "batch": 2}} if config.is_trained else {}
+    config = config.preset("mini", concept=cubes, **config.TINY, **settings)
+    before = tiny.hash_denoiser(), hash_components(tiny, pipeline_weights(tiny.pipeline))
+    plan = plan_edit(config, tiny)
+    assert (tiny.hash_denoiser(), hash_components(tiny, pipeline_weights(tiny.pipeline))) == before
+    assert bool(plan.passes) == (method == "sdd")  # the others never call the denoiser
+    assert plan.memory > 2**27
+
+
+@pytest.mark.parametrize("method", ["sdd", "des"])
+def test_the_memory_of_a_training_is_that_of_its_trained_values(method):
+    tiny = build_model("sdxl")
+    kind = resolve(EDITS, method, "edit")
+    for rank in (None, 2):
+        edit = kind(rank=rank, training=Training(ema=0.0), erase=("red cube",))
+        network = edit.network(tiny)
+        with trainable_parameters(
+            tiny, edit.selector, rank=rank, alpha=None, seed=0, network=network
+        ) as trainable:
+            values = dict(network.named_parameters())
+            trained = sum(values[name].numel() for name in trainable.names)
+        assert training_bytes(edit, tiny) == 16 * trained
+    averaged = edit.model_copy(update={"training": Training(ema=0.9)})
+    assert training_bytes(averaged, tiny) == 20 * trained
+
+
+def test_the_size_of_a_model_counts_every_component():
+    tiny = build_model("flux")
+    numbers = sum(
+        p.numel() for name in tiny.components for p in getattr(tiny.pipeline, name).parameters()
+    )
+    assert model_bytes(tiny) == 4 * numbers
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity, one_hot
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.text import explicit_text, naming_tokens
+from safegen.attacks.core.unedited import UneditedModel
 from safegen.attacks.search.text_space import TextSpace
 from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_COUNT
@@ -61,6 +62,7 @@ class MMA(Attack):
         "candidate and remembers the best ever. "
         "Banned are tokens that are, or are parts of, words of the concept's phrases; the released "
         "list is of sensitive words. "
+        "The text encoders are those without an edit of the stack, which the attacker does not have. "
         "The encoder reads no padding, which cannot change the pooled embedding of a causal "
         "encoder. "
         "The default is smaller than the published search and ends after `patience` iterations "
@@ -100,13 +102,16 @@ class GreedySearch:
     def __init__(self, config: MMA, context: AttackContext) -> None:
         self.config, self.context = config, context
         self.space = TextSpace(context.target.model)
+        self.unedited = UneditedModel(context.target.model)
+        """The published text encoders are searched, without the edit of the stack."""
         self.space.check_room(config.num_tokens)
         view = self.space.views[0]
         banned = set(naming_tokens(context.concept, view)) if config.ban_names else set()
         allowed = [i for i in self.space.vocabulary if i not in banned]
         self.allowed = torch.tensor(allowed)
         """Ids of the tokens that a prompt may have (v,)."""
-        self.tables = self.space.tables(self.allowed)
+        with self.unedited.restored():
+            self.tables = self.space.tables(self.allowed)
         """Their embeddings, (v, width) for each text encoder."""
         letters = self.space.tokenizer.convert_tokens_to_ids([f"{x}</w>" for x in ascii_lowercase])
         place = {token: index for index, token in enumerate(allowed)}
@@ -118,9 +123,10 @@ class GreedySearch:
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
         """Return the best text found for each sample."""
         records = []
-        for number, sample in enumerate(samples):
-            self.context.progress("searching prompts", number, len(samples))
-            records.append(self._search(sample))
+        with self.unedited.restored():
+            for number, sample in enumerate(samples):
+                self.context.progress("searching prompts", number, len(samples))
+                records.append(self._search(sample))
         return records
 
     def _search(self, sample: EvalSample) -> AttackRecord:

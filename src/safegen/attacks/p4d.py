@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.text import explicit_text
-from safegen.attacks.core.unedited import UneditedDenoiser
+from safegen.attacks.core.unedited import UneditedModel
 from safegen.attacks.search.text_space import TextSpace
 from safegen.core.settings import MAX_COUNT
 from safegen.edits.functional import losses
@@ -99,7 +99,7 @@ class HardPromptSearch:
         self.model, self.space = context.target.model, TextSpace(context.target.model)
         if config.insert_every is None:
             self.space.check_room(config.num_tokens)
-        self.unedited = UneditedDenoiser(self.model)
+        self.unedited = UneditedModel(self.model)
         tokens = self.space.whole_words if config.whole_words else self.space.vocabulary
         self.vocabulary = torch.tensor(tokens, device=self.model.device)
         self.tables = self.space.tables(self.vocabulary)
@@ -114,7 +114,7 @@ class HardPromptSearch:
             sample.model_copy(update={"prompt": explicit_text(concept, sample)})
             for sample in samples
         ]
-        with self.unedited.restored():
+        with self.unedited.restored():  # an edit may be one of the text encoder
             images = list(generate(self.model, explicit, self.target.generation))
             goals = self.model.encode_text([sample.prompt for sample in explicit])
         latents = self.model.encode_images(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from safegen.attacks.core.base import Access, Attack, AttackContext, AttackRecord, Tier
 from safegen.attacks.core.text import concept_pairs, read_pairs
+from safegen.attacks.core.unedited import UneditedModel
 from safegen.attacks.search.genetic import ElitistSearch, GeneticSearch, ReleasedSearch
 from safegen.attacks.search.text_space import TextSpace
 from safegen.core.settings import MAX_COUNT
@@ -66,6 +67,7 @@ class RingABell(Attack):
         "A child differs from all candidates before it. A mutation replaces, inserts, removes or "
         "swaps tokens. "
         "Several prompts are searched in one batch. "
+        "The text encoders are those without an edit of the stack, which the attacker does not have. "
         "The search ends after `patience` generations without progress. "
         "`compat` restores the released search, also the draw of tokens without the first one. "
         "Pairs of prompts come from the concept's prompt lists, or from `pairs`. The released "
@@ -119,7 +121,9 @@ class GeneticAttacker:
         pairs = read_pairs(config.pairs) if config.pairs else concept_pairs(context.concept)
         shown, benign = zip(*((pair[0], pair[1]) for pair in pairs), strict=True)
         n = config.num_pairs
-        with torch.no_grad():
+        self.unedited = UneditedModel(context.target.model)
+        """The published text encoders are searched, without the edit of the stack."""
+        with torch.no_grad(), self.unedited.restored():
             self.direction = concept_direction(self._embed(shown[:n]), self._embed(benign[:n]))
         """Concept's direction (length, width)."""
 
@@ -146,6 +150,10 @@ class GeneticAttacker:
     @torch.no_grad()
     def attack(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
         """Return the best text found for each sample; with `compat`, the last generation's best."""
+        with self.unedited.restored():
+            return self._search(samples)
+
+    def _search(self, samples: Sequence[EvalSample]) -> list[AttackRecord]:
         config, kind = self.config, ReleasedSearch if self.config.compat else ElitistSearch
         targets = self._embed([sample.prompt for sample in samples]) + config.eta * self.direction
         searches = [

@@ -48,7 +48,7 @@ Pickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
 ]
 Config = Annotated[
-    Path | None, typer.Option(help="Diffusers folder with the configs of a single-file checkpoint.")
+    Path | None, typer.Option(help="Diffusers folder with what a one-file checkpoint lacks.")
 ]
 Patches = Annotated[
     list[Path] | None, typer.Option("--patch", help="Patch to apply to the model. Repeatable.")

@@ -42,7 +42,7 @@ class DES(TrainedEdit):
         "mini": {
             "training": Training(
                 updates=150,
-                batch=32,
+                batch=16,
                 accumulation=1,
                 lr=2e-4,
                 warmup=10,

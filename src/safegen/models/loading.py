@@ -61,7 +61,8 @@ def load(
             the CPU.
         allow_pickle: also open weights stored as pickles (.bin, .ckpt), which can run code.
         config: for a one-file checkpoint, a diffusers folder of the same family with the
-            configuration files that the checkpoint lacks.
+            configuration files that the checkpoint lacks, and the components. SD 3 and FLUX
+            need it.
 
     Raises:
         ConfigError: `config` is given for something other than a one-file checkpoint, torch cannot

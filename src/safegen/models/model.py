@@ -171,13 +171,15 @@ class Model:
     def family(self) -> str:
         """Architecture of the denoiser, including what weight shapes do not show.
 
-        Self-attention of SD 1.x and 2.x has equal shapes and unequal numbers of heads.
+        Self-attention of SD 1.x and 2.x has equal shapes and unequal numbers of heads; SD 3 and 3.5
+        medium differ in blocks with attention of the image alone (`dual`).
         """
         config = self.denoiser.config
         if self.denoiser_name == "transformer":
             return (
                 f"{type(self.denoiser).__name__}, layers {config.num_layers}, heads "
-                f"{config.num_attention_heads}, text {config.joint_attention_dim}"
+                f"{config.num_attention_heads}, text {config.joint_attention_dim}, dual "
+                f"{len(config.get('dual_attention_layers') or ())}"
             )
         heads = config.attention_head_dim  # diffusers' name for the number of heads
         heads = [heads] * len(config.down_block_types) if isinstance(heads, int) else list(heads)

@@ -11,22 +11,23 @@ from torch import Tensor
 from safegen.models.conditioning import Conditioning
 from safegen.models.denoisers import predict
 from safegen.models.model import Model
-from safegen.models.patched_weights import component_of
+from safegen.models.patched_weights import component_of, pipeline_weights, restore
 from safegen.patches.active_lora import disabled_loras
 
 
-class UneditedDenoiser:
-    """Denoiser with the weights that it had before its patches, and without active LoRAs."""
+class UneditedModel:
+    """Model with the weights that it had before its patches, and without active LoRAs."""
 
     def __init__(self, model: Model) -> None:
-        """Note the values of the denoiser's weights before the first patch on each."""
+        """Note the values of the weights before the first patch on each."""
         self.model = model
         self.weights: dict[str, Tensor] = {}
-        """Values before the patches, of the patched weights of the denoiser."""
+        """Values before the patches, of the patched weights, by their names in patches."""
         for applied in model.applied_patches:
             for name, value in applied.before.items():
-                if component_of(name) is None:
-                    self.weights.setdefault(name, value)
+                self.weights.setdefault(name, value)
+        self.denoiser = {n: v for n, v in self.weights.items() if component_of(n) is None}
+        """Those of the denoiser."""
 
     @torch.no_grad()
     def predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning) -> Tensor:
@@ -38,10 +39,22 @@ class UneditedDenoiser:
             text: what it is conditioned on, n rows.
         """
         with disabled_loras(self.model):
-            return predict(self.model.denoiser, noisy, timesteps, text, self.weights)
+            return predict(self.model.denoiser, noisy, timesteps, text, self.denoiser)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Take patches, those of text encoders too, and LoRAs off the model inside the block."""
-        with disabled_loras(self.model), self.model.without_patches():
-            yield
+        """Put the old values into the model inside the block, for what needs no edit."""
+        parameters = pipeline_weights(self.model.pipeline)
+        edited = {name: parameters[name].detach().clone() for name in self.weights}
+        try:
+            with disabled_loras(self.model):
+                self._write(self.weights)
+                yield
+        finally:
+            self._write(edited)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        parameters = pipeline_weights(self.model.pipeline)
+        for name, value in values.items():
+            restore(parameters[name], value)

@@ -186,13 +186,27 @@ class PipelineAdapter:
         rows = (view.token_rows(text) for view in self.text_encoders(options))
         return sorted({row for each in rows for row in each})
 
-    def check_length(self, text: str, name: str, options: Mapping[str, Any] | None = None) -> None:
-        """Refuse a text that the encoder would truncate: words that are not read guard nothing.
+    def check_length(
+        self,
+        text: str,
+        name: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        encoder: TextEncoderView | None = None,
+    ) -> None:
+        """Refuse a text that is truncated: words that are not read guard nothing.
+
+        Args:
+            text: the text.
+            name: what it is, for the message.
+            options: options of the call.
+            encoder: the text encoder that reads it. Default: those of the denoiser.
 
         Raises:
             ConfigError: the text is too long.
         """
-        n, limit = self.count_tokens(text, options)
+        views = self.text_encoders(options) if encoder is None else [encoder]
+        n, limit = count_tokens(views, text)
         if n > limit:
             raise ConfigError(
                 f"{name} must have at most {limit} tokens, got {n}: {text[:60]!r}. Shorten it."

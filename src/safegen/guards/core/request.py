@@ -19,8 +19,6 @@ UNSUPPORTED_OPTIONS = (
     "return_dict",
 )
 """Options of pipelines that bypass guards or change what a call returns."""
-ATTENTION_OPTIONS = ("cross_attention_kwargs", "joint_attention_kwargs")
-"""Options with inputs of the denoiser's attention."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +119,11 @@ def check_request(
             raise ConfigError(
                 f"{key} must not be given with guards, which do not see it. Leave it out."
             )
-    for key in ATTENTION_OPTIONS:
-        if any(name.startswith("ip_") for name in options.get(key) or ()):
-            raise ConfigError(
-                f"{key} must not have an image prompt with guards, which do not see it. "
-                "Leave it out."
-            )
+    if any("ip_adapter" in key for key in options.get("joint_attention_kwargs") or {}):
+        raise ConfigError(
+            "joint_attention_kwargs must have no image prompt with guards, which do not see it. "
+            "Leave it out."
+        )
     if copies < 1:
         raise ConfigError(f"num_images_per_prompt must be >= 1, got {copies}")
     if copies > 1 and not adapter.num_images_option:

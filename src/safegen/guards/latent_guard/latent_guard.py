@@ -131,7 +131,8 @@ class LatentGuardGuard(Guard):
         last_ids, last_probe = self.last_probe or (None, probe)
         if ids != last_ids or not torch.equal(probe, last_probe):
             for concept in concepts:
-                self.adapter.check_length(concept, "a concept of the guard 'latent-guard'")
+                name = "a concept of the guard 'latent-guard'"
+                self.adapter.check_length(concept, name, encoder=features.view)
             self.last_probe, self.concepts = (ids, probe), features.pooled(concepts)
         self.head = self.head.to(features.device)
         self.concepts = self.concepts.to(features.device)

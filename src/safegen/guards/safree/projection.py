@@ -19,6 +19,8 @@ from safegen.guards.core.result import InvalidResultError
 from safegen.models.text_encoder import TextEncoderView
 
 Order = Literal["code", "paper"]
+MAX_COPIES = 77
+"""Masked copies of a prompt that are encoded at once: all those of a CLIP, not of a T5."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def project_prompt(
         masked = ids.repeat(n, 1)
         first = encoder.first
         masked[range(n), range(first, first + n)] = 0  # id 0: a masked token, as released
-        pooled = encoder.pooled(masked, [n] * n)  # (n, width)
+        copies = masked.split(MAX_COPIES)
+        pooled = torch.cat([encoder.pooled(c, [n] * len(c)) for c in copies])  # (n, width)
         flags = triggers(pooled, concept_projector, alpha=config.alpha)
         columns = slice(encoder.column, encoder.column + len(concept_projector))
         projector = combined_projector(concept_projector, span(pooled), order=config.order)

@@ -19,6 +19,8 @@ from safegen.attacks.core.target import Target
 from safegen.core.concept import Concept
 from safegen.evaluation.protocol import Protocol
 from safegen.judges import load_concept_judge
+from safegen.models.model import Model
+from safegen.models.text_encoder import text_encoder_names
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 from safegen.workflows.plan.evaluation import plan_evaluation
@@ -69,7 +71,7 @@ def plan_attack(
         built = done = False
         with measured(loaded.model) as cost, target.counted():
             try:
-                with _time_limit(loaded.model.denoiser, loaded.model.pipeline.text_encoder):
+                with _time_limit(*_networks(loaded.model)):
                     attacker = attack.build(context)
                     built, built_at = True, target.cost
                     attacker.attack(samples[:1])
@@ -100,6 +102,12 @@ def plan_attack(
         memory=max(before.memory, cost.memory),
         notes=tuple(notes),
     )
+
+
+def _networks(model: Model) -> list[nn.Module]:
+    """Return the networks that an attack calls: the denoiser and the text encoders."""
+    names = (model.denoiser_name, *text_encoder_names(model.pipeline))
+    return [getattr(model.pipeline, name) for name in names]
 
 
 @contextmanager

@@ -17,14 +17,12 @@ from safegen.edits.base import ClosedFormEdit, Edit, TrainedEdit
 from safegen.edits.safegen_plus import SafeGenPlus
 from safegen.edits.training.samples import read_captions
 from safegen.models.model import Model
-from safegen.models.selectors import select_parameters
+from safegen.workflows.plan.memory import training_bytes
 from safegen.workflows.plan.plan import Plan
 from safegen.workflows.plan.probe import PROBE_SECONDS, Measurement, measured, synchronize
 
 SLOW_UPDATE = 4.0
 """Seconds of an update of one sample from which on larger batches are not tried."""
-TRAINING_BYTES = 16
-"""Bytes for each trained weight besides itself: gradient, two moments and the average, fp32."""
 UNITS = (2, 6)
 """Numbers of triplets, or of images that are generated before a training, in two probes."""
 FEW_CAPTIONS = (8, 24)
@@ -107,7 +105,7 @@ def _plan_training(config: TrainedEdit, model: Model, triplets: Triplets | None)
         setup += units * max(large.setup - small.setup, 0) / between
         setup_passes += units * (large.setup_passes - small.setup_passes) / between
     growth = config.training.batch / tried.training.batch - 1
-    activations = max(large.memory - large.before - _static_memory(config, model), 0)
+    activations = max(large.memory - large.before - training_bytes(config, model), 0)
     notes = []
     if growth:
         notes.append(f"a batch is scaled from one of {tried.training.batch}, in time and memory")
@@ -137,16 +135,6 @@ def _largest_batch(config: TrainedEdit, seconds: float) -> int:
     while batch > 1 and seconds * whole / config.probe(batch)[1] > PROBE_SECONDS:
         batch //= 2
     return batch
-
-
-def _static_memory(config: TrainedEdit, model: Model) -> int:
-    """Return the bytes that a training adds with any batch."""
-    if config.rank is not None:
-        return 0
-    network = config.network(model)
-    weights = dict(network.named_parameters())
-    selected = select_parameters(network, config.selector)
-    return TRAINING_BYTES * sum(weights[name].numel() for name in selected)
 
 
 def _train(

@@ -1,0 +1,1 @@
+"""Checks of our files by programs that others wrote."""
