@@ -59,6 +59,7 @@ bench: .venv/installed ## the figures in docs/, made again in a folder of their 
 	$(BIN)/python benchmarks/held_out_judge.py $(FIGURES)/skulls
 	$(BIN)/python benchmarks/unlearn_diff.py --folder $(FIGURES)/unlearn-diff --out $(FIGURES)/unlearn_diff_cost.json
 	$(BIN)/python benchmarks/plan.py --out $(FIGURES)/plan.json
+	$(BIN)/python benchmarks/real_size.py --out $(FIGURES)/real_size.json
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python benchmarks/serve_ray.py --out $(FIGURES)/serve_ray.json
 	$(BIN)/python benchmarks/serve.py --out $(FIGURES)/serve.json

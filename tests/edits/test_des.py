@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from des_families import FAMILIES
 from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError
@@ -12,7 +11,7 @@ from safegen.edits.des import DES, DESObjective, concept_vector, cosine_distance
 from safegen.edits.training.config import Training
 from safegen.models.patched_weights import pipeline_weights
 from safegen.models.text_outputs import TextEncoders, text_outputs
-from tiny import build_model
+from tiny import FAMILIES, build_model
 
 SHORT = Training(updates=3, batch=2, accumulation=1, lr=1e-3, weight_decay=0.0, ema=0.0)
 TEXTS = ["a red cube on a white table", "a blue ball", ""]

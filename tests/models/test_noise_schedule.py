@@ -45,7 +45,8 @@ def schedule(scheduler):
     found = NoiseSchedule.of(scheduler)
     noise = found.noise.double()
     signal = 1 - noise if found.prediction == "flow_prediction" else (1 - noise**2).sqrt()
-    return replace(found, timesteps=found.timesteps.double(), signal=signal, noise=noise)
+    wide = {"timesteps": found.timesteps.double(), "signal": signal, "noise": noise}
+    return replace(found, **wide, factors=None)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,9 @@ def test_the_factor_of_sd_1_is_34_at_the_first_timestep():
 def test_the_papers_target_implies_an_image_part_of_the_way(z):
     z_u, z_c, eps = z
     found = NoiseSchedule.of(SCHEDULERS["epsilon"]())
-    schedule = replace(found, signal=found.signal.double(), noise=found.noise.double())
+    schedule = replace(
+        found, signal=found.signal.double(), noise=found.noise.double(), factors=None
+    )
     t = schedule.timesteps
     x0 = schedule.implied_x0(losses.paper_target(eps, z_u, z_c), schedule.add_noise(z_u, eps, t), t)
     share = (schedule.noise / schedule.signal)[:, None, None, None]

@@ -23,7 +23,13 @@ from safegen.models.loading import load
 from safegen.patches.patch import Patch
 from safegen.workflows.export import export
 
-FAMILIES = ("sd3", "sd35", "flux", "flux-schnell")
+SLOW = pytest.mark.slow
+FAMILIES = (
+    pytest.param("sd3", marks=SLOW),
+    "sd35",
+    "flux",
+    pytest.param("flux-schnell", marks=SLOW),
+)
 CONVERTERS = {
     "sd35-medium": convert_sd3_transformer_checkpoint_to_diffusers,
     "flux-dev": convert_flux_transformer_checkpoint_to_diffusers,
@@ -56,6 +62,10 @@ def check_equal(model, other, *components):
         torch.testing.assert_close(
             state_of(model, component), state_of(other, component), rtol=0, atol=0
         )
+
+
+def dtypes_of(model):
+    return {c: {n: v.dtype for n, v in state_of(model, c).items()} for c in model.components}
 
 
 def refusal(path, **options):
@@ -106,7 +116,7 @@ def refusal_of_rest(saved, tmp_path):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd35", "flux"])
+@pytest.mark.parametrize("family", [pytest.param("sd3", marks=SLOW), "sd35", "flux"])
 def test_an_all_in_one_file_replaces_every_component(saved, tmp_path, family):
     """Use a folder with other weights; CLIP-L's projection is not read, as by ComfyUI."""
     _, _, folder = saved(family)
@@ -136,11 +146,13 @@ def test_an_all_in_one_file_replaces_every_component(saved, tmp_path, family):
         assert torch.equal(ours.pop("text_projection.weight"), torch.eye(32))
         del theirs["text_projection.weight"]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    half = load(path, config=folder, dtype="bf16")
-    assert half.pipeline.vae.dtype == half.denoiser.dtype == torch.bfloat16
+    half = load(path, config=folder, dtype="fp16")
+    assert half.pipeline.vae.dtype == half.denoiser.dtype == torch.float16
+    by_folder = load(folder, dtype="fp16")
+    assert dtypes_of(half) == dtypes_of(by_folder)  # T5 has a part that stays fp32
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd35"])
+@pytest.mark.parametrize("family", [pytest.param("sd3", marks=SLOW), "sd35"])
 def test_diffusers_reads_the_file(saved, family):
     model, file, folder = saved(family)
     theirs = SD3Transformer2DModel.from_single_file(
@@ -168,6 +180,7 @@ def test_diffusers_converts_a_full_size_file_back_and_uses_every_key(name):
     assert all(torch.equal(back[key], value) for key, value in rows.items())
 
 
+@pytest.mark.slow
 def test_a_full_size_flux_file_has_the_780_published_tensors():
     packed = pack("flux", "transformer", build_denoiser("flux-dev").state_dict())
     shapes = {name: tuple(value.shape) for name, value in packed.items()}
@@ -234,6 +247,18 @@ def test_a_damaged_file_is_refused(saved, tmp_path, kind):
     assert words in refusal(tmp_path / "x.safetensors", config=folder)
 
 
+def test_a_folder_that_declares_more_than_the_file_holds_is_refused(saved, tmp_path):
+    import json
+    import shutil
+
+    _, file, folder = saved("sd3")
+    shutil.copytree(folder, tmp_path / "sd3")
+    config = tmp_path / "sd3/transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pos_embed_max_size": 4000}))
+    message = refusal(file, config=tmp_path / "sd3")
+    assert "must hold the weights that its config.json declares" in message
+
+
 def test_text_encoders_that_the_folder_lacks_are_refused(saved, tmp_path):
     _, file, folder = saved("sd3")
     tensors = {f"model.diffusion_model.{name}": value for name, value in load_file(file).items()}
@@ -263,3 +288,17 @@ def test_a_patch_of_the_transformer_is_in_the_file_with_its_metadata(saved, tmp_
     again = load(tmp_path / "x.safetensors", config=folder)
     assert again.hash != model.hash
     assert [record.hash for record in again.verified_metadata.patches] == [patch.hash]
+
+
+def test_the_command_says_where_the_file_belongs_and_reads_it_with_a_folder(saved, tmp_path):
+    from typer.testing import CliRunner
+
+    from safegen.cli.main import app
+
+    _, file, folder = saved("flux")
+    out = tmp_path / "x.safetensors"
+    arguments = ["export", str(file), "--config", str(folder), "--out", str(out), "--dtype", "fp32"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "models/diffusion_models" in result.output
+    assert load_file(out).keys() == load_file(file).keys()

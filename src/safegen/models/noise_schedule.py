@@ -49,6 +49,8 @@ class NoiseSchedule:
     """a of each timestep, fp32, (n,)."""
     noise: Tensor
     """s of each timestep, fp32, (n,)."""
+    factors: Tensor | None = None
+    """Unclamped `x0_factor` of each timestep, fp32, (n,). Default: from `signal` and `noise`."""
 
     @classmethod
     def of(cls, scheduler: Any) -> NoiseSchedule:
@@ -69,7 +71,10 @@ class NoiseSchedule:
             noise = timesteps / trained.config.num_train_timesteps
             return cls(prediction, timesteps, 1 - noise, noise)
         abar = scheduler.alphas_cumprod.cpu()  # its `add_noise` moves them to the latents' device
-        return cls(prediction, torch.arange(len(abar)), abar.sqrt(), (1 - abar).sqrt())
+        # As the SafeGen edit first wrote them: a / s rounds in another way, and a training shows it.
+        factors = (abar / (1 - abar)).sqrt() if prediction == EPSILON else (1 - abar).rsqrt()
+        timesteps = torch.arange(len(abar))
+        return cls(prediction, timesteps, abar.sqrt(), (1 - abar).sqrt(), factors)
 
     def __len__(self) -> int:
         """Return the number of timesteps."""
@@ -141,5 +146,7 @@ class NoiseSchedule:
             t: timesteps, (b,).
             clamp: largest factor; unitless, > 0.
         """
-        a, s = self.coefficients(t)
-        return (a / s if self.prediction == EPSILON else 1 / s).clamp(max=clamp)
+        if self.factors is None:
+            a, s = self.coefficients(t)
+            return (a / s if self.prediction == EPSILON else 1 / s).clamp(max=clamp)
+        return self.factors.to(t.device)[t.long()].view(-1, 1, 1, 1).clamp(max=clamp)

@@ -17,7 +17,7 @@ from torch import nn
 from safegen.core.errors import FileError
 from safegen.core.quiet import silence_libraries
 from safegen.models.checkpoint.diffusers_folder import component_class, read_folder
-from safegen.models.checkpoint.folder_schema import FolderIndex, check_configs
+from safegen.models.checkpoint.folder_schema import FolderIndex, check_configs, check_size
 from safegen.models.checkpoint.key_map import DENOISER_PREFIX, PREFIX
 from safegen.models.checkpoint.metadata import METADATA_KEY, CheckpointMetadata, parse_metadata
 from safegen.models.checkpoint.single_file import SingleFile, load_weights
@@ -116,6 +116,8 @@ def _read_component(
     dtype: torch.dtype,
 ) -> nn.Module:
     """Return one component with the weights in the file and the configuration in the folder."""
+    path = checkpoint.path.absolute()
+    check_size(config / component, index.class_of(component), [str(path)], title=str(path))
     kind = component_class(index.class_of(component))
     hint = f"Name the folder of this very model, not {str(config)!r} (--config, or in a recipe)"
     try:
@@ -128,15 +130,13 @@ def _read_component(
     except Exception as error:  # diffusers and transformers raise a dozen types
         reason = " ".join(str(error).split())[:300]
         raise FileError(f"{component} of {str(config)!r} cannot be built: {reason}") from error
-    load_weights(checkpoint, architecture, component, module.float(), hint)
-    if component.startswith("text_encoder"):
-        module.tie_weights()  # T5's table of embeddings has two names
+    module.to(dtype)  # before the weights are read: FLUX in fp32 takes 48 GB
     in_fp32 = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     for name, value in module.named_parameters():
-        if not (dtype == torch.float16 and in_fp32 & set(name.split("."))):
-            value.data = value.data.to(dtype)
-    for value in module.buffers():
-        if value.is_floating_point():
-            value.data = value.data.to(dtype)
+        if dtype == torch.float16 and in_fp32 & set(name.split(".")):
+            value.data = value.data.float()
+    load_weights(checkpoint, architecture, component, module, hint)
+    if component.startswith("text_encoder"):
+        module.tie_weights()  # T5's table of embeddings has two names
     result: nn.Module = module
     return result

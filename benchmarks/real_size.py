@@ -1,6 +1,6 @@
-"""Which weights each edit changes at real size, on the meta device: docs/results/families.json.
+"""Which weights each edit changes at real size, on the meta device: docs/results/real_size.json.
 
-    python benchmarks/families.py --out docs/results/families.json     # seconds, no weights
+    python benchmarks/real_size.py --out docs/results/real_size.json     # seconds, no weights
 
 Models have the published settings and no values; nothing is generated or trained. A patch has four
 bytes for each changed number. Memory is that of the weights in bf16, of all components, and of the
@@ -176,11 +176,11 @@ def selector_rows(model: Model) -> list[list[Any]]:
 
 
 def main() -> None:
-    ask = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ask.add_argument("--out", type=Path, default=Path("families.json"))
-    args = ask.parse_args()
+    parser.add_argument("--out", type=Path, default=Path("real_size.json"))
+    args = parser.parse_args()
     with silence_libraries():
         models = [build(family) for family in FAMILIES]
     edits = [row for model in models for row in edit_rows(model)]
@@ -204,7 +204,9 @@ def main() -> None:
         "model": "Stable Diffusion 1.4 and 2.1, SDXL, SD 3.5 medium and FLUX.1-dev, on the meta "
         "device",
         "date": str(date.today()),
-        "command": "`python benchmarks/families.py --out docs/results/families.json`",
+        "machine": "any CPU",
+        "n": "all weights, counted",
+        "command": "`python benchmarks/real_size.py --out docs/results/real_size.json`",
         "tables": [
             {
                 "title": "Models",
@@ -217,7 +219,7 @@ def main() -> None:
                 "text": "Preset `full`. Memory: all weights in bf16, and of each trained weight an "
                 "fp32 copy, its gradient, two moments and, where there is one, its average. "
                 "Activations are not in it: `--plan` measures them on your machine. An empty row "
-                "is an edit whose selector matches nothing there.",
+                "is an edit with a selector that matches nothing there.",
                 "columns": ["model", "edit", *columns, "memory, GiB"],
                 "rows": edits,
             },
