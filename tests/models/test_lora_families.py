@@ -118,11 +118,12 @@ def test_diffusers_splits_the_single_blocks_of_flux_as_we_fused_them():
     with torch.device("meta"):
         flux = FluxTransformer2DModel(**FLUX_DEV | {"num_layers": 1, "num_single_layers": 1})
     names = [n for n in select_parameters(flux, "attn1") if n.endswith(".weight")]
-    names.append("single_transformer_blocks.0.proj_out.weight")
+    names += ["single_transformer_blocks.0.proj_out.weight", "norm_out.linear.weight"]
     factors = random_factors(flux, names, 3)
     theirs = FluxPipeline.lora_state_dict(lora_tensors(factors, flux, 4, "kohya"))
     for name, (down, up) in factors.items():
-        stem = f"transformer.{name.removesuffix('.weight')}"
+        stem = name.removesuffix(".weight")
+        stem = stem if stem == "norm_out.linear" else f"transformer.{stem}"
         assert_close(theirs[f"{stem}.lora_A.weight"][:3], down, rtol=0, atol=0)
         assert_close(theirs[f"{stem}.lora_B.weight"][:, :3], up, rtol=0, atol=0)
         assert not theirs[f"{stem}.lora_A.weight"][3:].any()
@@ -238,6 +239,14 @@ def test_kohya_modules_of_the_blocks_have_the_published_names_and_shapes(name):
     assert ours == published_kohya(name)
 
 
+def test_the_last_norms_of_sd_3_have_their_halves_swapped_in_kohya_modules():
+    modules = file_modules(build_denoiser("sd3-medium"), "kohya")
+    assert {name for name, module in modules.items() if module.is_swapped} == {
+        "lora_unet_final_layer_adaLN_modulation_1",
+        "lora_unet_joint_blocks_23_context_block_adaLN_modulation_1",
+    }
+
+
 def test_sd_35_has_a_kohya_module_for_its_attention_of_the_image_alone():
     modules = file_modules(build_denoiser("sd35-medium"), "kohya")
     stem = "transformer_blocks.12.attn2"
@@ -334,3 +343,31 @@ def test_an_active_lora_and_a_trained_one_predict_as_the_merged_weights(tmp_path
     with Patch(merged).apply(model):
         assert_close(predict(model.denoiser, x, t, text), trained, rtol=0, atol=1e-4)
     assert (trained - before).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd35", "flux"])
+def test_commands_convert_a_patch_to_a_lora_and_back(tmp_path, family):
+    from typer.testing import CliRunner
+
+    from safegen.cli import app
+
+    model = build_model(family)
+    model.pipeline.save_pretrained(tmp_path / "model", safe_serialization=True)
+    names = [n for n in select_parameters(model.denoiser, "attn1") if n.endswith(".weight")]
+    patch = noised(model, names)
+    patch.save(tmp_path / "patch.safetensors")
+    files = {name: str(tmp_path / name) for name in ("patch", "lora", "back")}
+    base, (before, lora, back) = (
+        str(tmp_path / "model"),
+        (f"{f}.safetensors" for f in files.values()),
+    )
+    run = CliRunner().invoke
+    out = ["--out", lora, "--keys", "diffusers", "--rank", "64", "--no-card"]
+    result = run(app, ["patch", "extract-lora", base, before, *out])
+    assert result.exit_code == 0, result.output
+    assert "keep 100.0 % (energy)" in result.output
+    result = run(app, ["patch", "from-lora", base, lora, "--out", back, "--no-card"])
+    assert result.exit_code == 0, result.output
+    for name, value in Patch.load(back).tensors.items():
+        assert_close(value, patch.tensors[name], rtol=0, atol=1e-3)
