@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import tests.tiny
 from safegen.core.errors import FileError
+from safegen.models.checkpoint.component_schemas import T5Config
 from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.checkpoint.folder_schema import check_configs
 from safegen.models.loading import load
@@ -254,3 +255,20 @@ def test_pickled_weights_of_t5_are_refused(copy):
     torch.save(load_file(path), path.with_name("pytorch_model.bin"))
     path.unlink()
     assert "has pickled weights in text_encoder_3" in refusal(folder)
+
+
+def test_every_file_that_a_list_of_shards_names_is_checked(copy):
+    folder = copy("sd3") / "transformer"
+    path = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = "proj_out.bias"
+    save_file(tensors | {name: torch.zeros(tensors[name].shape).int()}, folder / "x.safetensors")
+    listed = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "x.safetensors")}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(listed))
+    assert f"got 'I32' in {name}" in refusal(folder.parent)
+
+
+def test_the_table_of_positions_of_t5_counts_among_its_weights():
+    sizes = {"d_model": 1, "d_kv": 1, "d_ff": 1, "num_layers": 1, "vocab_size": 1}
+    config = T5Config(num_heads=65536, relative_attention_num_buckets=65536, **sizes)
+    assert config.num_weights > 65536**2

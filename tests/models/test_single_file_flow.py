@@ -247,6 +247,18 @@ def test_a_damaged_file_is_refused(saved, tmp_path, kind):
     assert words in refusal(tmp_path / "x.safetensors", config=folder)
 
 
+def test_a_folder_that_declares_more_than_the_file_holds_is_refused(saved, tmp_path):
+    import json
+    import shutil
+
+    _, file, folder = saved("sd3")
+    shutil.copytree(folder, tmp_path / "sd3")
+    config = tmp_path / "sd3/transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pos_embed_max_size": 4000}))
+    message = refusal(file, config=tmp_path / "sd3")
+    assert "must hold the weights that its config.json declares" in message
+
+
 def test_text_encoders_that_the_folder_lacks_are_refused(saved, tmp_path):
     _, file, folder = saved("sd3")
     tensors = {f"model.diffusion_model.{name}": value for name, value in load_file(file).items()}
