@@ -31,9 +31,26 @@ CONFIG = AttackConfig(limit=3, generation=GENERATION)
 STACK = Stack(name="mini", model="mini")
 ROUNDED = {"loss", "history", "cost", "details"}
 """Fields of a record that the batch changes by rounding."""
-LONG = {"latent_inversion", "p4d", "relearn", "tree_search", "unlearn_diff"}
-"""Attacks that take longest to resume; nightly runs them too."""
+LONGEST = {"latent_inversion", "relearn"}
+"""Attacks that take longest; nightly runs them too."""
+LONG = {
+    "concept_inversion",
+    "inpaint",
+    "p4d",
+    "sneaky_prompt",
+    "tree_search",
+    "unlearn_diff",
+    *LONGEST,
+}
+"""Attacks that take long to resume; nightly runs them too."""
 every_attack = pytest.mark.parametrize("name", sorted(ATTACKS))
+
+
+def attacks(slow):
+    """Return every attack as a parameter; some are slow."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in sorted(ATTACKS)
+    ]
 
 
 def tiny(name, **changes):
@@ -83,7 +100,7 @@ def test_class_attributes_name_source_and_access(name):
         kind.preset("none of them")
 
 
-@every_attack
+@pytest.mark.parametrize("name", attacks(slow=LONGEST))
 def test_results_repeat_whatever_the_batch_and_the_model_is_untouched(
     name, loader, attack_mini, benign_samples, tmp_path
 ):
@@ -97,21 +114,15 @@ def test_results_repeat_whatever_the_batch_and_the_model_is_untouched(
     variants = (*tiny(name).variants, *tiny(name).controls)
     assert [(r.id, r.variant) for r in first] == [(i.id, v) for i in items for v in variants]
     assert digest(loader) == before
-
-
-@every_attack
-def test_tokens_say_whether_the_text_gives_them_back(name, loader, attack_mini, benign_samples):
     tokenizer = loader.model("mini")[0].pipeline.tokenizer
-    for record in attack_mini(tiny(name), benign_samples):
+    for record in first:
         assert record.prompt.strip() or (record.prompt and record.start)
         if record.tokens:
             ids = tokenizer(record.prompt).input_ids[1 : 1 + len(record.tokens)]
-            assert record.stable == (tuple(ids) == record.tokens)
+            assert record.stable == (tuple(ids) == record.tokens), "read back, as it says"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in sorted(ATTACKS)]
-)
+@pytest.mark.parametrize("name", attacks(slow=LONG))
 def test_an_interrupted_attack_resumes_to_the_same_results(name, loader, benign_samples, tmp_path):
     attack, items = tiny(name), benign_samples
     records = {}

@@ -36,7 +36,7 @@ from tests.tiny import FAMILIES, PROMPTS, build_model
 SKULLS = load_concept("skulls")
 TEXTS = [PROMPTS[0], "a cube"]
 FAST = ("sdxl", "sd35", "flux")
-"""Families whose cells run in the fast suite; between them they have every form of text, schedule
+"""Families that the fast suite runs; between them they have every form of text, schedule
 and network. Nightly runs the others."""
 BLACK_BOX = ("img2img", "inpaint", "seeds", "sneaky_prompt", "tree_search")
 """Attacks that see images alone, which the fast suite runs on one family."""
@@ -147,7 +147,7 @@ def test_an_attack_runs_or_is_refused_as_the_table_says(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tokens_of_a_text_are_read_as_the_text(family, models):
-    """Every encoder reads the ids with its own padding, and T5 the text."""
+    """Check ids with the padding of each encoder, and the text for T5."""
     model = models(family)
     space = TextSpace(model)
     for tokenizer in (view.tokenizer for view in space.views[1:]):
@@ -248,12 +248,12 @@ def test_the_inverted_steps_are_those_of_the_pipeline(family, models, monkeypatc
     options |= {"latents": own, "output_type": "latent"}
     with torch.no_grad():
         found = model.pipeline(prompt=prompts, **options).images
-        drawn = draw(output, sampling_steps(model, n), x)
+        end = draw(output, sampling_steps(model, n), x)
         steps = sampling_steps(model, n)
-        back = invert(output, steps, drawn, iterations=200, tolerance=1e-7)
-    drawn_own = pack_latents(drawn) if packs_latents(model.pipeline) else drawn
-    assert_close(drawn_own, found, rtol=1e-4, atol=1e-4)
-    assert_close(draw(output, steps, back), drawn, rtol=1e-3, atol=1e-3)
+        back = invert(output, steps, end, iterations=200, tolerance=1e-7)
+    ends = pack_latents(end) if packs_latents(model.pipeline) else end
+    assert_close(ends, found, rtol=1e-4, atol=1e-4)
+    assert_close(draw(output, steps, back), end, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -277,11 +277,11 @@ def test_an_unedited_model_has_its_own_text_encoders_and_denoiser(text_patch):
     x, t = torch.randn(1, *model.latent_shape, generator=rng), torch.tensor([500])
     before = model.encode_text(TEXTS[:1])
     with torch.no_grad():
-        said = predict(model.denoiser, x, t, before)
+        predicted = predict(model.denoiser, x, t, before)
     with Patch.load(text_patch).apply(model):
         edited, unedited = model.encode_text(TEXTS[:1]), UneditedModel(model)
         assert not torch.allclose(edited.hidden, before.hidden)
-        assert torch.equal(unedited.predict(x, t, before), said)
+        assert torch.equal(unedited.predict(x, t, before), predicted)
         with unedited.restored():
             assert torch.equal(model.encode_text(TEXTS[:1]).hidden, before.hidden)
         assert torch.equal(model.encode_text(TEXTS[:1]).hidden, edited.hidden)

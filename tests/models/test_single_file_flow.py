@@ -23,7 +23,13 @@ from safegen.models.loading import load
 from safegen.patches.patch import Patch
 from safegen.workflows.export import export
 
-FAMILIES = ("sd3", "sd35", "flux", "flux-schnell")
+SLOW = pytest.mark.slow
+FAMILIES = (
+    pytest.param("sd3", marks=SLOW),
+    "sd35",
+    "flux",
+    pytest.param("flux-schnell", marks=SLOW),
+)
 CONVERTERS = {
     "sd35-medium": convert_sd3_transformer_checkpoint_to_diffusers,
     "flux-dev": convert_flux_transformer_checkpoint_to_diffusers,
@@ -110,7 +116,7 @@ def refusal_of_rest(saved, tmp_path):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd35", "flux"])
+@pytest.mark.parametrize("family", [pytest.param("sd3", marks=SLOW), "sd35", "flux"])
 def test_an_all_in_one_file_replaces_every_component(saved, tmp_path, family):
     """Use a folder with other weights; CLIP-L's projection is not read, as by ComfyUI."""
     _, _, folder = saved(family)
@@ -146,7 +152,7 @@ def test_an_all_in_one_file_replaces_every_component(saved, tmp_path, family):
     assert dtypes_of(half) == dtypes_of(by_folder)  # T5 has a part that stays fp32
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd35"])
+@pytest.mark.parametrize("family", [pytest.param("sd3", marks=SLOW), "sd35"])
 def test_diffusers_reads_the_file(saved, family):
     model, file, folder = saved(family)
     theirs = SD3Transformer2DModel.from_single_file(
@@ -174,6 +180,7 @@ def test_diffusers_converts_a_full_size_file_back_and_uses_every_key(name):
     assert all(torch.equal(back[key], value) for key, value in rows.items())
 
 
+@pytest.mark.slow
 def test_a_full_size_flux_file_has_the_780_published_tensors():
     packed = pack("flux", "transformer", build_denoiser("flux-dev").state_dict())
     shapes = {name: tuple(value.shape) for name, value in packed.items()}
@@ -238,6 +245,18 @@ def test_a_damaged_file_is_refused(saved, tmp_path, kind):
     change(tensors)
     save_file(tensors, tmp_path / "x.safetensors")
     assert words in refusal(tmp_path / "x.safetensors", config=folder)
+
+
+def test_a_folder_that_declares_more_than_the_file_holds_is_refused(saved, tmp_path):
+    import json
+    import shutil
+
+    _, file, folder = saved("sd3")
+    shutil.copytree(folder, tmp_path / "sd3")
+    config = tmp_path / "sd3/transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pos_embed_max_size": 4000}))
+    message = refusal(file, config=tmp_path / "sd3")
+    assert "must hold the weights that its config.json declares" in message
 
 
 def test_text_encoders_that_the_folder_lacks_are_refused(saved, tmp_path):

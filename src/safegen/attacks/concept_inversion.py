@@ -210,8 +210,7 @@ class WordTraining:
         self.space, self.schedule = TextSpace(model), model.noise_schedule
         if WORD in self.space.tokenizer.get_vocab():
             raise ConfigError(f"the stack must not have the word {WORD} yet. Attack it without.")
-        room = self.space.length - 2
-        if config.num_vectors > room:
+        if config.num_vectors > (room := self.space.length - 2):
             raise ConfigError(f"num_vectors must be at most {room}, got {config.num_vectors}")
         self.dataset = concept_images(context.concept, config.images)
         self.vectors = [nn.Parameter(v.repeat(config.num_vectors, 1)) for v in self._first()]

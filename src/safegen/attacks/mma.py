@@ -62,7 +62,7 @@ class MMA(Attack):
         "candidate and remembers the best ever. "
         "Banned are tokens that are, or are parts of, words of the concept's phrases; the released "
         "list is of sensitive words. "
-        "The text encoders are those without an edit of the stack, which the attacker does not have. "
+        "The text encoders are the published ones, without an edit of the stack. "
         "The encoder reads no padding, which cannot change the pooled embedding of a causal "
         "encoder. "
         "The default is smaller than the published search and ends after `patience` iterations "

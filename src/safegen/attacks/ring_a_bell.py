@@ -67,7 +67,7 @@ class RingABell(Attack):
         "A child differs from all candidates before it. A mutation replaces, inserts, removes or "
         "swaps tokens. "
         "Several prompts are searched in one batch. "
-        "The text encoders are those without an edit of the stack, which the attacker does not have. "
+        "The text encoders are the published ones, without an edit of the stack. "
         "The search ends after `patience` generations without progress. "
         "`compat` restores the released search, also the draw of tokens without the first one. "
         "Pairs of prompts come from the concept's prompt lists, or from `pairs`. The released "

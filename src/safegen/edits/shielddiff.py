@@ -178,9 +178,12 @@ class ShieldDiff(TrainedEdit):
     steps: int = Field(default=8, ge=1, le=MAX_STEPS)
     """Steps of a rollout."""
     guidance: float = Field(default=5.0, ge=1, le=50)
-    """Guidance scale of a rollout."""
+    """Guidance scale of a rollout; 1 for a FLUX that was distilled for guidance."""
     scheduler: SchedulerName | None = None
-    """Scheduler of a rollout. Default: dpm-solver, or ddim for ddpo, grpo_window and draft."""
+    """Scheduler of a rollout. Default: dpm-solver, or ddim for ddpo, grpo_window and draft.
+
+    Flow matching takes Euler steps under every name, and refuses ddpo and grpo_window.
+    """
     kl: float = Field(default=0.1, ge=0)
     """Weight of L_kl, the distance to the original model on prompts of the concept."""
     weight_keep: float = Field(default=10.0, ge=0)

@@ -26,8 +26,13 @@ def apply(patch, model):
         model.denoiser.get_parameter(name).data.copy_(value)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("algorithm", sorted(SETTINGS))
+CELLS = [
+    *((name, kind) for name in sorted(SETTINGS) for kind in ("epsilon", "v_prediction")),
+    *((name, "flow_prediction") for name in ("nft", "v_grpo")),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "prediction"), CELLS)
 def test_the_concept_goes_and_the_object_stays(algorithm, prediction, toy, toy_edit):
     model = toy(prediction)
     shown, cosine = measure(model, EXPLICIT)

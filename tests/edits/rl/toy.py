@@ -74,7 +74,7 @@ class ToyModel:
 
     name, family, parents, hash, pipeline_hash = "toy", "toy", (), "0" * 64, "0" * 64
     device, size, dtype = torch.device("cpu"), 8, "fp32"
-    num_parameters, latent_shape = 100, (1, 8, 8)
+    num_parameters, latent_shape, applied_patches = 100, (1, 8, 8), ()
 
     def __init__(self, prediction: str = "epsilon", *, spread: float = SPREAD) -> None:
         if prediction == FLOW_PREDICTION:

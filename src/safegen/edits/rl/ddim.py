@@ -24,7 +24,7 @@ from safegen.edits.rl.algorithm import (
 )
 from safegen.edits.rl.v_grpo import clipped_surrogate
 from safegen.models.conditioning import Conditioning
-from safegen.models.noise_schedule import EPSILON
+from safegen.models.noise_schedule import EPSILON, FLOW_PREDICTION
 
 ClipRange = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
 """Largest change of the ratio that is rewarded. `auto` is 0.0128 / sqrt(D) for D latent values."""
@@ -97,14 +97,19 @@ class DDIMSteps:
             eta: 0 is the deterministic sampler, 1 that of DDPM.
 
         Raises:
-            ConfigError: the sampler is another one.
+            ConfigError: the sampler is another one, or the model is one of flow matching.
         """
         scheduler = policy.sampler.scheduler
+        if policy.schedule.prediction == FLOW_PREDICTION:
+            raise ConfigError(
+                "prediction must be epsilon or v_prediction for log-probabilities of steps, got "
+                f"{FLOW_PREDICTION}: Euler steps have no noise. Set algorithm to nft, v_grpo or "
+                "draft."
+            )
         if not isinstance(scheduler, DDIMScheduler):
             raise ConfigError(
                 "scheduler must be ddim for log-probabilities of steps, got "
-                f"{type(scheduler).__name__}. Set scheduler to ddim, or algorithm to v_grpo or nft "
-                "(flow matching has no ddim)."
+                f"{type(scheduler).__name__}. Set scheduler to ddim, or algorithm to v_grpo or nft."
             )
         timesteps = policy.sampler.timesteps.cpu()
         previous = timesteps - scheduler.config.num_train_timesteps // policy.sampler.steps

@@ -172,6 +172,7 @@ class TextEncoderConfig(Config):
     max_position_embeddings: Side = 77
     vocab_size: Annotated[int, Strict(), Field(ge=1, le=MAX_NUMBER)] = 49408
     layer_norm_eps: Epsilon = 1e-5
+    projection_dim: Count = 512
 
     @property
     def num_weights(self) -> int:
@@ -196,9 +197,10 @@ class T5Config(Config):
 
     @property
     def num_weights(self) -> int:
-        """Number of the weights in its matrices."""
+        """Number of the weights in its matrices, and of its positions in attention."""
         block = 4 * self.d_model * self.num_heads * self.d_kv + 2 * self.d_model * self.d_ff
-        return self.num_layers * block + self.vocab_size * self.d_model
+        positions = self.relative_attention_num_buckets * self.num_heads
+        return self.num_layers * block + self.vocab_size * self.d_model + positions
 
 
 class SchedulerConfig(Config):

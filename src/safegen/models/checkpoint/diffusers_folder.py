@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -166,17 +166,18 @@ def _check_folder(
                 f"{name} has pickled weights in {component}, which can run code. Get it as "
                 "safetensors, or pass --allow-pickle if you trust it"
             )
-        check_shards(path)
-        _check_weight_types(path, files)
+        _check_weight_types(path, {*files.names, *check_shards(path)})
         if component not in ("unet", "vae"):
             check_size(path, index.class_of(component), files.names)
         weights[component] = files
     return index, weights
 
 
-def _check_weight_types(folder: Path, files: WeightFiles) -> None:
+def _check_weight_types(folder: Path, files: Iterable[str]) -> None:
     """Check the headers of a component's weights: all but buffers are floating point."""
-    for path in (folder / name for name in files.names if name.endswith(".safetensors")):
+    for path in (folder / name for name in sorted(files) if name.endswith(".safetensors")):
+        if not path.exists():
+            continue
         for key, entry in read_header(path).items():
             dtype = entry.get("dtype") if isinstance(entry, dict) else None
             is_weight = key != "__metadata__" and not key.endswith("position_ids")

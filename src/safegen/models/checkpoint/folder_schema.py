@@ -249,12 +249,16 @@ def _text_schema(class_name: str) -> type[TextEncoderConfig | T5Config]:
     return T5Config if class_name in T5_MODELS else TextEncoderConfig
 
 
-def check_shards(folder: Path) -> None:
+def check_shards(folder: Path) -> set[str]:
     """Check the regular files and the shard lists in a component's folder.
+
+    Returns:
+        The files that lists name: diffusers prefers shards to one file, and takes any name.
 
     Raises:
         FileError: a file is a pipe or the like, or a list names a file elsewhere.
     """
+    listed: set[str] = set()
     for path in sorted(folder.iterdir()):
         if path.name == "adapter_config.json":  # transformers would load the model it names
             raise FileError(
@@ -266,10 +270,13 @@ def check_shards(folder: Path) -> None:
         if path.suffix == ".bin":
             check_pickle(path)
         if ".index." in path.name and path.suffix == ".json":
-            _read(ShardIndex, path)
+            listed |= set(_read(ShardIndex, path).weight_map.values())
+    return listed
 
 
-def check_size(folder: Path, class_name: str, files: Sequence[str]) -> None:
+def check_size(
+    folder: Path, class_name: str, files: Sequence[str], *, title: str | None = None
+) -> None:
     """Check that a component's files can hold what is allocated before they are read.
 
     transformers would allocate and initialize missing weights, and diffusers computes the position
@@ -279,6 +286,7 @@ def check_size(folder: Path, class_name: str, files: Sequence[str]) -> None:
         folder: folder of a text encoder or a transformer.
         class_name: its class.
         files: names of the files with its weights.
+        title: what messages call them. Default: the folder's path.
 
     Raises:
         FileError: they cannot.
@@ -288,7 +296,8 @@ def check_size(folder: Path, class_name: str, files: Sequence[str]) -> None:
     size = sum(check_file(folder / name) for name in files)
     if config.num_weights > size:
         raise FileError(
-            f"{str(folder)!r} must hold the weights that its config.json declares, got {size} "
+            f"{title or repr(str(folder))} must hold the weights that its config.json declares, "
+            f"got {size} "
             f"bytes for {config.num_weights} weights. Get a complete copy"
         )
 

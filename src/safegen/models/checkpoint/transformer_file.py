@@ -17,7 +17,7 @@ from torch import nn
 from safegen.core.errors import FileError
 from safegen.core.quiet import silence_libraries
 from safegen.models.checkpoint.diffusers_folder import component_class, read_folder
-from safegen.models.checkpoint.folder_schema import FolderIndex, check_configs
+from safegen.models.checkpoint.folder_schema import FolderIndex, check_configs, check_size
 from safegen.models.checkpoint.key_map import DENOISER_PREFIX, PREFIX
 from safegen.models.checkpoint.metadata import METADATA_KEY, CheckpointMetadata, parse_metadata
 from safegen.models.checkpoint.single_file import SingleFile, load_weights
@@ -116,6 +116,8 @@ def _read_component(
     dtype: torch.dtype,
 ) -> nn.Module:
     """Return one component with the weights in the file and the configuration in the folder."""
+    path = checkpoint.path.absolute()
+    check_size(config / component, index.class_of(component), [str(path)], title=str(path))
     kind = component_class(index.class_of(component))
     hint = f"Name the folder of this very model, not {str(config)!r} (--config, or in a recipe)"
     try:
