@@ -136,7 +136,7 @@ class ConceptEmbeddings(NamedTuple):
     erased: Tensor
     """Embeddings that get new outputs, (n, width)."""
     targets: Tensor
-    """Embeddings whose outputs they get, (n, width)."""
+    """Embeddings with the outputs that they get, (n, width)."""
     preserved: Tensor
     """Embeddings that keep their outputs, (m, width), or fewer rows that are as good."""
 
