@@ -14,9 +14,9 @@ from torch import Tensor
 
 from safegen.core.errors import ConfigError
 from safegen.edits.training.samples import read_captions
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.pipeline_specs import encode_texts
 from safegen.models.model import Model
-from safegen.models.pipeline_specs import encode_texts
 from safegen.models.selectors import select_parameters
 
 OBJECTS = ("image", "photo", "portrait", "picture", "painting")
