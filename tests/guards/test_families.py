@@ -29,10 +29,10 @@ from tests.tiny import FAMILIES, PROMPTS, build_pipeline
 
 PROMPT, TEXT = PROMPTS[0], "a red cube"
 INSIDE = {"dual-latent", "negative-prompt", "safree", "sld"}
-FAST = ("sd35", "flux")
-"""Rows of every test run; those of the others that refuse nothing run nightly."""
+FAST = {("sd35", "safree"), *(("flux", guard) for guard in GUARDS_ON_FAMILIES["flux"])}
+"""Cells of every test run beside those with a reason; others run nightly."""
 CELLS = [
-    pytest.param(row, guard, marks=() if reason or row in FAST else pytest.mark.slow)
+    pytest.param(row, guard, marks=() if reason or (row, guard) in FAST else pytest.mark.slow)
     for row, cells in GUARDS_ON_FAMILIES.items()
     for guard, reason in cells.items()
 ]
@@ -44,17 +44,27 @@ def nightly(*values):
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+class Pipes(dict):
+    """Tiny pipelines by the rows of the table, each built at its first use."""
+
+    def __missing__(self, row):
+        family = row.split()[0].rstrip(",")
+        if row in FAMILIES:
+            self[row] = build_pipeline(row)
+        elif row in IMAGE_CLASSES:
+            import diffusers
+
+            self[row] = getattr(diffusers, IMAGE_CLASSES[row])(**self[family].components)
+            self[row].set_progress_bar_config(disable=True)
+        else:
+            self[row] = self[family]
+        return self[row]
+
+
 @pytest.fixture(scope="module")
 def pipes():
-    """Return the tiny pipeline of each row of the table."""
-    built = {family: build_pipeline(family) for family in FAMILIES}
-    built |= {row: built[family] for family, row in NO_TRUE_CFG.items()}
-    import diffusers
-
-    for row, kind in IMAGE_CLASSES.items():
-        built[row] = getattr(diffusers, kind)(**built[row.split()[0]].components)
-        built[row].set_progress_bar_config(disable=True)
-    return built
+    """Return the pipelines of the table."""
+    return Pipes()
 
 
 def options_of(row, n=1, **options):
@@ -95,7 +105,7 @@ def test_a_guard_acts_on_a_family_or_gives_its_reason(pipes, generate, passing_s
         assert np.abs(output.image - base).max() > 1e-4
 
 
-@pytest.mark.parametrize("row", ["sd35", "flux", *nightly(*IMAGE_CLASSES)])
+@pytest.mark.parametrize("row", ["flux", *nightly("sd35", *IMAGE_CLASSES)])
 def test_guards_without_effect_leave_an_image_bit_for_bit(pipes, generate, row):
     options = options_of(row, 2, num_inference_steps=2)
     guards = [
@@ -174,7 +184,7 @@ def network_call(pipe, row, x, t, text, scale):
     )[0]
 
 
-@pytest.mark.parametrize("row", ["sd35", "flux", *nightly("flux from an image")])
+@pytest.mark.parametrize("row", ["sd35", *nightly("flux", "flux from an image")])
 def test_a_negative_prompt_is_the_pipelines_own(pipes, generate, row):
     options = options_of(row, 2, num_inference_steps=2)
     guard = {"name": "negative-prompt", "text": "a green cone"}

@@ -23,10 +23,18 @@ from tests.tiny import FAMILIES, PROMPTS, build_model
 CUBE = Sample(prompt=PROMPTS[0], seed=1)
 
 
+class Models(dict):
+    """Tiny models by family, each built at its first use."""
+
+    def __missing__(self, family):
+        self[family] = build_model(family)
+        return self[family]
+
+
 @pytest.fixture(scope="module")
 def models():
     """Return the tiny model of each family."""
-    return {family: build_model(family) for family in FAMILIES}
+    return Models()
 
 
 def draw(model, samples, **settings):
@@ -46,7 +54,7 @@ def call_pipeline(model, **options):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, marks=() if family in ("sd35", "flux") else pytest.mark.slow)
+        pytest.param(family, marks=() if family == "flux" else pytest.mark.slow)
         for family in FAMILIES
     ],
 )
@@ -108,7 +116,7 @@ def test_latents_start_an_image_in_their_plain_shape(models, tmp_path, family):
 
 
 @pytest.mark.parametrize("kind", ["image", pytest.param("inpaint", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_an_image_starts_an_image_of_its_family(models, tmp_path, family, kind):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "x.png")
@@ -146,7 +154,7 @@ def test_an_image_beyond_the_positions_of_sd3_is_refused(models):
 
 
 @pytest.mark.parametrize("name", ["DPM++ 2M", "UniPC"])
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_flow_matching_has_schedulers_by_name(models, family, name, caplog):
     model, steps = models[family], 8
     caplog.set_level(logging.CRITICAL)
