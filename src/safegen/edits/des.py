@@ -6,7 +6,7 @@ Ahn & Jung 2025, arXiv:2501.18877.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -114,10 +114,6 @@ class DES(TrainedEdit):
         """Return phrases, prompts and captions of a concept."""
         lists = {"prompts": concept.tuning.get("concept", ()), "captions": concept.captions}
         return super().defaults_from(concept, settings) | lists
-
-    def unused_settings(self) -> Iterable[tuple[str, str]]:
-        """Yield each setting that has no effect with the others, and why."""
-        yield from super().unused_settings()
 
     def describe(self) -> str:
         """Return one or two sentences for a report."""
