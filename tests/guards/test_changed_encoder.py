@@ -13,7 +13,10 @@ from safegen.core.errors import ConfigError
 from safegen.guards import make_guard
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.latent_guard.head import ClipTextFeatures
+from safegen.guards.latent_guard.latent_guard import PatchedEncoderWarning
+from safegen.models.patched_weights import pipeline_weights
 from safegen.models.text_encoder import TextEncoderView
+from safegen.patches.patch import Patch
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass")
 READERS = ["dual-latent", "latent-guard", "safree"]
@@ -160,3 +163,12 @@ def test_a_lora_scale_of_the_call_is_refused_with_a_lora_on_a_text_encoder(
         assert generate(pipe, **scaled | {"cross_attention_kwargs": own})
     words = make_guard("prompt-filter", words=["skull"])
     assert generate(pipe, [words], cross_attention_kwargs={"scale": 0.1})[0].image is not None
+
+
+def test_a_head_on_a_patched_text_encoder_warns(make_model, passing_settings):
+    model, guard = make_model(), make_guard("latent-guard", **passing_settings["latent-guard"])
+    name = "text_encoder.text_model.final_layer_norm.weight"
+    patch = Patch({name: pipeline_weights(model.pipeline)[name].detach() * 2})
+    with patch.apply(model), pytest.warns(PatchedEncoderWarning, match="which a patch changes"):
+        GuardedPipeline(model.pipeline, [guard])
+    GuardedPipeline(model.pipeline, [guard])

@@ -14,6 +14,7 @@ from safegen.core.quiet import silence_libraries
 from safegen.models.families.denoisers import DENOISERS
 from safegen.models.families.pipeline_specs import NOISE_PIPELINES, denoiser_name
 from safegen.models.model import Model
+from safegen.models.patched_weights import component_of
 
 ATTRIBUTE = "_safegen_model"
 """Attribute of a denoiser that holds its model, which knows the patches on it."""
@@ -75,6 +76,14 @@ def check_shared(target: Any, model: Model, components: Iterable[str | None]) ->
                 f"{component} of the pipeline must be that of {model.name!r}, which has the same "
                 "denoiser, got another one. Load a pipeline with a denoiser of its own"
             )
+
+
+def patched_encoders(pipe: Any) -> list[str]:
+    """Return the names of a pipeline's text encoders that patches of safegen change."""
+    denoiser = getattr(pipe, denoiser_name(pipe), None)
+    model = _known_model(denoiser) if _is_denoiser(denoiser) else None
+    patches = [] if model is None else model.applied_patches
+    return sorted({c for patch in patches for name in patch.names if (c := component_of(name))})
 
 
 def _is_denoiser(target: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, SafegenWarning
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Guard, GuardConfig
 from safegen.guards.core.result import GuardResult, InvalidResultError
@@ -28,9 +29,14 @@ from safegen.guards.latent_guard.head import (
     load_head,
     max_scores,
 )
+from safegen.models.wrapping import patched_encoders
 
 PUBLISHED_THRESHOLD = 9.0131
 """Threshold for the published weights and the published list of concepts."""
+
+
+class PatchedEncoderWarning(SafegenWarning):
+    """A guard with a trained head reads a text encoder that a patch changes."""
 
 
 class LatentGuardConfig(GuardConfig):
@@ -88,7 +94,18 @@ class LatentGuardConfig(GuardConfig):
         return settings | {"weights": hashlib.sha256(self.weights.read_bytes()).hexdigest()}
 
     def build(self, adapter: PipelineAdapter) -> Guard:
-        """Return the guard, with the features of its concepts."""
+        """Return the guard, with the features of its concepts.
+
+        Warns:
+            PatchedEncoderWarning: a patch changes the text encoder.
+        """
+        if "text_encoder" in patched_encoders(adapter.pipe):
+            warnings.warn(
+                "latent-guard scores prompts by the text encoder, which a patch changes. A head "
+                "of another encoder may miss the concept: train and calibrate it on this one",
+                PatchedEncoderWarning,
+                stacklevel=2,
+            )
         head = load_head(self.weights, allow_pickle=self.allow_pickle)
         return LatentGuardGuard(self, adapter, head)
 
