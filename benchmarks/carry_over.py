@@ -1,8 +1,8 @@
-"""What carries over from a UNet to a transformer with flow matching: docs/results/carry-over.json.
+"""What carries over from a UNet to a transformer with flow matching, method by method.
 
     python benchmarks/carry_over.py --out DIR [--models mini,mini-flow] [--rows safegen,esd,...]
         [--prompts 32] [--seeds 1] [--attacks ring_a_bell,seeds,img2img]
-    python benchmarks/carry_over.py --out DIR --table docs/results/carry-over.json
+    python benchmarks/carry_over.py --out DIR --table FILE.json
 
 Every method acts on two models of one world, with the same prompts, seeds, judge and presets:
 `mini` is a UNet that predicts noise, `mini-flow` an MMDiT with flow matching. Patches, runs and
