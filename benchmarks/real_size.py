@@ -26,10 +26,10 @@ from safegen.core.quiet import silence_libraries
 from safegen.core.registry import EDITS, resolve
 from safegen.edits.base import Edit, TrainedEdit
 from safegen.edits.safegen_plus import SafeGenPlus
+from safegen.models.families.text_outputs import text_outputs
 from safegen.models.model import Model
 from safegen.models.patched_weights import pipeline_weights
 from safegen.models.selectors import SELECTORS, select_parameters
-from safegen.models.text_outputs import text_outputs
 from safegen.workflows.plan.memory import model_bytes, training_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "models"))

@@ -103,7 +103,7 @@ def families() -> str:
         "Made from the tables that the contract tests check cell by cell, on tiny random models "
         "of each family. *yes* says that it runs and keeps its laws, not how well it removes. A "
         "number names the reason why it is refused. See "
-        "[Families of models](../explanation/families.md).",
+        "[Families of models](../explanation/families.md)."
     ]
     for heading, source in FAMILIES.items():
         file, _, name = source.partition(":")

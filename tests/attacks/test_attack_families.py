@@ -23,7 +23,7 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.core.registry import ATTACKS, resolve
 from safegen.data.triplets.triplets import Triplets
-from safegen.models.denoisers import pack_latents, packs_latents, predict
+from safegen.models.families.denoisers import pack_latents, packs_latents, predict
 from safegen.models.generation import batches
 from safegen.models.patched_weights import pipeline_weights
 from safegen.models.textual_inversion import added_words, read_word, write_word

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from safegen.core.errors import ConfigError
 from safegen.edits.functional.rollout import frozen_predictor
 from safegen.edits.training.lora import trainable_parameters
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 

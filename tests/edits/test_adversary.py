@@ -26,8 +26,8 @@ from safegen.edits.functional.closed_form import adversarial_embeddings, project
 from safegen.edits.functional.text_search import adv_unlearn_text, fast_gradient_text
 from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training.lora import trainable_parameters
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import predict
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import predict
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 

@@ -15,7 +15,7 @@ from safegen.edits.functional.closed_form import (
 )
 from safegen.edits.rece import RECE
 from safegen.edits.uce import UCE
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 from tests.tiny import FAMILIES, build_model
 
 TRANSFORMERS = [name for name in FAMILIES if name[:3] in ("sd3", "flu")]

@@ -17,8 +17,8 @@ from safegen.edits.functional.rollout import Rollout, frozen_predictor
 from safegen.edits.training.config import Training
 from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import preprocess
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import predict
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import predict
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from safegen.core.errors import ConfigError
 from safegen.edits.des import DES, DESObjective, concept_vector, cosine_distance, least_similar
 from safegen.edits.training.config import Training
+from safegen.models.families.text_outputs import TextEncoders, text_outputs
 from safegen.models.patched_weights import pipeline_weights
-from safegen.models.text_outputs import TextEncoders, text_outputs
 from tiny import FAMILIES, build_model
 
 SHORT = Training(updates=3, batch=2, accumulation=1, lr=1e-3, weight_decay=0.0, ema=0.0)

@@ -18,7 +18,7 @@ from safegen.edits.training.config import Training
 from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.samples import encode_triplets
 from safegen.judges import Detection, Detections, judge_images
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 

@@ -11,7 +11,7 @@ from safegen.core import registry
 from safegen.core.errors import ConfigError
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.functional.closed_form import projections
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 from safegen.models.selectors import select_parameters
 from tests.edits.families import EDITS_ON_FAMILIES
 from tests.tiny import FAMILIES, PROMPTS, build_model

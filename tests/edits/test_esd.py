@@ -14,7 +14,7 @@ from safegen.edits.esd import ESD, ESDObjective
 from safegen.edits.functional.rollout import frozen_predictor
 from safegen.edits.training.config import Training
 from safegen.edits.training.trainer import _step_seed
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 

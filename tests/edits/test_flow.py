@@ -18,8 +18,8 @@ from safegen.edits.functional.rollout import Rollout, frozen_predictor
 from safegen.edits.functional.text_search import fast_gradient_text
 from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training.samples import encode_triplets
-from safegen.models.denoisers import pack_latents, predict, unpack_latents
-from safegen.models.pipeline_specs import LENGTH_OPTION, call_defaults, guidance_option
+from safegen.models.families.denoisers import pack_latents, predict, unpack_latents
+from safegen.models.families.pipeline_specs import LENGTH_OPTION, call_defaults, guidance_option
 from safegen.models.selectors import select_parameters
 from tests.tiny import PROMPTS, build_model
 

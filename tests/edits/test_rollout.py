@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError
 from safegen.edits.functional.rollout import Rollout, frozen_predictor
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from safegen.edits.functional.text_search import fast_gradient_text
 from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training.config import Training
 from safegen.edits.training.samples import encode_triplets, preprocess
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import edit as edit_model

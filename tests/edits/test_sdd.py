@@ -12,7 +12,7 @@ from safegen.edits.functional.rollout import frozen_predictor
 from safegen.edits.sdd import SDD, SDDObjective
 from safegen.edits.training.config import Training
 from safegen.edits.training.trainer import _step_seed, train
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
 

@@ -19,8 +19,8 @@ from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.core.rows import replace_inputs
 from safegen.guards.safree.projection import concept_projectors, project_prompt
 from safegen.guards.sld import safety_guidance
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import read_text, replace_text, unpack_latents
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import read_text, replace_text, unpack_latents
 from safegen.models.model import Model
 from safegen.stack import Stack
 from safegen.stack_loader import LoadedStack

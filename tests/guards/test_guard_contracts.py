@@ -15,7 +15,7 @@ from safegen.guards import GuardConfig, make_guard, read_guard
 from safegen.guards.core.adapter import ALL_POINTS, PipelineAdapter
 from safegen.guards.core.pipeline import GuardedPipeline
 from safegen.guards.core.result import ACTIONS
-from safegen.models.pipeline_specs import PIPELINE_SPECS
+from safegen.models.families.pipeline_specs import PIPELINE_SPECS
 
 NEEDS_MEMORYLESS_SCHEDULER = {"dual-latent"}
 """Guards that need a scheduler without state."""

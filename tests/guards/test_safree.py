@@ -108,7 +108,7 @@ def test_only_triggers_change_and_lose_the_concept(tiny_model):
     )
     assert projection.triggers
     from safegen.guards.core.base import Call
-    from safegen.models.conditioning import Conditioning
+    from safegen.models.families.conditioning import Conditioning
 
     hook = guard.build(adapter).start(Call(adapter, (PROMPT,), [""], {}, num_steps=4))
     before = adapter.encode([PROMPT])

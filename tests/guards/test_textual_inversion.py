@@ -12,7 +12,7 @@ from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.base import Call
 from safegen.guards.latent_guard.head import ClipTextFeatures, LatentGuardHead, max_scores
 from safegen.guards.safree.projection import concept_projectors
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 from safegen.models.generation import truncated_prompts
 from safegen.models.text_encoder import TextEncoderView, text_encoders
 

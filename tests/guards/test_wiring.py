@@ -12,7 +12,7 @@ from safegen.guards.core.adapter import ALL_POINTS
 from safegen.guards.core.base import Guard, GuardHook
 from safegen.guards.core.checks import GUARD_METHODS, HOOK_METHODS
 from safegen.guards.core.pipeline import GuardedPipeline
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
 SLD = {"name": "sld", "preset": "max", "text": "a red cube"}

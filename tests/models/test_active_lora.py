@@ -18,7 +18,7 @@ from safegen.cli import main as run
 from safegen.core.errors import ConfigError, FileError, PatchError
 from safegen.core.generation import GenerationConfig, Sample
 from safegen.edits.uce import UCE
-from safegen.models import denoisers
+from safegen.models.families import denoisers
 from safegen.models.loading import load
 from safegen.models.selectors import select_parameters
 from safegen.patches.active_lora import AdapterWarning, active_loras, lora_forward

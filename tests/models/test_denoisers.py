@@ -12,9 +12,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import UNSCALED_TIMESTEPS, pack_latents, predict, unpack_latents
-from safegen.models.pipeline_specs import LENGTH_OPTION, call_defaults
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import (
+    UNSCALED_TIMESTEPS,
+    pack_latents,
+    predict,
+    unpack_latents,
+)
+from safegen.models.families.pipeline_specs import LENGTH_OPTION, call_defaults
 from tests.tiny import FAMILIES, PROMPTS, build_model
 
 tiny = lru_cache(build_model)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from safegen.core.errors import ConfigError, FileError, UnknownNameError, UnusedSettingWarning
 from safegen.core.generation import GenerationConfig, Sample, Start
-from safegen.models.denoisers import pack_latents
+from safegen.models.families.denoisers import pack_latents
 from safegen.models.generation import generate, generator, image_size, truncated_prompts
 from safegen.models.image_files import parameters_text
 from safegen.models.schedulers import list_schedulers

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from safegen.core.errors import PatchError
 from safegen.edits.training.lora import trainable_parameters
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 from safegen.models.selectors import SD3, select_parameters, weights_by_name
 from safegen.patches.active_lora import active_loras
 from safegen.patches.lora import IgnoredKeysWarning, extract_lora, save_lora

@@ -15,7 +15,7 @@ from diffusers import (
 from torch.testing import assert_close
 
 from safegen.edits.functional import losses
-from safegen.models.noise_schedule import NoiseSchedule
+from safegen.models.families.noise_schedule import NoiseSchedule
 
 VP = {
     "beta_start": 0.00085,

@@ -30,7 +30,7 @@ from safegen.edits.functional import losses
 from safegen.edits.training.config import Precision, resolve_precision
 from safegen.edits.training.samples import preprocess
 from safegen.evaluation.samples import EvalSample
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 from safegen.models.generation import generator
 from safegen.models.textual_inversion import added_words, check_takes_words, write_word
 from safegen.stack import Stack

@@ -34,9 +34,9 @@ from safegen.core.errors import DivergedError, SafegenWarning
 from safegen.core.hashing import hash_tensors
 from safegen.core.settings import MAX_COUNT
 from safegen.evaluation.samples import EvalSample
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import predict
-from safegen.models.pipeline_specs import guidance_option
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import predict
+from safegen.models.families.pipeline_specs import guidance_option
 
 BLANK = " "
 """Blank text. An empty prompt in a record would mean that the text was left out."""

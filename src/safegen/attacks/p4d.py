@@ -24,8 +24,8 @@ from safegen.core.settings import MAX_COUNT
 from safegen.edits.functional import losses
 from safegen.edits.training.samples import preprocess
 from safegen.evaluation.samples import EvalSample
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import predict
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import predict
 from safegen.models.generation import generate
 
 PAPER = {"iterations": 3000, "lr": 0.1, "weight_decay": 0.1, "test_every": 50, "whole_words": False}

@@ -21,7 +21,7 @@ from safegen.attacks.search.text_space import TextSpace
 from safegen.core.settings import MAX_COUNT
 from safegen.edits.functional import losses
 from safegen.evaluation.samples import EvalSample
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 
 
 class UnlearnDiff(Attack):

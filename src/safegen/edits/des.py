@@ -22,9 +22,9 @@ from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.training.config import Objective, Training, TrainingCallback
 from safegen.edits.training.samples import read_captions
 from safegen.models.checkpoint.metadata import Component
+from safegen.models.families.text_outputs import TextEncoders, text_outputs
 from safegen.models.model import Model
 from safegen.models.patched_weights import pipeline_weights
-from safegen.models.text_outputs import TextEncoders, text_outputs
 from safegen.patches.patch import Patch
 
 PUBLISHED = Training(

@@ -27,7 +27,7 @@ from safegen.edits.functional.rollout import (
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import encode_triplets
 from safegen.judges import SCORE_FLOOR, Judge, judge_images, load_judge
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 from safegen.models.model import Model
 
 RELEASED = Training(

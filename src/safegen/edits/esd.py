@@ -26,8 +26,8 @@ from safegen.edits.functional.rollout import (
 )
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import read_captions
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import predict
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import predict
 from safegen.models.model import Model
 
 PUBLISHED = Training(

@@ -27,8 +27,8 @@ from safegen.edits.training.config import (
     warn_unused,
 )
 from safegen.edits.training.samples import encode_triplets, read_captions
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import predict
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import predict
 from safegen.models.model import Model
 
 CAPTION_SHARE = 0.6

@@ -19,8 +19,8 @@ from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional import losses
 from safegen.edits.functional.rollout import Rollout, frozen_predictor, rollout_autocast
 from safegen.edits.training.config import SHORT, Objective, Training
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import predict
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import predict
 from safegen.models.model import Model
 
 PUBLISHED = Training(

@@ -21,7 +21,7 @@ from safegen.guards.core.base import Guard, ProbeFunction
 from safegen.guards.core.result import GuardResult
 from safegen.guards.judge_filter import JudgeBackedConfig, detect_images
 from safegen.judges import Judge
-from safegen.models.pipeline_specs import NOISE_PIPELINES
+from safegen.models.families.pipeline_specs import NOISE_PIPELINES
 
 
 class CropsConfig(JudgeBackedConfig):

@@ -26,8 +26,8 @@ from safegen.guards.safree.projection import (
     concept_projectors,
     project_prompt,
 )
-from safegen.models.conditioning import Conditioning
-from safegen.models.pipeline_specs import IMAGE_PIPELINES
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.pipeline_specs import IMAGE_PIPELINES
 
 MEMORYLESS_SCHEDULERS = (
     "DDIMScheduler",

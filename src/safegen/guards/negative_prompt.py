@@ -8,7 +8,7 @@ from safegen.core.concept import Concept
 from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
 from safegen.guards.core.result import GuardResult
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 
 
 class NegativePromptConfig(GuardConfig):

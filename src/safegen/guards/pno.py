@@ -29,7 +29,7 @@ from safegen.guards.core.result import GuardResult, UnsafeAction
 from safegen.guards.judge_filter import JudgeBackedConfig, JudgeGuard, resolve_options
 from safegen.judges import Judge
 from safegen.judges.clip import encode_texts, text_probabilities
-from safegen.models.pipeline_specs import NOISE_PIPELINES
+from safegen.models.families.pipeline_specs import NOISE_PIPELINES
 
 GROUP = 4
 """k: entries of the latents per row of the regularizer's matrix."""

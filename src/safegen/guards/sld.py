@@ -19,7 +19,7 @@ from safegen.guards.core.adapter import HookPoint, PipelineAdapter
 from safegen.guards.core.base import Call, Guard, GuardConfig, GuardHook
 from safegen.guards.core.result import GuardResult, InvalidResultError
 from safegen.guards.negative_prompt import NegativePromptConfig, join_texts
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 
 PAPER_TEXT = (
     "an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, "

@@ -21,9 +21,14 @@ from safegen.core.generation import MAX_START_FILE, GenerationConfig, Sample, Se
 from safegen.core.progress import StepCallback
 from safegen.core.quiet import silence_libraries
 from safegen.core.tensor_files import read_tensors
-from safegen.models.denoisers import largest_side, pack_latents, packs_latents, side_multiple
+from safegen.models.families.denoisers import (
+    largest_side,
+    pack_latents,
+    packs_latents,
+    side_multiple,
+)
+from safegen.models.families.pipeline_specs import LENGTH_OPTION, call_defaults, guidance_option
 from safegen.models.model import Model, check_is_loaded
-from safegen.models.pipeline_specs import LENGTH_OPTION, call_defaults, guidance_option
 from safegen.models.schedulers import check_num_steps, replaced_scheduler
 from safegen.models.text_encoder import count_tokens, text_encoders
 

@@ -12,9 +12,9 @@ from PIL import Image
 from safegen._version import __version__
 from safegen.core.files import atomic_write, encode_image
 from safegen.core.generation import GenerationConfig, Sample
+from safegen.models.families.pipeline_specs import guidance_option
 from safegen.models.generation import image_size, join_negative, torch_seed
 from safegen.models.model import Model
-from safegen.models.pipeline_specs import guidance_option
 from safegen.models.schedulers import build_scheduler, sampler_name
 
 

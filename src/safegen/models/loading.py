@@ -20,8 +20,8 @@ from safegen.models.checkpoint.diffusers_folder import read_folder
 from safegen.models.checkpoint.metadata import PATCH_FORMAT, CheckpointMetadata
 from safegen.models.checkpoint.single_file_reader import read_single_file
 from safegen.models.checkpoint.weight_files import find_weights
+from safegen.models.families.pipeline_specs import TEXT_ENCODERS
 from safegen.models.model import DTYPES, Model, Pipeline, components_of
-from safegen.models.pipeline_specs import TEXT_ENCODERS
 from safegen.models.text_encoder import text_encoder_names
 from safegen.models.wrapping import pipeline_model, register_model, text_to_image
 

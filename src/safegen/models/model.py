@@ -23,22 +23,18 @@ from safegen.core.files import display_name
 from safegen.core.hashing import hash_tensors
 from safegen.core.text import short_repr
 from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef
-from safegen.models.conditioning import Conditioning
-from safegen.models.noise_schedule import NoiseSchedule, prediction_type
-from safegen.models.patched_weights import hash_components, undone_patches, unpatched_state
-from safegen.models.pipeline_specs import (
-    EMBEDDED_GUIDANCE,
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import describe_architecture
+from safegen.models.families.noise_schedule import NoiseSchedule, prediction_type
+from safegen.models.families.pipeline_specs import (
+    add_inputs,
     call_defaults,
     denoiser_name,
     encode_texts,
 )
+from safegen.models.patched_weights import describe_parts, hash_components, undone_patches
 from safegen.models.selectors import plain_name
-from safegen.models.text_encoder import (
-    TextEncoderView,
-    expand_prompt,
-    text_encoder_names,
-    text_encoders,
-)
+from safegen.models.text_encoder import expand_prompt, text_encoder_names, token_spans
 
 if TYPE_CHECKING:
     from safegen.models.applied_patch import AppliedPatch
@@ -46,16 +42,6 @@ if TYPE_CHECKING:
 Pipeline: TypeAlias = Any
 """A text-to-image pipeline of diffusers of a class in `NOISE_PIPELINES`."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TEXT_CONFIG = ("num_attention_heads", "hidden_act")
-UNHASHED_CONFIG = {
-    "vae": ("scaling_factor", "shift_factor"),
-    "unet": ("attention_head_dim", "num_attention_heads", "sample_size"),
-    "transformer": ("attention_head_dim", "num_attention_heads", "sample_size", "guidance_embeds"),
-    "text_encoder": _TEXT_CONFIG,
-    "text_encoder_2": _TEXT_CONFIG,
-    "text_encoder_3": _TEXT_CONFIG,
-}
-"""Settings of a pipeline's components that decide an image and are visible in no weight."""
 
 
 class MetadataMismatchWarning(SafegenWarning):
@@ -174,16 +160,7 @@ class Model:
         Self-attention of SD 1.x and 2.x has equal shapes and unequal numbers of heads; SD 3 and 3.5
         medium differ in blocks with attention of the image alone (`dual`).
         """
-        config = self.denoiser.config
-        if self.denoiser_name == "transformer":
-            return (
-                f"{type(self.denoiser).__name__}, layers {config.num_layers}, heads "
-                f"{config.num_attention_heads}, text {config.joint_attention_dim}, dual "
-                f"{len(config.get('dual_attention_layers') or ())}"
-            )
-        heads = config.attention_head_dim  # diffusers' name for the number of heads
-        heads = [heads] * len(config.down_block_types) if isinstance(heads, int) else list(heads)
-        return f"{type(self.denoiser).__name__}, heads {heads}, text {config.cross_attention_dim}"
+        return describe_architecture(self.denoiser)
 
     @cached_property
     def hash(self) -> str:
@@ -208,32 +185,7 @@ class Model:
     @property
     def pipeline_parts(self) -> dict[str, Any]:
         """Hashes and settings that `pipeline_hash` is taken over, by part of the pipeline."""
-        pipeline, encoders = self.pipeline, text_encoder_names(self.pipeline)
-        tokenizers = [getattr(pipeline, e.replace("text_encoder", "tokenizer")) for e in encoders]
-        schedule = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-        return {
-            self.denoiser_name: self.hash,
-            "dtype": self.dtype,
-            "weights": {
-                name: hash_tensors(unpatched_state(self, name))
-                for name in self.components
-                if name != self.denoiser_name
-            },
-            "scheduler": [
-                type(pipeline.scheduler).__name__,
-                {k: str(schedule[k]) for k in schedule},
-            ],
-            "tokenizers": [
-                [t.get_vocab(), t.pad_token_id, t.model_max_length, t.padding_side]
-                for t in tokenizers
-            ],
-            "configs": {
-                f"{name}.{key}": str(getattr(getattr(pipeline, name).config, key, None))
-                for name in self.components
-                for key in UNHASHED_CONFIG[name]
-            },
-            "empty_prompt": str(pipeline.config.get("force_zeros_for_empty_prompt")),
-        }
+        return describe_parts(self)
 
     @cached_property
     def verified_metadata(self) -> CheckpointMetadata | None:
@@ -278,20 +230,7 @@ class Model:
             with_gradient: whether gradients flow to what the text encoders read.
         """
         text = encode_texts(self.pipeline, texts, with_gradient=with_gradient)
-        pooled = text.pooled
-        if self.denoiser_name == "unet" and pooled is not None:
-            hidden = text.hidden
-            if self.pipeline.config.get("force_zeros_for_empty_prompt"):
-                is_text = torch.tensor([bool(t) for t in texts], device=hidden.device)
-                hidden, pooled = hidden * is_text[:, None, None], pooled * is_text[:, None]
-            sizes = [self.size, self.size, 0, 0, self.size, self.size]
-            return Conditioning(
-                hidden, pooled, {"time_ids": pooled.new_tensor([sizes] * len(texts))}
-            )
-        if self.denoiser.config.get("guidance_embeds"):
-            guidance = text.hidden.new_full((len(texts),), EMBEDDED_GUIDANCE)
-            return Conditioning(text.hidden, pooled, {"guidance": guidance.float()})
-        return text
+        return add_inputs(self.pipeline, text, texts, self.size)
 
     def token_ids(self, texts: list[str]) -> Tensor:
         """Return the ids (n, tokens) that the text encoder reads for texts."""
@@ -304,14 +243,7 @@ class Model:
         SD 3 has the tokens of CLIP, then those of T5; FLUX those of T5; the others one span of
         CLIP. The last token of an empty text is the first one of the span.
         """
-        views = text_encoders(self.pipeline, call_defaults(self.pipeline))
-        spans = [view for view in views if not view.column]  # CLIPs side by side share one
-
-        def span(view: TextEncoderView, text: str) -> tuple[int, int, int]:
-            last = max(view.first + view.tokenize(text)[1] - 1, 0)
-            return view.row, view.row + last, view.row + view.limit
-
-        return [[span(view, text) for view in spans] for text in texts]
+        return token_spans(self.pipeline, texts, call_defaults(self.pipeline))
 
     def _tokenize(self, texts: list[str], **options: Any) -> Any:
         tokenizer = self.pipeline.tokenizer

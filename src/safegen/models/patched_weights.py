@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.hashing import hash_tensors
-from safegen.models.pipeline_specs import TEXT_ENCODERS, denoiser_name
+from safegen.models.families.pipeline_specs import TEXT_ENCODERS, denoiser_name
 from safegen.models.selectors import weights_by_name
 from safegen.models.text_encoder import text_encoder_names
 
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights"
 """Name of the denoiser among the parts of a model that patches change."""
+
+
+_TEXT_CONFIG = ("num_attention_heads", "hidden_act")
+UNHASHED_CONFIG = {
+    "vae": ("scaling_factor", "shift_factor"),
+    "unet": ("attention_head_dim", "num_attention_heads", "sample_size"),
+    "transformer": ("attention_head_dim", "num_attention_heads", "sample_size", "guidance_embeds"),
+    **dict.fromkeys(TEXT_ENCODERS, _TEXT_CONFIG),
+}
+"""Settings of a pipeline's components that decide an image and are visible in no weight."""
 
 
 def component_of(name: str) -> str | None:
@@ -144,3 +154,29 @@ def undone_patches(model: Model) -> Iterator[None]:
             for parameter, value in changed:
                 parameter.copy_(value)
         model.applied_patches[:] = patches
+
+
+def describe_parts(model: Model) -> dict[str, Any]:
+    """Return hashes and settings of all parts of a pipeline, without patches; by part."""
+    pipeline, encoders = model.pipeline, text_encoder_names(model.pipeline)
+    tokenizers = [getattr(pipeline, e.replace("text_encoder", "tokenizer")) for e in encoders]
+    schedule = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    return {
+        model.denoiser_name: model.hash,
+        "dtype": model.dtype,
+        "weights": {
+            name: hash_tensors(unpatched_state(model, name))
+            for name in model.components
+            if name != model.denoiser_name
+        },
+        "scheduler": [type(pipeline.scheduler).__name__, {k: str(v) for k, v in schedule.items()}],
+        "tokenizers": [
+            [t.get_vocab(), t.pad_token_id, t.model_max_length, t.padding_side] for t in tokenizers
+        ],
+        "configs": {
+            f"{name}.{key}": str(getattr(getattr(pipeline, name).config, key, None))
+            for name in model.components
+            for key in UNHASHED_CONFIG[name]
+        },
+        "empty_prompt": str(pipeline.config.get("force_zeros_for_empty_prompt")),
+    }

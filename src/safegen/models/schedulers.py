@@ -9,8 +9,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from safegen.core.errors import ConfigError, UnknownNameError, first_line
-from safegen.models.noise_schedule import FLOW_PREDICTION, prediction_type
-from safegen.models.pipeline_specs import guidance_option
+from safegen.models.families.noise_schedule import FLOW_PREDICTION, prediction_type
+from safegen.models.families.pipeline_specs import guidance_option
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),

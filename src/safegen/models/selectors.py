@@ -11,7 +11,7 @@ from safegen.core.errors import ConfigError, UnknownNameError
 
 UNET, SD3, FLUX = "UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
 TEXT_ENCODERS = "TextEncoders"
-"""Name of the class of text encoders as one network (`safegen.models.text_outputs`)."""
+"""Name of the class of text encoders as one network (`safegen.models.families.text_outputs`)."""
 _IMAGE = r"to_(?:[qkv]|out\.0)\."
 _TEXT = r"(?:add_[qkv]_proj|to_add_out)\."
 _TEXT_PATH = r"_context\.|context_embedder\.|\.add_[qkv]_proj\.|\.to_add_out\.|\.norm_added_"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safegen.models.pipeline_specs import LENGTH_OPTION, TEXT_ENCODERS, is_t5, spec_of
+from safegen.models.families.pipeline_specs import LENGTH_OPTION, TEXT_ENCODERS, is_t5, spec_of
 
 
 def text_encoder_names(pipe: Any) -> tuple[str, ...]:
@@ -205,3 +205,24 @@ def count_tokens(views: Sequence[TextEncoderView], text: str) -> tuple[int, int]
     longest = [view for view in views if view.is_t5] or views
     counts = [(len(view.token_ids(text)), view.limit) for view in longest]
     return max(counts, key=lambda count: count[0] - count[1])
+
+
+def token_spans(
+    pipe: Any, texts: Sequence[str], options: Mapping[str, Any]
+) -> list[list[tuple[int, int, int]]]:
+    """Return start, last own token and stop of each span of each text's token embeddings.
+
+    See `Model.token_spans`.
+
+    Args:
+        pipe: the pipeline.
+        texts: the texts.
+        options: options of the pipeline's call.
+    """
+    spans = [view for view in text_encoders(pipe, options) if not view.column]  # CLIPs share one
+
+    def span(view: TextEncoderView, text: str) -> tuple[int, int, int]:
+        last = max(view.first + view.tokenize(text)[1] - 1, 0)
+        return view.row, view.row + last, view.row + view.limit
+
+    return [[span(view, text) for view in spans] for text in texts]

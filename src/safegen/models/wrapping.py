@@ -11,10 +11,10 @@ from diffusers import DiffusionPipeline
 
 from safegen.core.errors import ConfigError, PatchError
 from safegen.core.quiet import silence_libraries
-from safegen.models.denoisers import DENOISERS
+from safegen.models.families.denoisers import DENOISERS
+from safegen.models.families.pipeline_specs import NOISE_PIPELINES, denoiser_name
 from safegen.models.model import Model
 from safegen.models.patched_weights import component_of
-from safegen.models.pipeline_specs import NOISE_PIPELINES, denoiser_name
 
 ATTRIBUTE = "_safegen_model"
 """Attribute of a denoiser that holds its model, which knows the patches on it."""

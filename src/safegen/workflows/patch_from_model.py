@@ -13,11 +13,11 @@ from safegen.core.errors import PatchError, SafegenWarning, check_keywords
 from safegen.core.files import display_name, exists
 from safegen.core.tensor_files import check_weights, read_header, read_tensors
 from safegen.models.checkpoint.metadata import PatchMetadata
+from safegen.models.families.pipeline_specs import TEXT_ENCODERS
 from safegen.models.fingerprint import ModelFingerprint
 from safegen.models.loading import load
 from safegen.models.model import Model
 from safegen.models.patched_weights import hash_components, pipeline_weights
-from safegen.models.pipeline_specs import TEXT_ENCODERS
 from safegen.patches.patch import Patch
 
 METHOD = "from-model"

@@ -288,8 +288,8 @@ def _read_guards(
 
 def _patched_networks(pipe: Any, applied: Sequence[AppliedPatch]) -> dict[str, Any]:
     """Return the networks of a pipeline that patches change, by component name."""
+    from safegen.models.families.pipeline_specs import denoiser_name
     from safegen.models.patched_weights import component_of
-    from safegen.models.pipeline_specs import denoiser_name
 
     names = {component_of(name) or denoiser_name(pipe) for each in applied for name in each.names}
     return {name: getattr(pipe, name, None) for name in sorted(names)}

@@ -21,7 +21,7 @@ from safegen.edits.rl.nft import NFT, two_sided_loss
 from safegen.edits.rl.v_grpo import VGRPO
 from safegen.edits.shielddiff import ShieldDiff
 from safegen.judges.base import Detection, Detections
-from safegen.models.denoisers import predict
+from safegen.models.families.denoisers import predict
 from safegen.models.selectors import select_parameters
 from tests.tiny import FAMILIES, build_model
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from safegen.judges.base import Detection, Detections
-from safegen.models.conditioning import Conditioning
-from safegen.models.noise_schedule import FLOW_PREDICTION, NoiseSchedule
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.noise_schedule import FLOW_PREDICTION, NoiseSchedule
 
 OBJECTS = ("cube", "ball", "cone", "ring")
 CONCEPT = "marked"

@@ -24,8 +24,8 @@ from safegen.edits.training.lora import Trainable, trainable_parameters
 from safegen.edits.training.samples import preprocess
 from safegen.edits.training.trainer import train
 from safegen.models.checkpoint.metadata import PatchMetadata
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import predict
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import predict
 from safegen.models.model import Model
 from safegen.patches.patch import Patch
 

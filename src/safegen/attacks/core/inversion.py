@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from safegen.edits.functional.losses import Latent, PerSample
+from safegen.models.families.noise_schedule import FLOW_PREDICTION
+from safegen.models.families.pipeline_specs import step_options
 from safegen.models.model import Model
-from safegen.models.noise_schedule import FLOW_PREDICTION
-from safegen.models.pipeline_specs import step_options
 
 Output = Callable[[Latent, float, Tensor], Latent]
 """Output of the denoiser for latents at a timestep; the last argument has the rows' numbers."""

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import predict
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import predict
 from safegen.models.model import Model
 from safegen.models.patched_weights import component_of, pipeline_weights, restore
 from safegen.patches.active_lora import disabled_loras

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safegen.core.errors import ConfigError
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 from safegen.models.model import Model
 from safegen.models.text_encoder import clip_encoders, replaced_embeddings, replaced_ids
 

@@ -17,7 +17,7 @@ from safegen.edits.functional.closed_form import adversarial_embeddings, project
 from safegen.edits.functional.inversion import InversionAttack
 from safegen.edits.functional.text_search import adv_unlearn_text, fast_gradient_text
 from safegen.edits.training.lora import merged_weight
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 from safegen.models.model import Model
 from safegen.models.text_encoder import text_encoder_names
 

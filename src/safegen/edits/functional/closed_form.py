@@ -14,9 +14,9 @@ from torch import Tensor
 
 from safegen.core.errors import ConfigError
 from safegen.edits.training.samples import read_captions
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.pipeline_specs import encode_texts
 from safegen.models.model import Model
-from safegen.models.pipeline_specs import encode_texts
 from safegen.models.selectors import select_parameters
 
 OBJECTS = ("image", "photo", "portrait", "picture", "painting")
@@ -136,7 +136,7 @@ class ConceptEmbeddings(NamedTuple):
     erased: Tensor
     """Embeddings that get new outputs, (n, width)."""
     targets: Tensor
-    """Embeddings whose outputs they get, (n, width)."""
+    """Embeddings with the outputs that they get, (n, width)."""
     preserved: Tensor
     """Embeddings that keep their outputs, (m, width), or fewer rows that are as good."""
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from safegen.edits.functional import losses
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import predict
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import predict
 from safegen.models.model import Model
 from safegen.models.text_encoder import replaced_embeddings
 

@@ -15,11 +15,11 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor, nn
 
-from safegen.models import denoisers
-from safegen.models.conditioning import Conditioning
+from safegen.models.families import denoisers
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.noise_schedule import FLOW_PREDICTION
+from safegen.models.families.pipeline_specs import step_options
 from safegen.models.model import DTYPES, Model
-from safegen.models.noise_schedule import FLOW_PREDICTION
-from safegen.models.pipeline_specs import step_options
 from safegen.models.schedulers import check_num_steps
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]

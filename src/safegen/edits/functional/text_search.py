@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from safegen.edits.functional import losses
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import predict
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import predict
 
 
 def fast_gradient_text(

@@ -19,8 +19,8 @@ from safegen.edits.functional.rollout import (
     rollout_autocast,
 )
 from safegen.edits.rl.rewards import advantages
-from safegen.models import denoisers
-from safegen.models.conditioning import Conditioning
+from safegen.models.families import denoisers
+from safegen.models.families.conditioning import Conditioning
 from safegen.models.model import Model
 
 BACKWARD = 2

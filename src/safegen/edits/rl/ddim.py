@@ -23,8 +23,8 @@ from safegen.edits.rl.algorithm import (
     per_image,
 )
 from safegen.edits.rl.v_grpo import clipped_surrogate
-from safegen.models.conditioning import Conditioning
-from safegen.models.noise_schedule import EPSILON, FLOW_PREDICTION
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.noise_schedule import EPSILON, FLOW_PREDICTION
 
 ClipRange = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
 """Largest change of the ratio that is rewarded. `auto` is 0.0128 / sqrt(D) for D latent values."""

@@ -14,7 +14,7 @@ from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, DenoisingPolicy, RolloutBatch
 from safegen.edits.rl.ddim import ClipRange, SamplerAlgorithm
 from safegen.edits.rl.rewards import advantages
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 
 MIN_DEVIATION = 1e-3
 """Smallest deviation of a step; 0.02 is that of the last step of Stable Diffusion's schedule."""

@@ -25,7 +25,7 @@ from safegen.edits.rl.algorithm import (
     per_image,
 )
 from safegen.edits.rl.forward import draw_pairs, noise_images
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 
 
 class DRaFT(AlgorithmSettings):

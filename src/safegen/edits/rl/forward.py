@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from safegen.edits.rl.algorithm import DenoisingPolicy, RolloutBatch
-from safegen.models.conditioning import Conditioning
-from safegen.models.noise_schedule import NoiseSchedule
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from safegen.core.settings import MAX_STEPS
 from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, DenoisingPolicy, RolloutBatch
 from safegen.edits.rl.ddim import ClipRange, SamplerAlgorithm
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 
 MIN_DEVIATION = 0.03
 """Smallest deviation of a trained step; below it, rounding moves the ratio."""

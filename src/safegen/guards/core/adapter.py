@@ -10,9 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import default_side, pack_latents, packs_latents, unpack_latents
-from safegen.models.pipeline_specs import NOISE_PIPELINES, PIPELINE_SPECS, encode_texts, spec_class
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import (
+    default_side,
+    pack_latents,
+    packs_latents,
+    unpack_latents,
+)
+from safegen.models.families.pipeline_specs import (
+    NOISE_PIPELINES,
+    PIPELINE_SPECS,
+    encode_texts,
+    spec_class,
+)
 from safegen.models.text_encoder import TextEncoderView, count_tokens, text_encoders
 
 HookPoint = Literal[

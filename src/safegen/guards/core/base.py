@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from safegen.guards.core.adapter import HookPoint, PipelineAdapter
-    from safegen.models.conditioning import Conditioning
+    from safegen.models.families.conditioning import Conditioning
 
 
 class GuardConfig(MethodSettings, ABC):

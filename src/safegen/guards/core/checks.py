@@ -12,7 +12,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.registry import GUARDS, resolve
 from safegen.guards.core.adapter import EXTERNAL_POINTS, HookPoint, PipelineAdapter
 from safegen.guards.core.base import Guard, GuardConfig, GuardHook
-from safegen.models.pipeline_specs import TEXT_ENCODERS
+from safegen.models.families.pipeline_specs import TEXT_ENCODERS
 
 GUARD_METHODS: dict[str, HookPoint] = {
     "check_prompts": "prompt",

@@ -21,9 +21,9 @@ from safegen.guards.core.adapter import GUIDANCE_POINTS, PipelineAdapter
 from safegen.guards.core.base import Call, GuardHook
 from safegen.guards.core.rows import Args, Kwargs, check_embeds, check_tensor, replace_inputs
 from safegen.guards.core.runner import GuardRunner
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import HIDDEN_ARGUMENT, read_text
-from safegen.models.pipeline_specs import PipelineSpec
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import HIDDEN_ARGUMENT, read_text
+from safegen.models.families.pipeline_specs import PipelineSpec
 
 Point = Literal["negative_prompt_embeds", "prompt_embeds"]
 EDIT_METHODS: dict[Point, str] = {

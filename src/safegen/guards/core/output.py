@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safegen.guards.core.adapter import PipelineAdapter
 from safegen.guards.core.result import GeneratedImage
-from safegen.models.denoisers import default_side, pack_latents, packs_latents
+from safegen.models.families.denoisers import default_side, pack_latents, packs_latents
 
 IMAGE_OUTPUT_TYPES = ("pil", "np", "pt")
 """Values of `output_type` with images that a guard can see."""

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from safegen.guards.core.result import InvalidResultError
-from safegen.models.conditioning import Conditioning
-from safegen.models.denoisers import UNBATCHED_ARGUMENTS, replace_text
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.denoisers import UNBATCHED_ARGUMENTS, replace_text
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

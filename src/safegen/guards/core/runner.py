@@ -32,7 +32,7 @@ from safegen.guards.core.result import (
     GuardTrace,
     InvalidResultError,
 )
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 
 REASON_LENGTH = 100
 """Most characters of a guard's reason in a trace."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
 from safegen.guards.core.result import InvalidResultError
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 
 SCALES = (0.9, 0.2)
 """s of the two greatest feature widths that skips join, 1280 and 640 in Stable Diffusion."""

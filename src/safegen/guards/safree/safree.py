@@ -28,8 +28,8 @@ from safegen.guards.safree.projection import (
     project_prompt,
 )
 from safegen.guards.safree.reattention import Reattention
-from safegen.models.conditioning import Conditioning
-from safegen.models.pipeline_specs import IMAGE_PIPELINES
+from safegen.models.families.conditioning import Conditioning
+from safegen.models.families.pipeline_specs import IMAGE_PIPELINES
 
 MAX_FILTER_STEPS = 10
 """U: most steps after the first, of 50, in which the filter lets the projection act."""

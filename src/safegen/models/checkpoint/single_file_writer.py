@@ -25,9 +25,9 @@ from safegen.models.checkpoint.single_file import (
     ZERO_SNR_ABAR,
     ZERO_SNR_TENSOR,
 )
+from safegen.models.families.pipeline_specs import denoiser_name
 from safegen.models.model import DTYPES, Model
 from safegen.models.patched_weights import component_of, hash_stored
-from safegen.models.pipeline_specs import denoiser_name
 
 MODELSPEC_NAMES = {
     "sd1": "stable-diffusion-v1",

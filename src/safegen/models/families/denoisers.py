@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 
 Inputs = dict[str, Any]
 UNSCALED_TIMESTEPS = 1000.0
@@ -172,3 +172,17 @@ def unpack_latents(x: Tensor, shape: torch.Size) -> Tensor:
     """Return packed latents (b, h w / 4, 4 c) in their shape (b, c, h, w)."""
     b, c, h, w = shape
     return x.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def describe_architecture(denoiser: Any) -> str:
+    """Return class, depth and widths of a denoiser; see `Model.family`."""
+    config = denoiser.config
+    if not hasattr(config, "down_block_types"):
+        return (
+            f"{type(denoiser).__name__}, layers {config.num_layers}, heads "
+            f"{config.num_attention_heads}, text {config.joint_attention_dim}, dual "
+            f"{len(config.get('dual_attention_layers') or ())}"
+        )
+    heads = config.attention_head_dim  # diffusers' name for the number of heads
+    heads = [heads] * len(config.down_block_types) if isinstance(heads, int) else list(heads)
+    return f"{type(denoiser).__name__}, heads {heads}, text {config.cross_attention_dim}"

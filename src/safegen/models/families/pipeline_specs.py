@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from safegen.core.errors import ConfigError
-from safegen.models.conditioning import Conditioning
+from safegen.models.families.conditioning import Conditioning
 
 LENGTH_OPTION = "max_sequence_length"
 """Option of a call that sets how many tokens T5 reads, where a pipeline has it."""
@@ -235,3 +235,28 @@ def encode_texts(
     own = {k: (options or {}).get(k, defaults[k]) for k in spec.encode_options}
     with torch.set_grad_enabled(with_gradient):
         return spec.encode(pipe, texts, own)
+
+
+def add_inputs(pipe: Any, text: Conditioning, texts: Sequence[str], size: int) -> Conditioning:
+    """Return embeddings of texts with what else the denoiser reads of a request.
+
+    SDXL reads sizes and crops, and a guidance-distilled FLUX the guidance. SDXL's embeddings of an
+    empty text are 0 where the pipeline's are.
+
+    Args:
+        pipe: the pipeline.
+        text: embeddings of `texts`.
+        texts: the texts.
+        size: side of the images in pixels.
+    """
+    hidden, pooled = text.hidden, text.pooled
+    if denoiser_name(pipe) == "unet" and pooled is not None:
+        if pipe.config.get("force_zeros_for_empty_prompt"):
+            is_text = torch.tensor([bool(t) for t in texts], device=hidden.device)
+            hidden, pooled = hidden * is_text[:, None, None], pooled * is_text[:, None]
+        sizes = [size, size, 0, 0, size, size]
+        return Conditioning(hidden, pooled, {"time_ids": pooled.new_tensor([sizes] * len(texts))})
+    if getattr(pipe, denoiser_name(pipe)).config.get("guidance_embeds"):
+        guidance = hidden.new_full((len(texts),), EMBEDDED_GUIDANCE)
+        return Conditioning(hidden, pooled, {"guidance": guidance.float()})
+    return text

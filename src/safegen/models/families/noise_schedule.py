@@ -71,7 +71,7 @@ class NoiseSchedule:
             noise = timesteps / trained.config.num_train_timesteps
             return cls(prediction, timesteps, 1 - noise, noise)
         abar = scheduler.alphas_cumprod.cpu()  # its `add_noise` moves them to the latents' device
-        # As the SafeGen edit first wrote them: a / s rounds in another way, and a training shows it.
+        # a / s would round in another way than the formula, and a training shows it.
         factors = (abar / (1 - abar)).sqrt() if prediction == EPSILON else (1 - abar).rsqrt()
         timesteps = torch.arange(len(abar))
         return cls(prediction, timesteps, abar.sqrt(), (1 - abar).sqrt(), factors)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from safegen.models.pipeline_specs import call_defaults, spec_class
+from safegen.models.families.pipeline_specs import call_defaults, spec_class
 from safegen.models.text_encoder import TextEncoderView, text_encoder_names
 
 TextOutput = Literal["last", "penultimate", "pooled"]

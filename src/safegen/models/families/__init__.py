@@ -1,0 +1,1 @@
+"""What tells families of models apart: text, noise, calls of denoisers and pipelines."""
