@@ -16,6 +16,7 @@ from safegen.cli import main
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError, UnknownNameError
 from safegen.core.generation import GenerationConfig, Sample
+from safegen.edits.des import DES
 from safegen.patches.patch import Patch
 from safegen.stack_loader import StackLoader
 from safegen.workflows.edit import FewTripletsWarning
@@ -30,6 +31,7 @@ from safegen.workflows.removal.check import (
 from safegen.workflows.removal.files import JobFiles
 from safegen.workflows.removal.images import GeneratedImages, _latent_batches
 from safegen.workflows.removal.prompts import check_prompts, training_prompts
+from tiny import build_model
 
 FEW_STEPS = GenerationConfig(num_inference_steps=4, batch_size=8)
 GENERATED = GeneratedImages(triplets=4, generation=FEW_STEPS)
@@ -293,6 +295,7 @@ def test_own_images_are_censored_and_used(loader, tiny, tmp_path, short_probes):
         ({"unsafe": ".", "triplets": "mini:skulls"}, "as folders or as triplets, got both"),
         ({"words": True, "triplets": "mini:skulls"}, "an edit by words learns from no images"),
         ({"words": True, "method": "safegen"}, "must learn from words alone"),
+        ({"words": True, "method": "des", "lora": True}, "lora must not be asked for with des"),
         ({"unsafe": "missing"}, "unsafe must be a folder of images, got 'missing', which does not"),
         ({"out": "safe.ckpt"}, "out must end in .safetensors, or have no ending"),
         ({"triplets": "mini:ghosts"}, "no bundled triplets named 'ghosts'"),
@@ -308,6 +311,14 @@ def test_arguments_that_cannot_be_used_are_refused_before_anything_is_written(
     with pytest.raises((ConfigError, FileError, UnknownNameError), match=message):
         make_safe("mini", **{"concept": "skulls", "out": "safe", "loader": loader} | options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_transformers_file_has_no_place_for_an_edit_of_text_encoders(tmp_path):
+    des, file, folder = DES(erase=("a red cube",)), tmp_path / "safe.safetensors", tmp_path / "safe"
+    with pytest.raises(ConfigError, match="out must be a folder with des on 'sd3'"):
+        JobFiles(file).check_edit(des, build_model("sd3"))
+    JobFiles(folder).check_edit(des, build_model("sd3"))
+    JobFiles(file).check_edit(des, build_model("sd1"))
 
 
 def test_a_judge_that_cannot_be_loaded_stops_the_job_before_the_model_is_loaded(tmp_path):

@@ -13,8 +13,10 @@ from typing import Any
 from safegen.core.documents import read_json_object
 from safegen.core.errors import ConfigError, FileError, UserError
 from safegen.core.files import check_output, claim_folder, is_unfinished, writing
+from safegen.edits.base import Edit, TrainedEdit
 from safegen.evaluation.compare import differences, join_gaps
 from safegen.evaluation.run.folder import SETTINGS, write_json
+from safegen.models.model import Model
 
 WORK, REPORT, NOT_SAFE, LORA = ".work", ".report", ".not-safe", ".lora"
 """Endings of the folder of an unfinished job, of its report, of a model that is not shipped, and of
@@ -109,6 +111,26 @@ class JobFiles:
         cards = [f"{name}.md" for name in names if name.endswith(".safetensors")]
         for name in [*names, *cards]:
             check_output(self.out.with_name(name))
+
+    def check_edit(self, edit: Edit, model: Model) -> None:
+        """Check that the files have a place for what an edit changes.
+
+        Raises:
+            ConfigError: it changes text encoders, and a LoRA, or the transformer alone, is written.
+        """
+        if not isinstance(edit, TrainedEdit) or edit.network(model) is model.denoiser:
+            return
+        if self.lora:
+            raise ConfigError(
+                f"lora must not be asked for with {edit.method()}, which changes text encoders. "
+                "Leave it out."
+            )
+        if self.is_file and model.denoiser_name == "transformer":
+            raise ConfigError(
+                f"out must be a folder with {edit.method()} on {model.name!r}, got "
+                f"{str(self.out)!r}: the file would hold the transformer alone. Leave the ending "
+                "out."
+            )
 
     def claim_settings(self, settings: Mapping[str, Any]) -> None:
         """Write the job's settings into its folder, or check those that it has.

@@ -148,6 +148,7 @@ class RemovalJob:
         captions = self.files.work / "prompts" / "captions.txt"
         concept = self._with_captions(captions)
         edit = self._make_edit(model, concept)
+        self.files.check_edit(edit, model)
         self._show_plan(model, edit)
         settings = {
             "workflow": "make-safe",
