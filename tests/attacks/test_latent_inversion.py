@@ -22,10 +22,17 @@ from safegen.attacks.core.inversion import (
     invert_step,
     likelihood,
     refine,
+    sampling_steps,
 )
 from safegen.attacks.core.run import AttackConfig, run_attack
 from safegen.attacks.core.target import Target
-from safegen.attacks.latent_inversion import BLANK, LatentInversion, SamplerMismatchWarning, psnr
+from safegen.attacks.latent_inversion import (
+    BLANK,
+    Inversion,
+    LatentInversion,
+    SamplerMismatchWarning,
+    psnr,
+)
 from safegen.core.concept import load_concept
 from safegen.core.errors import FileError
 from safegen.core.generation import GenerationConfig, Sample
@@ -36,7 +43,10 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.evaluation.run.folder import PROMPTS, SCORES, Run
 from safegen.evaluation.verify import verify
 from safegen.guards.sld import SldConfig
+from safegen.models.families.denoisers import pack_latents
+from safegen.models.families.pipeline_specs import call_defaults
 from safegen.stack import Stack
+from tiny import build_model
 
 SKULLS = load_concept("skulls")
 STACK = Stack(name="mini", model="mini")
@@ -295,3 +305,27 @@ def test_a_run_has_a_rate_for_each_text_and_control_and_prompts_may_be_blank(
     (tmp_path / "blank.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(FileError, match="blank"):
         read_prompts(tmp_path / "blank.jsonl")
+
+
+@pytest.mark.parametrize("true_cfg", [1.0, 3.0])
+def test_the_inverted_steps_are_those_of_a_flux_with_and_without_guidance(true_cfg):
+    model, prompt = build_model("flux"), "a red cube"
+    attacker = Inversion.__new__(Inversion)
+    attacker.model, attacker.negative = model, ""
+    attacker.generation = GenerationConfig(guidance_scale=2.0, true_cfg_scale=true_cfg)
+    x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+    options = {"negative_prompt": "", "true_cfg_scale": true_cfg}
+    with torch.no_grad():
+        options["max_sequence_length"] = call_defaults(model.pipeline)["max_sequence_length"]
+        wanted = model.pipeline(
+            prompt,
+            latents=pack_latents(x),
+            height=model.size,
+            width=model.size,
+            num_inference_steps=3,
+            guidance_scale=2.0,
+            output_type="latent",
+            **options,
+        ).images
+        found = draw(attacker._output([prompt]), sampling_steps(model, 3), x)
+    assert_close(pack_latents(found), wanted, rtol=1e-4, atol=1e-5)

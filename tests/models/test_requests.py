@@ -200,6 +200,7 @@ def test_an_attack_keeps_the_models_size_scheduler_and_noise(tiny_model, cubes):
     asked = GenerationConfig(width=64, seed_mode="torch")
     with pytest.raises(ConfigError, match="seed_mode, width must not be set in an attack"):
         Target(stack_of(tiny_model), cubes, None, asked)
+    Target(stack_of(tiny_model), cubes, None, GenerationConfig(true_cfg_scale=3.0))
 
 
 def test_a_negative_prompt_is_that_of_its_request(tiny_model):

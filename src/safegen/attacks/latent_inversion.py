@@ -211,14 +211,17 @@ class Inversion:
 
         Where a text is that of the negative prompt, guidance changes nothing and is left out.
         """
-        scale, denoiser = self.generation.guidance_scale, self.model.denoiser
-        positive = self.model.encode_text(texts).replace_guidance(scale).to(denoiser.dtype)
-        negative = self.model.encode_text([self.negative]).to(denoiser.dtype)
+        model, generation, denoiser = self.model, self.generation, self.model.denoiser
+        is_embedded = guidance_option(model.pipeline) != "guidance_scale"
+        scale = generation.true_cfg_scale if is_embedded else generation.guidance_scale
+        positive, negative = (
+            model.encode_text(part).replace_guidance(generation.guidance_scale).to(denoiser.dtype)
+            for part in (texts, [self.negative])
+        )
         is_negative = all(text.strip() == self.negative for text in texts) and torch.allclose(
             positive.hidden, negative.hidden, atol=SAME
         )  # SDXL's blank text is not the zeros that it guides away from
-        guides = guidance_option(self.model.pipeline) == "guidance_scale" and scale > 1
-        plain = is_negative or not guides
+        plain = is_negative or not scale > 1
 
         def output(x: Tensor, t: float, rows: Tensor) -> Tensor:
             x, text = x.to(denoiser.dtype), positive[rows]

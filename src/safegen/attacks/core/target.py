@@ -55,7 +55,7 @@ class Target:
         Raises:
             ConfigError: `generation` has another size, scheduler or seed mode than the default.
         """
-        changed = generation.request_settings
+        changed = sorted(generation.request_settings.keys() - {"true_cfg_scale"})
         if changed:
             raise ConfigError(
                 f"{', '.join(changed)} must not be set in an attack, which uses the model's own "
