@@ -116,8 +116,9 @@ def _read_component(
     dtype: torch.dtype,
 ) -> nn.Module:
     """Return one component with the weights in the file and the configuration in the folder."""
-    path = checkpoint.path.absolute()
-    check_size(config / component, index.class_of(component), [str(path)], title=str(path))
+    if component != "vae":
+        path = str(checkpoint.path.absolute())
+        check_size(config / component, index.class_of(component), [path], title=path)
     kind = component_class(index.class_of(component))
     hint = f"Name the folder of this very model, not {str(config)!r} (--config, or in a recipe)"
     try:
