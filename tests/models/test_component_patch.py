@@ -7,9 +7,11 @@ import warnings
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
 from safegen.core.errors import ConfigError, PatchError
+from safegen.models.checkpoint.diffusers_folder import save_folder
 from safegen.models.checkpoint.metadata import ParentRef, PatchMetadata
 from safegen.models.loading import load
 from safegen.models.patched_weights import hash_components, pipeline_weights
@@ -218,3 +220,16 @@ def test_a_patch_file_without_prefixes_changes_the_denoiser(model, tmp_path):
     patch.save(tmp_path / "p.safetensors")
     assert Patch.load(tmp_path / "p.safetensors").metadata.components == {}
     assert "components" not in patch.metadata.to_json()
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_file_of_a_transformer_alone_gives_the_patch_of_its_weights(family, tmp_path):
+    base = build_model(family)
+    save_folder(base, tmp_path / "base")
+    name = "transformer_blocks.0.attn.to_q.weight"
+    edited = {n: value.contiguous() for n, value in base.denoiser.state_dict().items()}
+    edited[name] = edited[name] * 2
+    save_file(edited, tmp_path / "x.safetensors")
+    patch = patch_from_model(tmp_path / "x.safetensors", tmp_path / "base")
+    assert patch.names == {name}
+    assert torch.equal(patch.tensors[name], edited[name])

@@ -21,6 +21,14 @@ from safegen.models.patched_weights import hash_components, pipeline_weights
 from safegen.patches.patch import Patch
 
 METHOD = "from-model"
+DENOISER_BLOCKS = (
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "transformer_blocks.",
+    "single_transformer_blocks.",
+)
+"""Prefixes of a denoiser's weights in diffusers."""
 SCHEDULE = ("scheduler",)
 """Parts that may differ: they are chosen when images are generated."""
 
@@ -95,7 +103,7 @@ def _is_denoiser_file(path: Path) -> bool:
     if path.suffix != ".safetensors" or not exists(path, file=True):
         return False
     names = read_header(path).keys() - {"__metadata__"}
-    return any(name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) for name in names)
+    return any(name.startswith(DENOISER_BLOCKS) for name in names)
 
 
 def _check_parts(edited: ModelFingerprint, base: ModelFingerprint) -> None:
@@ -126,9 +134,12 @@ def _check_parts(edited: ModelFingerprint, base: ModelFingerprint) -> None:
 def _difference(values: Mapping[str, Tensor], base: Model, name: str) -> Patch:
     """Return the values that differ from a base's, as a patch for it."""
     old = pipeline_weights(base.pipeline)
+    constants = {key: value.cpu().float() for key, value in base.denoiser.named_buffers()}
     changed: dict[str, Tensor] = {}
     rounded = 0
     for key, value in values.items():
+        if key in constants and torch.equal(value.float(), constants[key]):  # positions of SD 3
+            continue
         if key not in old or old[key].shape != value.shape:
             found = "no such weight" if key not in old else f"{tuple(old[key].shape)}"
             raise PatchError(
