@@ -266,10 +266,10 @@ class WordTraining:
         self, latents: Tensor, texts: Sequence[str], captions: Sequence[Sequence[int]]
     ) -> None:
         """Take one optimizer step; its draws depend on the seed and the step alone."""
-        b, draw, timesteps = self.config.images_per_update, self._draws(), self.schedule.timesteps
+        b, draw = self.config.images_per_update, self._draws()
         index = torch.randint(latents.shape[1], (b,), generator=draw)
         view = torch.randint(len(latents), (b,), generator=draw)
-        t = timesteps[torch.randint(len(timesteps), (b,), generator=draw)]
+        t = self.schedule.sample_timesteps(b, draw)
         picks = torch.randint(2**31, (b,), generator=draw)
         noise = torch.randn(b, *latents.shape[2:], generator=draw).to(latents.device)
         rows = [

@@ -64,7 +64,7 @@ class DenoisingObjective:
         b, g = self.batch, generator
         rows = torch.randint(len(self.latents), (b,), generator=g)
         picks = torch.randint(2**31, (b,), generator=g)
-        t = self.schedule.timesteps[torch.randint(len(self.schedule), (b,), generator=g)]
+        t = self.schedule.sample_timesteps(b, g)
         eps = torch.randn(b, *self.latents.shape[1:], generator=g)
         mine = torch.arange(b)[share[0] :: share[1]]
         choices = [self.captions[int(row)] for row in rows]
