@@ -41,6 +41,14 @@ def draw(model, count, n=2):
     return [torch.randn(n, *model.latent_shape, generator=g) for _ in range(count)]
 
 
+def guided(predictor, x, t, text, negative, scale=3.0):
+    """Return a prediction with guidance, which FLUX.1-dev reads in place of a negative prompt."""
+    if "guidance" in text.added:
+        return predictor(x, t, text.replace_guidance(scale))
+    cond, uncond = predictor(x, t, text), predictor(x, t, negative)
+    return uncond + scale * (cond - uncond)
+
+
 # ------------------------------------------------------------ rollouts
 
 
@@ -52,16 +60,20 @@ def test_a_rollout_gives_the_latents_of_the_pipeline(family):
     is_packed = "flux" in family
     defaults = call_defaults(model.pipeline)
     options = {k: defaults[k] for k in (LENGTH_OPTION,) if k in defaults}
+    text, predictor = model.encode_text(PROMPTS[:1]), frozen_predictor(model.denoiser)
+    reads_guidance = "guidance" in text.added
+    options |= (
+        {"guidance_scale": 3.0}
+        if reads_guidance
+        else {guidance_option(model.pipeline): 3.0, "negative_prompt": ""}
+    )
     made = model.pipeline(
         PROMPTS[0],
-        negative_prompt="",
         latents=pack_latents(start) if is_packed else start.clone(),
         num_inference_steps=4,
         output_type="latent",
-        **{guidance_option(model.pipeline): 3.0},
         **options,
     ).images
-    text, predictor = model.encode_text(PROMPTS[:1]), frozen_predictor(model.denoiser)
     assert_close(
         rollout.sample_until(4, start, text, predictor),
         unpack_latents(made, start.shape) if is_packed else made,
@@ -79,7 +91,8 @@ def test_a_rollout_from_the_middle_takes_euler_steps_at_its_own_noise_levels(fam
     assert sigmas[0] == 1
     whole = [x]
     for sigma, after in pairwise(sigmas):
-        prediction = predictor(whole[-1], torch.full((2,), 1000 * sigma), text)
+        t = torch.full((2,), 1000 * sigma)
+        prediction = predictor(whole[-1], t, text.replace_guidance(1.0))
         whole.append(whole[-1] + (after - sigma) * prediction)
     rows = rollout.trajectory(x, text, predictor, {})
     for k in (0, 2, 4):
@@ -108,8 +121,7 @@ def test_a_twin_of_duo_is_noised_to_the_first_step_that_it_is_denoised_from(
     x, predictor = (1 - sigmas[0]) * z + sigmas[0] * eps, frozen_predictor(model.denoiser)
     for sigma, after in pairwise(sigmas):
         t = torch.full((2,), 1000 * sigma)
-        cond, uncond = predictor(x, t, prompt), predictor(x, t, negative)
-        x = x + (after - sigma) * (uncond + 3.0 * (cond - uncond))
+        x = x + (after - sigma) * guided(predictor, x, t, prompt, negative)
     assert_close(objective.safe, x, rtol=1e-3, atol=1e-3)
 
 

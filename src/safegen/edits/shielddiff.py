@@ -178,7 +178,7 @@ class ShieldDiff(TrainedEdit):
     steps: int = Field(default=8, ge=1, le=MAX_STEPS)
     """Steps of a rollout."""
     guidance: float = Field(default=5.0, ge=1, le=50)
-    """Guidance scale of a rollout; 1 for a FLUX that was distilled for guidance."""
+    """Guidance scale of a rollout; a FLUX that was distilled for guidance reads it."""
     scheduler: SchedulerName | None = None
     """Scheduler of a rollout. Default: dpm-solver, or ddim for ddpo, grpo_window and draft.
 

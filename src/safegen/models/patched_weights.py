@@ -25,10 +25,17 @@ _TEXT_CONFIG = ("num_attention_heads", "hidden_act")
 UNHASHED_CONFIG = {
     "vae": ("scaling_factor", "shift_factor"),
     "unet": ("attention_head_dim", "num_attention_heads", "sample_size"),
-    "transformer": ("attention_head_dim", "num_attention_heads", "sample_size", "guidance_embeds"),
+    "transformer": (
+        "attention_head_dim",
+        "num_attention_heads",
+        "sample_size",
+        "guidance_embeds",
+        "axes_dims_rope",
+    ),
     **dict.fromkeys(TEXT_ENCODERS, _TEXT_CONFIG),
 }
 """Settings of a pipeline's components that decide an image and are visible in no weight."""
+_T5_CONFIG = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")
 
 
 def component_of(name: str) -> str | None:
@@ -156,6 +163,10 @@ def undone_patches(model: Model) -> Iterator[None]:
         model.applied_patches[:] = patches
 
 
+def _is_t5(pipe: Any, component: str) -> bool:
+    return type(getattr(pipe, component)).__name__.startswith("T5")
+
+
 def describe_parts(model: Model) -> dict[str, Any]:
     """Return hashes and settings of all parts of a pipeline, without patches; by part."""
     pipeline, encoders = model.pipeline, text_encoder_names(model.pipeline)
@@ -176,7 +187,7 @@ def describe_parts(model: Model) -> dict[str, Any]:
         "configs": {
             f"{name}.{key}": str(getattr(getattr(pipeline, name).config, key, None))
             for name in model.components
-            for key in UNHASHED_CONFIG[name]
+            for key in UNHASHED_CONFIG[name] + (_T5_CONFIG if _is_t5(pipeline, name) else ())
         },
         "empty_prompt": str(pipeline.config.get("force_zeros_for_empty_prompt")),
     }

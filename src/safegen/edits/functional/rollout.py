@@ -129,7 +129,11 @@ class Rollout:
             values |= {name: predict(x, timesteps, other).float() for name, other in extra.items()}
             for name, value in values.items():
                 rows[name].append(value.cpu())
-            x = self.scheduler.step(self.guide(cond, uncond), t, x).prev_sample
+            if "guidance" in text.added:
+                guided = self.predict_guided(t, x, text, predict)
+            else:
+                guided = self.guide(cond, uncond)
+            x = self.scheduler.step(guided, t, x).prev_sample
         return {name: torch.stack(values, dim=1) for name, values in rows.items()}
 
     def predict_cfg(
@@ -151,9 +155,11 @@ class Rollout:
     def predict_guided(self, t: Tensor, x: Tensor, text: Conditioning, predict: Predict) -> Tensor:
         """Return the guided prediction; with guidance 1 the negative prompt is left out.
 
-        The arguments are those of `predict_cfg`.
+        A denoiser that reads its guidance gets that of the rollout, and no negative prompt, as in
+        its pipeline. The arguments are those of `predict_cfg`.
         """
-        if self.guidance == 1:
+        if self.guidance == 1 or "guidance" in text.added:
+            text = text.replace_guidance(self.guidance)
             return predict(x, self.expand_timesteps(t, len(x)), text).float()
         return self.guide(*self.predict_cfg(t, x, text, predict))
 
