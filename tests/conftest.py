@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib.util import find_spec
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -22,6 +23,16 @@ if find_spec("beartype"):  # checks the shape annotations of pure functions
 PROMPTS = ("a red cube on a white table", "a blue ball in the grass", "a green cone under a tree")
 SIDE = 32
 """Pixels of the tiny model's images and of the triplets."""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Mark the long tests of slow.txt, whole ones and single cases, as `slow`."""
+    lines = (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
+    listed = {line for line in lines if line and not line.startswith("#")}
+    for item in items:
+        name = item.nodeid.encode("ascii", "backslashreplace").decode()
+        if not listed.isdisjoint({name, name.partition("[")[0]}):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -424,3 +424,15 @@ def test_an_unknown_concept_suggests_the_nearest_and_lists_the_known():
         UnknownNameError, match=r"Did you mean 'skulls'.*Known: fire, nudity, skulls, violence"
     ):
         load_concept("skull")
+
+
+def test_every_long_test_of_the_list_exists():
+    """A renamed test would come back to the fast suite unnoticed."""
+    root = Path(__file__).parent
+    listed = (root / "slow.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert listed == sorted(set(listed))
+    for line in listed:
+        file, _, name = line.partition("::")
+        function = name.partition("[")[0]
+        source = (root.parent / file).read_text(encoding="utf-8")
+        assert f"def {function}(" in source, line

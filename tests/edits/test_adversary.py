@@ -294,7 +294,8 @@ def plain(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
         said_u = untouched(x_u, t, text_u)
     else:
         said_u, said_b = untouched(torch.cat([x_u, x_b]), torch.cat([t, t]), text).chunk(2)
-    want = said_u + (a / s).clamp(max=3.0) * (z_u - z_c)
+    factor = self.schedule.factors[t][:, None, None, None].clamp(max=3.0)
+    want = said_u + factor * (z_u - z_c)
     c = text_u.clone().requires_grad_()
     (denoiser(x_u, t, c).sample.float() - want.float()).pow(2).mean(dim=(1, 2, 3)).sum().backward(
         inputs=[c]

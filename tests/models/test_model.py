@@ -298,11 +298,11 @@ DAMAGE = {
     ),
     "a tensor less in the denoiser": (
         lambda f: _without(f / UNET, "attn1.to_q"),
-        "lacks weights in unet: .*attn1.to_q",
+        "lacks 1 weights in unet, first .*attn1.to_q",
     ),
     "a tensor less in the autoencoder": (
         lambda f: _without(f / VAE, "conv_out.bias"),
-        "lacks weights in vae: .*conv_out.bias",
+        "lacks 1 weights in vae, first .*conv_out.bias",
     ),
     "a tensor less in the text encoder": (
         lambda f: _without(f / TEXT, "mlp.fc1.weight"),

@@ -56,6 +56,10 @@ class _Optimizers:
         for part in self.parts:
             part.step()
 
+    def kinds_of(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        is_muon = isinstance(self._part_of[parameter], torch.optim.Muon)
+        return ("momentum_buffer",) if is_muon else ("step", "exp_avg", "exp_avg_sq")
+
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self._part_of[parameter].state[parameter]
         return state
@@ -192,9 +196,8 @@ def _read(
         averaged = parts.pop("average")
         for name, p in model.named_parameters():
             average[name].copy_(averaged[name])
-            opt.state_of(p).update(
-                {kind: _like(p, states[name]) for kind, states in parts.items() if name in states}
-            )
+            kinds = opt.kinds_of(p)
+            opt.state_of(p).update({kind: _like(p, parts[kind][name]) for kind in kinds})
         return int(header["step"]), float(header["seconds"])
     except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
         line = str(error).splitlines()[0]
