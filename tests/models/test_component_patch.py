@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import CLIPTextModel
 
 from safegen.core.errors import ConfigError, PatchError
 from safegen.models.checkpoint.diffusers_folder import save_folder
-from safegen.models.checkpoint.metadata import ParentRef, PatchMetadata
+from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef, PatchMetadata
 from safegen.models.loading import load
 from safegen.models.patched_weights import hash_components, pipeline_weights
 from safegen.patches.arithmetic import compare, include, merge, rebase
@@ -159,6 +160,15 @@ def test_metadata_of_a_checkpoint_with_another_text_encoder_is_not_passed_on(mod
         pipeline_weights(found.pipeline)[NORM].add_(1)
     with pytest.warns(UserWarning, match="must match its weights"):
         assert found.verified_metadata is None
+
+
+def test_a_written_encoder_is_hashed_although_its_patch_does_not_say_so(model, tmp_path):
+    silent = Patch(patch_of(model, NORM).tensors, PatchMetadata(method="des"))
+    with silent.apply(model):
+        save_folder(model, tmp_path / "safe", metadata=CheckpointMetadata(base=model.hash))
+    written = json.loads((tmp_path / "safe" / "safegen.json").read_text())
+    assert written["components"].keys() == {"text_encoder"}
+    assert load(str(tmp_path / "safe")).verified_metadata is not None
 
 
 def test_a_patch_of_an_edited_model_holds_its_text_encoder(model, tmp_path):

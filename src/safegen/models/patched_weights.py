@@ -15,6 +15,7 @@ from safegen.models.selectors import weights_by_name
 from safegen.models.text_encoder import text_encoder_names
 
 if TYPE_CHECKING:
+    from safegen.models.checkpoint.metadata import CheckpointMetadata
     from safegen.models.model import Model
 
 WEIGHTS = "weights"
@@ -97,6 +98,13 @@ def hash_parts(model: Model, names: Iterable[str]) -> dict[str, str]:
 def hash_components(model: Model, names: Iterable[str]) -> dict[str, str]:
     """Return the hashes of text encoders alone; see `hash_parts`."""
     return hash_parts(model, filter(component_of, names))
+
+
+def patched_encoders(model: Model, metadata: CheckpointMetadata | None) -> set[str]:
+    """Return the text encoders that a patch on a model, or one in its metadata, changes."""
+    stated = metadata.patched_components if metadata is not None else set()
+    names = (name for applied in model.applied_patches for name in applied.before)
+    return stated | {component for name in names if (component := component_of(name))}
 
 
 def hash_stored(

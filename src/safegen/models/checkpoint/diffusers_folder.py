@@ -29,7 +29,7 @@ from safegen.models.checkpoint.folder_schema import (
 from safegen.models.checkpoint.metadata import METADATA_FILE, CheckpointMetadata, parse_metadata
 from safegen.models.checkpoint.weight_files import WeightFiles, find_weights
 from safegen.models.model import Model, Pipeline
-from safegen.models.patched_weights import hash_stored
+from safegen.models.patched_weights import hash_stored, patched_encoders
 
 SDXL = "StableDiffusionXLPipeline"
 _NO_IMAGE = {"feature_extractor": None, "image_encoder": None}
@@ -256,7 +256,7 @@ def save_folder(
         if card is not None:
             (tmp / "README.md").write_text(card, encoding="utf-8")
         if metadata is not None:
-            components = hash_stored(model, metadata.patched_components)
+            components = hash_stored(model, patched_encoders(model, metadata))
             metadata = metadata.model_copy(
                 update={"weights": model.hash_denoiser(), "components": components}
             )

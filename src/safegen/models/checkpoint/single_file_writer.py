@@ -27,7 +27,7 @@ from safegen.models.checkpoint.single_file import (
 )
 from safegen.models.families.pipeline_specs import denoiser_name
 from safegen.models.model import DTYPES, Model
-from safegen.models.patched_weights import component_of, hash_stored
+from safegen.models.patched_weights import hash_stored, patched_encoders
 
 MODELSPEC_NAMES = {
     "sd1": "stable-diffusion-v1",
@@ -78,7 +78,7 @@ def save_single_file(
     for component in [model.denoiser_name] if is_flow else PREFIX[architecture]:
         state = _cast_state(getattr(model.pipeline, component), component, dtype)
         if component == model.denoiser_name and metadata is not None:
-            components = hash_stored(model, metadata.patched_components, DTYPES[dtype])
+            components = hash_stored(model, patched_encoders(model, metadata), DTYPES[dtype])
             weights = hash_tensors(state, dtype=torch.float32)
             stored = metadata.model_copy(update={"weights": weights, "components": components})
             header[METADATA_KEY] = json.dumps(stored.to_json(), sort_keys=True)
@@ -106,9 +106,7 @@ def architecture_of(pipeline: Any) -> str:
 
 def _check_text_encoders(model: Model, metadata: CheckpointMetadata | None) -> None:
     """Check that no patch changes a text encoder, which a transformer's file has no place for."""
-    patched = set(metadata.patched_components if metadata is not None else ())
-    patched |= {c for a in model.applied_patches for name in a.before if (c := component_of(name))}
-    if patched:
+    if patched := patched_encoders(model, metadata):
         raise ConfigError(
             f"{model.name!r} cannot be written as one file: a patch changes {min(patched)}, and "
             f"the file would hold the transformer alone. {WRITE_FOLDER}"
