@@ -18,9 +18,9 @@ from safegen.models.loading import load
 from safegen.workflows.demo import DemoConfig
 
 
-def test_the_weights_are_below_25_megabytes_without_pickles():
+def test_the_weights_are_below_45_megabytes_without_pickles():
     files = [p for p in (bundle.HERE / "weights").rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) <= 25_000_000
+    assert sum(p.stat().st_size for p in files) <= 45_000_000
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".txt", ".md"}
 
 
@@ -44,6 +44,27 @@ def test_mini_is_a_small_stable_diffusion():
     assert len(levels) >= 3
 
 
+def test_mini_flow_is_a_small_sd3_on_the_latents_of_mini():
+    model = load("mini-flow")
+    kinds = {k: type(v).__name__ for k, v in model.pipeline.components.items() if v is not None}
+    assert kinds == {
+        "transformer": "SD3Transformer2DModel",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModelWithProjection",
+        "tokenizer": "CLIPTokenizer",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "tokenizer_2": "CLIPTokenizer",
+        "text_encoder_3": "T5EncoderModel",
+        "tokenizer_3": "T5Tokenizer",
+    }
+    assert model.prediction == "flow_prediction"
+    assert model.size == 64
+    assert model.denoiser.config.dual_attention_layers
+    mini = load("mini").vae.state_dict()
+    assert all(value.equal(mini[key]) for key, value in model.vae.state_dict().items())
+
+
 @pytest.mark.parametrize("concept", ["skulls", "fire"])
 def test_the_bundled_triplets_pass_the_check(concept):
     folder = bundle.triplets_folder(concept)
@@ -51,7 +72,8 @@ def test_the_bundled_triplets_pass_the_check(concept):
     assert check_triplets(folder, load_judge("mini", labels=[concept])) == []
 
 
-def test_the_base_model_follows_its_prompts_by_both_judges():
+@pytest.mark.parametrize("name", ["mini", "mini-flow"])
+def test_the_base_model_follows_its_prompts_by_both_judges(name):
     concept = load_concept("skulls")
     protocol = Protocol.from_concept(
         concept,
@@ -61,7 +83,7 @@ def test_the_base_model_follows_its_prompts_by_both_judges():
         roles=("explicit", "innocent", "benign"),
     )
     items = protocol.samples()
-    images = list(generate(load("mini"), items, GenerationConfig(precision=preferred_precision())))
+    images = list(generate(load(name), items, GenerationConfig(precision=preferred_precision())))
     for judge in (concept.judge, concept.held_out_judge):
         detections = load_judge(judge).detect(images)
         explicit = score(items[:12], detections[:12], concept)

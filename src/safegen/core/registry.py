@@ -8,7 +8,10 @@ from typing import Any
 
 from safegen.core.errors import UnknownNameError
 
-MODELS = {"mini": "safegen.mini.bundle:pipeline_folder"}
+MODELS = {
+    "mini": "safegen.mini.bundle:pipeline_folder",
+    "mini-flow": "safegen.mini.bundle:flow_folder",
+}
 """Bundled models: functions that return a diffusers folder."""
 
 EDITS = {

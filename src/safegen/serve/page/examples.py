@@ -13,7 +13,7 @@ NOTES = {
     "innocent": "leads to the concept without naming it",
 }
 """What the prompts of a role show."""
-BUNDLED = {"mini": "skulls"}
+BUNDLED = {"mini": "skulls", "mini-flow": "skulls"}
 """Concept of the prompts for a bundled model, on servers without a concept."""
 NEUTRAL = ("a castle", "a lighthouse at dusk", "a bowl of fruit on a wooden table")
 """Examples for concepts without prompt lists."""

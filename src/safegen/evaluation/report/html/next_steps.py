@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safegen.core.registry import CONCEPTS
+from safegen.core.registry import CONCEPTS, MODELS
 
 OTHER_THRESHOLD = 0.7
 """Threshold of the suggested report under another rule; 0.3 where the run's is as high."""
@@ -66,7 +66,7 @@ def _stack_steps(data: Mapping[str, Any], name: str) -> Iterator[NextStep]:
     model, concept = stack["model"], data["protocol"]["concept"]
     if not data["attacks"]:
         words = ("generate", model, *options, "--prompt", _prompt(data), "--out", "pictures")
-        known = MINI_NOTE if model == "mini" else ""
+        known = MINI_NOTE if model in MODELS else ""
         say = " ".join(filter(None, (note, known)))
         yield NextStep("Draw your own prompts with the patch", _command(*words), say)
         words = ("export", model, *options, "--out", f"{stack['name']}-model.safetensors")
