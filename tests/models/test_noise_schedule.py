@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -14,6 +15,7 @@ from diffusers import (
 )
 from torch.testing import assert_close
 
+from safegen.core.errors import ConfigError
 from safegen.edits.functional import losses
 from safegen.models.families.noise_schedule import NoiseSchedule
 
@@ -235,3 +237,8 @@ def test_a_timestep_between_those_of_training_has_its_own_noise():
     one = torch.ones(2, 1, 1, 1)
     x = schedule.add_noise(one, 3 * one, torch.tensor([250.0, 333.25]))
     assert_close(x.flatten(), torch.tensor([1 + 2 * 0.25, 1 + 2 * 0.33325]))
+
+
+def test_a_scheduler_that_states_no_prediction_is_no_flow_matching():
+    with pytest.raises(ConfigError, match="got CMStochasticIterativeScheduler"):
+        NoiseSchedule.of(CMStochasticIterativeScheduler())

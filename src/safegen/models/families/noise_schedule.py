@@ -20,10 +20,13 @@ def prediction_type(scheduler: Any) -> str:
     """Return what the denoiser of a scheduler predicts, by diffusers' name.
 
     Args:
-        scheduler: scheduler of diffusers. Those of flow matching state no `prediction_type`.
+        scheduler: scheduler of diffusers. Those of flow matching state no `prediction_type`, and
+            others without one have the name of their class.
     """
-    stated = scheduler.config.get("prediction_type")
-    return FLOW_PREDICTION if stated is None else str(stated)
+    stated, kind = scheduler.config.get("prediction_type"), type(scheduler).__name__
+    if stated is not None:
+        return str(stated)
+    return FLOW_PREDICTION if kind.startswith("FlowMatch") else kind
 
 
 @dataclass(frozen=True, eq=False)
