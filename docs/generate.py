@@ -102,8 +102,10 @@ def families() -> str:
     text = [
         "Made from the tables that the contract tests check cell by cell, on tiny random models "
         "of each family. *yes* says that it runs and keeps its laws, not how well it removes. A "
-        "number names the reason why it is refused. See "
-        "[Families of models](../explanation/families.md)."
+        "number names the reason why it is refused, or what other programs leave out of it. See "
+        "[Families of models](../explanation/families.md).",
+        "*sd2-v* is SD 2.x with v-prediction, *sdxl-v* an SDXL fine-tuned to it, *sd3* SD 3 "
+        "without T5, *sd35* SD 3.5 medium with T5, *flux* FLUX.1-dev.",
     ]
     for heading, source in FAMILIES.items():
         file, _, name = source.partition(":")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 _SD3 = (
-    "diffusers has no reader for kohya's keys of SD 3 and generates without the LoRA; ComfyUI and "
-    "kohya's scripts read them"
+    "diffusers has no reader for kohya's keys of SD 3 and generates without the LoRA; the "
+    "key lists of ComfyUI and kohya's scripts have them"
 )
 _FLUX = (
-    "diffusers leaves out layers outside the blocks, such as context_embedder; ComfyUI reads them"
+    "diffusers leaves out layers outside the blocks, such as context_embedder; the key list of "
+    "ComfyUI has them"
 )
 LORAS_OF_FAMILIES: dict[str, dict[str, str]] = {
     "sd1": {"kohya": "", "diffusers": ""},

@@ -78,7 +78,7 @@ class SafeGenPlus(TrainedEdit):
     flip: bool = False
     """Whether triplets are mirrored at random."""
     selector: str = "attn1"
-    """Which weights SafeGen trains. The closed form always changes keys and values of `attn2`."""
+    """Which weights SafeGen trains. The closed form always changes the projections of text."""
     training: Training = SafeGen.model_fields["training"].default
     """Settings of the training loop."""
 
