@@ -5,15 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from math import ceil, floor, isfinite
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from safegen.core.errors import ConfigError, UnusedSettingWarning, explain
 from safegen.core.settings import BaseSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Style = Literal["mosaic", "blur", "solid"]
 Box = tuple[float, float, float, float]
@@ -71,6 +73,8 @@ def censor_image(
     """
     if image.mode != "RGB":
         raise ConfigError(f"image must be in mode RGB, got {image.mode!r}. Convert it first.")
+    import numpy as np  # not for the help of the command line
+
     pixels = np.asarray(image)
     mask = np.zeros(pixels.shape[:2], dtype=np.bool_)
     for box in boxes:
@@ -121,6 +125,8 @@ def _tile_edges(length: int, side: float) -> NDArray[np.intp]:
     """Return the edges of tiles of nearly equal whole-pixel sides along `length`."""
     # 1e-9: rounding must not lose a tile if `side` divides `length`
     count = max(int(length / side + 1e-9), 1)
+    import numpy as np  # not for the help of the command line
+
     return np.round(np.linspace(0, length, count + 1)).astype(np.intp)
 
 
@@ -129,6 +135,8 @@ def _mosaic(
 ) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
     """Return `mask` extended to whole tiles, and the image of all tiles' mean colors."""
     ys, xs = (_tile_edges(length, side) for length in mask.shape)
+    import numpy as np  # not for the help of the command line
+
     heights, widths = np.diff(ys), np.diff(xs)
     count = np.outer(heights, widths)[..., None]
     column_sums = np.add.reduceat(pixels.astype(np.int64), ys[:-1], axis=0)
