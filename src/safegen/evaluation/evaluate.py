@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.progress import ProgressCallback, no_progress
+from safegen.data.shards import Shard
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.protocol_file import write_protocol
 from safegen.evaluation.run.card import RunStack, check_directory, prepare
@@ -23,6 +25,7 @@ from safegen.evaluation.run.records import JudgeRecord, SampleRecord, TimingReco
 from safegen.evaluation.samples import EvalSample, canonical, sha
 from safegen.evaluation.schema import FROM_FEATURES
 from safegen.evaluation.scoring.score import score_run, scores_file
+from safegen.evaluation.shards import select_batches
 from safegen.judges import load_judge
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
@@ -42,12 +45,13 @@ def evaluate(
     references: Mapping[str, str] | None = None,
     loader: StackLoader | None = None,
     save_protocol: bool = False,
+    shard: Shard | None = None,
     argv: Sequence[str] = (),
     progress: ProgressCallback = no_progress,
 ) -> Run:
     """Generate, judge and score the images of a protocol with some stacks.
 
-    The same call resumes an interrupted run.
+    The same call resumes an interrupted run. A shard is not scored.
 
     Args:
         protocol: what to generate and how to judge it.
@@ -61,6 +65,7 @@ def evaluate(
         references: another stack to compare a stack with, besides its base; by name.
         loader: loads the stacks; on the accelerator or the CPU if not given.
         save_protocol: also write `protocol.toml`, which can be given again.
+        shard: part of the batches to do; `merge_runs` joins the parts.
         argv: command line to note in the run's card.
         progress: called with (description, done, total).
 
@@ -77,7 +82,7 @@ def evaluate(
         # first: a library or weights may be missing
         evaluators = None if until == "generate" else load_evaluators(protocol)
         samples = protocol.samples()
-        run = prepare(protocol, samples, expanded, out, loader, argv)
+        run = prepare(protocol, samples, expanded, out, loader, argv, shard)
         if save_protocol and not (out / PROTOCOL_FILE).exists():
             write_protocol(protocol, out)
         run_stages(
@@ -88,7 +93,7 @@ def evaluate(
             evaluators=evaluators,
             progress=progress,
         )
-        if evaluators and until == "score":
+        if evaluators and until == "score" and shard is None:
             scores = score_run(run, judge=evaluators.id)
             write_json(scores_file(run, scores), scores)
     return run
@@ -164,7 +169,11 @@ def run_stages(
         FileError: a journal is damaged or in use, or an image differs from the one in the run.
         ConfigError: memory does not suffice for one image.
     """
-    batches = list(split_batches(run, samples))
+    numbers = select_batches(run.card.shard, samples, run.protocol.generation.batch_size)
+    batches = [batch for batch in split_batches(run, samples) if batch.number in numbers]
+    totals = Counter[str]()
+    for batch in batches:
+        totals[batch.stack.name] += len(batch.keys)
     with (
         Journal(run.folder / SAMPLES, SampleRecord) as journal,
         Journal(run.folder / TIMINGS, TimingRecord) as timings,
@@ -182,14 +191,14 @@ def run_stages(
         for batch in batches:
             name, images = batch.stack.name, None
             if worker and name not in done:
-                progress(f"generating: {name}", 0, len(samples))
+                progress(f"generating: {name}", 0, totals[name])
             if worker and worker.is_missing(batch):
                 images = worker.generate(batch)
             elif not generated.issuperset(batch.keys):
                 continue  # not generated yet, and there is no loader
             done[name] = done.get(name, 0) + len(batch.keys)
             if worker:
-                progress(f"generating: {name}", done[name], len(samples))
+                progress(f"generating: {name}", done[name], totals[name])
             if scorer:
                 scorer.submit(batch, images)
 
