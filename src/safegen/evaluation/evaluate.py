@@ -13,6 +13,7 @@ from safegen.core.progress import ProgressCallback, no_progress
 from safegen.evaluation.engines.base import BatchWorker, Engine
 from safegen.evaluation.engines.local import LocalEngine
 from safegen.evaluation.engines.writer import RunWriter
+from safegen.data.shards import Shard
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.protocol_file import write_protocol
 from safegen.evaluation.run.card import RunStack, check_directory, prepare
@@ -39,12 +40,13 @@ def evaluate(
     references: Mapping[str, str] | None = None,
     loader: StackLoader | None = None,
     save_protocol: bool = False,
+    shard: Shard | None = None,
     argv: Sequence[str] = (),
     progress: ProgressCallback = no_progress,
 ) -> Run:
     """Generate, judge and score the images of a protocol with some stacks.
 
-    The same call resumes an interrupted run.
+    The same call resumes an interrupted run. A shard is not scored.
 
     Args:
         protocol: what to generate and how to judge it.
@@ -58,6 +60,7 @@ def evaluate(
         references: another stack to compare a stack with, besides its base; by name.
         loader: loads the stacks; on the accelerator or the CPU if not given.
         save_protocol: also write `protocol.toml`, which can be given again.
+        shard: part of the batches to do; `merge_runs` joins the parts.
         argv: command line to note in the run's card.
         progress: called with (description, done, total).
 
@@ -74,7 +77,7 @@ def evaluate(
         # first: a library or weights may be missing
         evaluators = None if until == "generate" else load_evaluators(protocol)
         samples = protocol.samples()
-        run = prepare(protocol, samples, expanded, out, loader, argv)
+        run = prepare(protocol, samples, expanded, out, loader, argv, shard)
         if save_protocol and not (out / PROTOCOL_FILE).exists():
             write_protocol(protocol, out)
         run_stages(
@@ -85,7 +88,7 @@ def evaluate(
             evaluators=evaluators,
             progress=progress,
         )
-        if evaluators and until == "score":
+        if evaluators and until == "score" and shard is None:
             scores = score_run(run, judge=evaluators.id)
             write_json(scores_file(run, scores), scores)
     return run

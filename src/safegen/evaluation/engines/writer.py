@@ -31,6 +31,7 @@ from safegen.evaluation.run.records import (
 )
 from safegen.evaluation.samples import EvalSample
 from safegen.evaluation.schema import FROM_IMAGES
+from safegen.evaluation.shards import select_batches
 
 
 class RunWriter:
@@ -64,6 +65,10 @@ class RunWriter:
         """
         self.run, self.samples, self.evaluators = run, samples, evaluators
         self.generates, self.progress = generates, progress
+        size = run.protocol.generation.batch_size
+        self._numbers = select_batches(run.card.shard, samples, size)
+        self.total = sum(len(samples[n * size : (n + 1) * size]) for n in self._numbers)
+        """Images of one stack."""
         self._done = dict[str, int]()
         self._resources = ExitStack()
 
@@ -101,9 +106,9 @@ class RunWriter:
 
         A batch without images is left out if nothing is generated.
         """
-        for batch in split_batches(self.run, self.samples):
+        for batch in self._batches():
             if self.generates and batch.stack.name not in self._done:
-                self.progress(f"generating: {batch.stack.name}", 0, len(self.samples))
+                self.progress(f"generating: {batch.stack.name}", 0, self.total)
             job = self._job(batch)
             if not job.generate:
                 if not self.records.keys() >= set(batch.keys):
@@ -131,7 +136,7 @@ class RunWriter:
             self._features.append([r for r in scores.features if r.key not in self.measured])
             self.measured.update(r.key for r in scores.features)
         self._timings.append([scores.timing])
-        self.progress("judging", len(self.judged), len(self.samples) * len(self.run.stacks))
+        self.progress("judging", len(self.judged), self.total * len(self.run.stacks))
 
     def halve(self, job: BatchJob, running: Iterable[BatchJob] = ()) -> BatchJob:
         """Return a job that did not fit in memory with half as many images at once.
@@ -188,7 +193,7 @@ class RunWriter:
         name = batch.stack.name
         self._done[name] = self._done.get(name, 0) + len(batch.keys)
         if self.generates:
-            self.progress(f"generating: {name}", self._done[name], len(self.samples))
+            self.progress(f"generating: {name}", self._done[name], self.total)
 
     def _write_judge(self, judges: Journal[JudgeRecord], evaluators: Evaluators) -> None:
         """Write the judge's record before its first detections."""
@@ -211,12 +216,14 @@ class RunWriter:
             )
         if "clip_score" not in self.run.protocol.metrics or all(s.prompt for s in self.samples):
             return
-        remaining = (b for b in split_batches(self.run, self.samples) if self._lacks_features(b))
+        remaining = (b for b in self._batches() if not self.measured.issuperset(b.keys))
         if any(not s.prompt for batch in remaining for s in batch.samples):
             raise ConfigError(
                 "the CLIP score needs the prompts, which this run does not keep. "
                 "Resume with the command that began it."
             )
 
-    def _lacks_features(self, batch: Batch) -> bool:
-        return not self.measured.issuperset(batch.keys)
+    def _batches(self) -> Iterator[Batch]:
+        """Yield the batches of the run's shard."""
+        batches = split_batches(self.run, self.samples)
+        return (batch for batch in batches if batch.number in self._numbers)
