@@ -10,10 +10,10 @@ from typing import Any, Literal
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.progress import ProgressCallback, no_progress
+from safegen.data.shards import Shard
 from safegen.evaluation.engines.base import BatchWorker, Engine
 from safegen.evaluation.engines.local import LocalEngine
 from safegen.evaluation.engines.writer import RunWriter
-from safegen.data.shards import Shard
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.protocol_file import write_protocol
 from safegen.evaluation.run.card import RunStack, check_directory, prepare
