@@ -29,7 +29,7 @@ from safegen.core.settings import MAX_THREADS, MAX_WORKERS
 
 if TYPE_CHECKING:
     from safegen.data.shards import Shard
-    from safegen.evaluation.engines.base import Engine
+    from safegen.evaluation.engines.base import BatchEngine
     from safegen.models.model import Model
     from safegen.workflows.plan import Plan
 
@@ -198,7 +198,7 @@ def read_shard(text: str | None) -> Shard | None:
 
 def make_engine(
     name: EngineName, workers: int | None, address: str | None, threads: int | None
-) -> Engine | None:
+) -> BatchEngine | None:
     """Return the engine that the options name; None for the local one, with its threads set.
 
     Raises:
@@ -213,9 +213,9 @@ def make_engine(
     from safegen.evaluation.engines.cluster import import_ray
 
     import_ray(is_local=address is None)  # before torch, so that a missing extra is said at once
-    from safegen.evaluation.engines.ray import RayEngine
+    from safegen.evaluation.engines.ray import RayBatchEngine
 
-    return RayEngine(workers=workers, address=address, threads=threads or 1)
+    return RayBatchEngine(workers=workers, address=address, threads=threads or 1)
 
 
 def print_plan(plan: Plan) -> None:

@@ -11,8 +11,8 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.shards import Shard
-from safegen.evaluation.engines.base import BatchWorker, Engine
-from safegen.evaluation.engines.local import LocalEngine
+from safegen.evaluation.engines.base import BatchEngine, BatchWorker
+from safegen.evaluation.engines.local import LocalBatchEngine
 from safegen.evaluation.engines.writer import RunWriter
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.protocol_file import write_protocol
@@ -39,7 +39,7 @@ def evaluate(
     until: Stage = "score",
     references: Mapping[str, str] | None = None,
     loader: StackLoader | None = None,
-    engine: Engine | None = None,
+    engine: BatchEngine | None = None,
     save_protocol: bool = False,
     shard: Shard | None = None,
     argv: Sequence[str] = (),
@@ -72,7 +72,7 @@ def evaluate(
             a stack.
         UserError: a stack or judge cannot be loaded.
     """
-    loader, engine = loader or StackLoader(), engine or LocalEngine()
+    loader, engine = loader or StackLoader(), engine or LocalBatchEngine()
     engine.check()
     expanded = expand_baselines(protocol, stacks, baselines, references or {}, base=base)
     check_directory(out)
@@ -104,7 +104,7 @@ def judge_run(
     name: str | None = None,
     labels: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
-    engine: Engine | None = None,
+    engine: BatchEngine | None = None,
     progress: ProgressCallback = no_progress,
 ) -> str:
     """Judge all images of a run that exist, and return the judge's id; no image is generated.
@@ -147,7 +147,7 @@ def judge_run(
             run,
             run.samples,
             evaluators=evaluators,
-            engine=engine or LocalEngine(),
+            engine=engine or LocalBatchEngine(),
             progress=progress,
         )
     return evaluators.id
@@ -160,7 +160,7 @@ def run_stages(
     stacks: Sequence[Stack] = (),
     loader: StackLoader | None = None,
     evaluators: Evaluators | None = None,
-    engine: Engine,
+    engine: BatchEngine,
     progress: ProgressCallback,
 ) -> None:
     """Generate the images that are missing, judge those that are not judged, and record both.

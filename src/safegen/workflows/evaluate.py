@@ -16,7 +16,7 @@ from safegen.core.registry import MODELS
 from safegen.data.shards import Shard
 from safegen.edits.training.presets import is_full_size
 from safegen.evaluation import evaluate as evaluation
-from safegen.evaluation.engines.base import Engine
+from safegen.evaluation.engines.base import BatchEngine
 from safegen.evaluation.own_prompts import (
     RowSeeds,
     concept_judge,
@@ -66,7 +66,7 @@ def evaluate(
     baselines: evaluation.Baselines = "all",
     until: evaluation.Stage = "score",
     shard: Shard | str | None = None,
-    engine: Engine | None = None,
+    engine: BatchEngine | None = None,
     loader: StackLoader | None = None,
     argv: Sequence[str] = (),
     announce: Callable[[Protocol], None] = lambda _: None,
@@ -101,7 +101,7 @@ def evaluate(
         baselines: `all` adds a negative prompt and black images.
         until: last stage to do: `generate`, `judge` or `score`.
         shard: part of the run to do, `1/4` to `4/4`; a shard is not scored, `merge` joins them.
-        engine: where batches are done, such as `RayEngine(workers=2)`. Default: this process.
+        engine: where batches are done, such as `RayBatchEngine(workers=2)`. Default: this process.
         loader: loads the models.
         argv: command line to note in the run's card.
         announce: called with the protocol before anything is generated.

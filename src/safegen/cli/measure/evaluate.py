@@ -40,7 +40,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_COUNT, MAX_SEEDS, MAX_STEPS
 
 if TYPE_CHECKING:
-    from safegen.evaluation.engines.base import Engine
+    from safegen.evaluation.engines.base import BatchEngine
 
 
 class EvaluationStage(StrEnum):
@@ -209,7 +209,7 @@ def _run_later_stage(
     judge: str | None,
     labels: list[str],
     options: list[str],
-    engine: Engine | None,
+    engine: BatchEngine | None,
 ) -> None:
     """Judge, score or report a run that is generated."""
     if stage is EvaluationStage.score:
@@ -260,7 +260,7 @@ def _set_options(context: typer.Context, names: Sequence[str]) -> list[str]:
 
 
 def _judge(
-    out: Path, judge: str | None, labels: list[str], options: list[str], engine: Engine | None
+    out: Path, judge: str | None, labels: list[str], options: list[str], engine: BatchEngine | None
 ) -> None:
     from safegen.evaluation.evaluate import judge_run
     from safegen.evaluation.run.folder import Run

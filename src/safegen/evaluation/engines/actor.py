@@ -64,7 +64,7 @@ class WorkerConfig:
 
 
 @dataclass(frozen=True)
-class Failure:
+class WorkerFailure:
     """Error of the user's, which crosses processes as its class and its message."""
 
     kind: str
@@ -86,7 +86,7 @@ class BatchReply:
     scores: BatchScores | None = None
     is_too_large: bool = False
     """Whether the batch did not fit in memory, so that nothing was done."""
-    failure: Failure | None = None
+    failure: WorkerFailure | None = None
     warnings: tuple[str, ...] = ()
     """Warnings, for the driver to show."""
 
@@ -111,9 +111,9 @@ class BatchActor:
             except BatchTooLargeError:
                 reply = BatchReply(is_too_large=True)
             except UserError as error:
-                reply = BatchReply(failure=Failure(type(error).__name__, str(error)))
+                reply = BatchReply(failure=WorkerFailure(type(error).__name__, str(error)))
             except OSError as error:
-                reply = BatchReply(failure=Failure(FileError.__name__, self._explain(error)))
+                reply = BatchReply(failure=WorkerFailure(FileError.__name__, self._explain(error)))
         own = (w for w in caught if issubclass(w.category, SafegenWarning))
         return replace(reply, warnings=tuple(str(w.message) for w in own))
 

@@ -52,7 +52,7 @@ class BatchWorker:
         self._resources.close()
 
 
-class Engine(Protocol):
+class BatchEngine(Protocol):
     """Where and in which order the jobs of a run are done."""
 
     def check(self) -> None:

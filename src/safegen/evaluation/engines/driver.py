@@ -19,7 +19,7 @@ class WorkerWarning(SafegenWarning):
 class WorkerPool(Protocol):
     """Workers, and the jobs that they have not answered."""
 
-    idle: list[Any]
+    free_workers: list[Any]
     """Workers without a job."""
 
     def submit(self, worker: Any, job: BatchJob, position: int) -> None:
@@ -62,22 +62,22 @@ class BatchDriver:
         Raises:
             UserError: what a worker raised. What is written stays.
         """
-        begun = written = 0
+        position = written = 0
         job = next(jobs, None)
         while job is not None or self._jobs:
             while job is not None and self._can_begin(job):
-                self._jobs[begun] = job
-                self.pool.submit(self.pool.idle.pop(0), job, begun)
-                begun, job = begun + 1, next(jobs, None)
-            for worker, position, reply in self.pool.wait():
-                self._take(worker, position, reply)
+                self._jobs[position] = job
+                self.pool.submit(self.pool.free_workers.pop(0), job, position)
+                position, job = position + 1, next(jobs, None)
+            for answer in self.pool.wait():
+                self._take(*answer)
             while written in self._replies:
                 self._write(self._jobs.pop(written), self._replies.pop(written))
                 written += 1
 
     def _can_begin(self, job: BatchJob) -> bool:
         """Return whether a worker is idle, and the base model's images exist if they are needed."""
-        if not self.pool.idle or len(self._jobs) >= self.window:
+        if not self.pool.free_workers or len(self._jobs) >= self.window:
             return False
         base = job.batch.stack.baseline, job.batch.number
         return not job.change or all(
@@ -90,7 +90,7 @@ class BatchDriver:
     def _take(self, worker: Any, position: int | None, reply: BatchReply | None) -> None:
         """Take the reply of a worker, which is idle then."""
         if position is None or reply is None:
-            self.pool.idle.append(worker)
+            self.pool.free_workers.append(worker)
             return
         for message in reply.warnings:
             warnings.warn(message, WorkerWarning, stacklevel=1)
@@ -103,7 +103,7 @@ class BatchDriver:
             self.pool.submit(worker, self._jobs[position], position)
             return
         self._replies[position] = reply
-        self.pool.idle.append(worker)
+        self.pool.free_workers.append(worker)
 
     def _write(self, job: BatchJob, reply: BatchReply) -> None:
         if reply.images is not None:

@@ -13,8 +13,8 @@ from safegen.evaluation.run.generate import BatchJob, BatchTooLargeError
 from safegen.evaluation.run.judge import BatchScores
 
 
-class LocalEngine:
-    """Does the jobs of a run in this process, scores in a background thread; see `Engine`."""
+class LocalBatchEngine:
+    """Does the jobs of a run in this process, scores in a background thread; see `BatchEngine`."""
 
     def check(self) -> None:
         """Do nothing: it needs no library."""

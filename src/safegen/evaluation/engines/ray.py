@@ -32,8 +32,8 @@ START_SECONDS = 300.0
 
 
 @raises_config_error
-class RayEngine(BaseSettings):
-    """Settings of the engine `ray`: the batches of a run are done by Ray actors; see `Engine`."""
+class RayBatchEngine(BaseSettings):
+    """Settings of the engine `ray`: Ray actors do the batches of a run; see `BatchEngine`."""
 
     workers: int | None = Field(default=None, ge=1, le=MAX_WORKERS)
     """Actors. Each loads the model. Default: one per GPU; without GPUs one per CPU but one."""
@@ -51,7 +51,7 @@ class RayEngine(BaseSettings):
         import_ray(is_local=self.address is None)
 
     def run(self, writer: RunWriter, worker: BatchWorker) -> None:
-        """Do every job of a writer; see `Engine.run`.
+        """Do every job of a writer; see `BatchEngine.run`.
 
         Raises:
             MissingExtraError: Ray is not installed.
@@ -100,7 +100,7 @@ class ActorPool:
         self.ray, self.needs = ray, f"{num_cpus} CPU" + ", 1 GPU" * num_gpus
         shared = ray.put(config)
         self.actors = [actor.remote(shared) for _ in range(count)]
-        self.idle = list[Any]()
+        self.free_workers = list[Any]()
         self._starting = {actor.start.remote(): actor for actor in self.actors}
         self._running = dict[Any, tuple[Any, int, str]]()
 
@@ -111,7 +111,7 @@ class ActorPool:
 
     def wait(self) -> Sequence[tuple[Any, int | None, BatchReply | None]]:
         """Return the next actor that has started, or that has answered; see `WorkerPool.wait`."""
-        timeout = None if self.idle or self._running else START_SECONDS
+        timeout = None if self.free_workers or self._running else START_SECONDS
         ready, _ = self.ray.wait([*self._starting, *self._running], timeout=timeout)
         if not ready:
             raise ConfigError(
