@@ -241,6 +241,15 @@ class TrainedEdit(Edit):
         denoiser: nn.Module = model.denoiser
         return denoiser
 
+    def keep_tensors(self, model: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the new weights that the patch has: all of them, unless an edit says otherwise.
+
+        Args:
+            model: the model, unchanged.
+            tensors: the new weights, by the names that patches have for them.
+        """
+        return tensors
+
     @abstractmethod
     def build_objective(
         self, model: Model, triplets: Triplets | None, names: Sequence[str]
@@ -293,7 +302,7 @@ class TrainedEdit(Edit):
             )
         metadata |= result.to_metadata(objective.weights)
         metadata["seconds"] = round(metadata["seconds"] + preparation, 2)
-        tensors = trainable.merge(result.tensors)
+        tensors = self.keep_tensors(model, trainable.merge(result.tensors))
         metadata["components"] = hash_components(model, tensors)
         return Patch(tensors, metadata_of(edit, model, triplets, **metadata))
 
