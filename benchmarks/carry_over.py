@@ -5,8 +5,8 @@
     python benchmarks/carry_over.py --out DIR --table FILE.json
 
 Every method acts on two models of one world, with the same prompts, seeds and judge, each with the
-preset that safegen chooses for the model: `mini` is a UNet that predicts noise, `mini-flow` an MMDiT
-with flow matching. Patches, runs and attacks are in DIR; the same command resumes. A row is
+preset that safegen chooses for the model: `mini` is a UNet that predicts noise, `mini-flow` an
+MMDiT with flow matching. Patches, runs and attacks are in DIR; the same command resumes. A row is
 `METHOD`, `METHOD:PRESET`, or `METHOD@SELECTOR`, which trains other weights: the study of which part
 of a transformer carries the concept.
 """
