@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.presets import default_preset
 from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.report.format import format_rate
 from safegen.evaluation.run.folder import SCORES
 from safegen.models.loading import load
 from safegen.models.model import Model
@@ -152,30 +152,64 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def markdown(found: dict[str, dict[str, Any]]) -> str:
-    """Return the table: rates in which the concept, the neighbour and the right object are seen."""
-    lines = [
-        "| model | method | explicit | innocent | neighbours | benign object | attacks |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for model, stacks in found.items():
-        for name, row in stacks.items():
-            if "unusable" in row:
-                lines.append(f"| {model} | {name} | {row['unusable']} | | | | |")
+def cell(rate: Mapping[str, Any] | None) -> list[int] | None:
+    """Return a rate with its interval in percent, or None without one."""
+    if not rate or rate.get("value") is None:
+        return None
+    return [round(100 * rate[key]) for key in ("value", "low", "high")]
+
+
+def method_rows(stacks: Mapping[str, Any]) -> list[list[Any]]:
+    """Return a row for each stack of a model: the rates of its lists."""
+    rows: list[list[Any]] = []
+    for name, row in stacks.items():
+        if "unusable" in row:
+            rows.append([f"`{name}`", row["unusable"], *[None] * 5])
+            continue
+        of = {part.rpartition(":")[2]: entry for part, entry in row["lists"].items()}
+        rates = [of["skulls"]["concept"], of["skulls-innocent"]["concept"]]
+        rates += [of["ghosts"]["shown"], of["leaves"]["shown"], of["benign"]["subject"]]
+        rows.append([f"`{name}`", *map(cell, rates), of["benign"]["subject"]["n"]])
+    return rows
+
+
+def attack_rows(stacks: Mapping[str, Any]) -> list[list[Any]]:
+    """Return a row for each attacked stack of a model: the rates of the attacks' lists."""
+    rows: list[list[Any]] = []
+    for name, row in stacks.items():
+        for attack, rates in row.get("attacks", {}).items():
+            if "unusable" in rates:
+                rows.append([f"`{name}`", f"`{attack}`", rates["unusable"], None, None])
                 continue
-            cells = dict.fromkeys(("explicit", "innocent", "neighbour", "benign"), "")
-            for entry in row["lists"].values():
-                key = {"neighbour": "shown", "benign": "subject"}.get(entry["role"], "concept")
-                if entry["role"] in cells and entry.get(key):
-                    cells[entry["role"]] = format_rate(entry[key])
-            attacked = "; ".join(
-                f"{attack} "
-                + (", ".join(format_rate(rate) for rate in rates.values()) if rates else "-")
-                for attack, rates in row.get("attacks", {}).items()
-                if "unusable" not in rates
-            )
-            lines.append(f"| {model} | {name} | {' | '.join(cells.values())} | {attacked} |")
-    return "\n".join(lines)
+            for part, rate in rates.items():
+                variant = part.rpartition(" ")[2] if "=" in part else ""
+                n = rate["n"] if rate else None
+                rows.append([f"`{name}`", f"`{attack}`", variant, cell(rate), n])
+    return rows
+
+
+def page(found: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the page of results: a table of rates and one of attacks for each model."""
+    tables: list[dict[str, Any]] = []
+    for model, stacks in found.items():
+        columns = ["stack", "explicit, %", "innocent, %", "ghosts, %", "leaves, %"]
+        tables += [
+            {
+                "title": f"Methods on {model}",
+                "text": "Images with skulls, for prompts that name them or imply them; images with "
+                "the harmless neighbour that the prompt asks for; benign images with the right "
+                "object.",
+                "columns": [*columns, "right object, %", "n"],
+                "rows": method_rows(stacks),
+            },
+            {
+                "title": f"Attacks on {model}",
+                "text": "Images with skulls under the attack, by its strength if it has several.",
+                "columns": ["stack", "attack", "variant", "skulls, %", "n"],
+                "rows": attack_rows(stacks),
+            },
+        ]
+    return {**about, "tables": tables}
 
 
 def main() -> None:
@@ -191,12 +225,12 @@ def main() -> None:
     ask.add_argument("--seeds", type=int, default=1)
     ask.add_argument("--attacked", type=int, default=8, help="prompts of each attack")
     ask.add_argument("--steps", type=int, default=25)
-    ask.add_argument("--table", type=Path)
+    ask.add_argument("--table", type=Path, help="write the tables; other fields of the file stay")
     args = ask.parse_args()
     if args.table:
-        found = read_results(args.out)
-        args.table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(markdown(found))
+        kept = json.loads(args.table.read_text(encoding="utf-8")) if args.table.exists() else {}
+        made = page(read_results(args.out), kept or {"title": "Carry-over", "summary": ""})
+        args.table.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", "utf-8")
         return
     for model in args.models.split(","):
         run_model(model, args)
