@@ -69,7 +69,7 @@ class LazyTensor:
     def of(
         cls, sources: Sequence[Tensor | LazyTensor], function: Callable[[list[Tensor]], Tensor]
     ) -> LazyTensor:
-        """Return the tensor that a function will compute of others, whose shape it tells now."""
+        """Return the lazy result of a function of others. Its shape and type are known now."""
         empty = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in sources]
         result = function(empty)
         return cls(
