@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from safegen.edits.training.config import (
     TrainingCallback,
     warn_unused,
 )
+from safegen.edits.training.latents import latent_storage
 from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.presets import warn_of_size
 from safegen.edits.training.samples import read_captions
@@ -288,7 +290,8 @@ class TrainedEdit(Edit):
         with trainable_parameters(model, self.selector, network=network, **lora) as trainable:
             checkpoints: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "resume": resume}
             check_training(network, trainable.names, training, **checkpoints)
-            objective = edit.build_objective(model, triplets, trainable.names)
+            with latent_storage(checkpoint_dir, writes=os.environ.get("RANK", "0") == "0"):
+                objective = edit.build_objective(model, triplets, trainable.names)
             metadata = dict(objective.metadata) if isinstance(objective, HasMetadata) else {}
             preparation = time.perf_counter() - start
             result = train(

@@ -29,6 +29,7 @@ from safegen.edits.base import TEXTS, Edit
 from safegen.edits.training.check import check_inputs
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.edits.training.config import TrainingCallback
+from safegen.edits.training.latents import LATENTS
 from safegen.edits.training.presets import default_preset, default_presets, warn_of_mini_lists
 from safegen.evaluation.run.training_log import LOG_SUFFIX
 from safegen.judges import judge_images, load_concept_judge
@@ -229,8 +230,8 @@ def keep_log(checkpoint_dir: Path, patch: Path, *, keep_checkpoints: bool) -> Pa
     Args:
         checkpoint_dir: folder of the training.
         patch: the patch file. `safegen evaluate` finds the log by its name.
-        keep_checkpoints: whether the folder stays as it is; otherwise checkpoint and log are
-            removed, and so is the folder if nothing else is in it when its claim ends.
+        keep_checkpoints: whether the folder stays as it is; otherwise checkpoint, log and latents
+            are removed, and so is the folder if nothing else is in it when its claim ends.
 
     Raises:
         FileError: the log cannot be written.
@@ -241,6 +242,7 @@ def keep_log(checkpoint_dir: Path, patch: Path, *, keep_checkpoints: bool) -> Pa
     if not keep_checkpoints:
         for name in (CHECKPOINT_FILE, LOG_FILE):
             (checkpoint_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint_dir / LATENTS, ignore_errors=True)
     return path
 
 

@@ -23,6 +23,7 @@ from safegen.core.text import short_repr
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE
+from safegen.edits.training.latents import latent_storage
 from safegen.edits.training.presets import default_preset, default_presets
 from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.report.model_card import CardSubject, model_card, write_with_card
@@ -223,13 +224,12 @@ class RemovalJob:
             if edit.is_trained
             else {}
         )
-        patch = apply_edit(
-            edit,
-            model,
-            triplets,
-            callback=lambda done, total, _: self.progress("editing", done, total),
-            **training,
-        )
+
+        def follow(done: int, total: int, _: object) -> None:
+            self.progress("editing", done, total)
+
+        with latent_storage(progress=self.progress):
+            patch = apply_edit(edit, model, triplets, callback=follow, **training)
         path.parent.mkdir(exist_ok=True)
         patch.save(path)
         if edit.is_trained:
