@@ -86,6 +86,7 @@ def edit(
     from safegen.core.files import claim_folder
     from safegen.core.processes import check_alone, is_main_process
     from safegen.edits.training.checkpoint import CHECKPOINT_FILE
+    from safegen.edits.training.latents import latent_storage
     from safegen.models.loading import check_is_model
     from safegen.patches.patch import Patch
     from safegen.workflows.edit import apply_edit, keep_log, prepare_edit
@@ -138,15 +139,16 @@ def edit(
             last.update(row)
             progress("editing", done, total, _figures(row))
 
-        patch = apply_edit(
-            prepared.for_model(loaded),
-            loaded,
-            prepared.triplets,
-            from_patch=start,
-            checkpoint_dir=checkpoint_dir,
-            resume=resume,
-            callback=follow,
-        )
+        with latent_storage(progress=progress):
+            patch = apply_edit(
+                prepared.for_model(loaded),
+                loaded,
+                prepared.triplets,
+                from_patch=start,
+                checkpoint_dir=checkpoint_dir,
+                resume=resume,
+                callback=follow,
+            )
     if not is_main_process():
         return
     _save(patch, out, checkpoint_dir if prepared.is_trained else None, card=not no_card)
