@@ -12,8 +12,9 @@ from safegen.cli.console import echo
 from safegen.cli.data import concept, prompts, triplets
 from safegen.cli.info import doctor, show
 from safegen.cli.info.checks import with_checks
-from safegen.cli.measure import evaluate, report
+from safegen.cli.measure import evaluate, merge, report
 from safegen.cli.options import show_warnings, silence_libraries
+from safegen.cli.processes import with_processes
 from safegen.cli.verbosity import add_output_options, reset_verbosity
 
 
@@ -124,6 +125,11 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             ),
         ),
         Command(
+            merge.merge,
+            "how-to/shards.md",
+            ("merge part-1 part-2 --out run", "merge part-* --out run"),
+        ),
+        Command(
             report.score,
             "how-to/rescore-and-rejudge.md",
             ("score run", "score run --threshold 0.7"),
@@ -218,7 +224,7 @@ for panel, commands in COMMANDS.items():
             register = app.command(
                 command.name, rich_help_panel=panel, epilog=epilog(command.page, command.examples)
             )
-            register(add_output_options(with_checks(command.function)))
+            register(add_output_options(with_processes(with_checks(command.function))))
 
 
 @app.callback(invoke_without_command=True)
