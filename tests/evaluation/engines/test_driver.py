@@ -1,17 +1,21 @@
-"""The driver of several workers: the journals of one process, whatever the order of the replies."""
+"""The driver of several workers: replies in any order give the journals of one process."""
 
 from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 
 import pytest
 
-from safegen.core.errors import ConfigError, FileError
+from safegen.core.errors import ConfigError, FileError, MissingExtraError
 from safegen.core.files import IN_USE, atomic_write, claim_folder, share_claim
 from safegen.evaluation.engines.actor import BatchReply, WorkerFailure
+from safegen.evaluation.engines.cluster import ENVIRONMENT, LOOPBACK
 from safegen.evaluation.engines.driver import BatchDriver, WorkerWarning
+from safegen.evaluation.engines.ray import RayBatchEngine
+from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.run.folder import DETECTIONS, SAMPLES, TIMINGS, Run
 from tests.evaluation.test_run import contents
 
@@ -63,7 +67,7 @@ class ShuffledEngine:
 
 
 def test_replies_in_any_order_and_a_stop_give_the_bytes_of_one_process(go, finished, copy):
-    keep = [json.loads(line)["key"] for line in (copy / SAMPLES).read_text().splitlines()][:14]
+    keep = [json.loads(line)["key"] for line in (copy / SAMPLES).read_text().splitlines()][:30]
     for path in copy.glob("*.jsonl"):
         if path.name in ("plan.jsonl", "judges.jsonl", TIMINGS):
             continue
@@ -71,7 +75,7 @@ def test_replies_in_any_order_and_a_stop_give_the_bytes_of_one_process(go, finis
         path.write_text("".join(line for line in lines if json.loads(line)["key"] in keep))
 
     def fail(job, reply):
-        if job.batch.stack.name == "negative-prompt" and job.batch.number == 1:
+        if job.batch.stack.name == "black-image" and job.batch.number == 1:
             return BatchReply(
                 failure=WorkerFailure("FileError", "the disk is full. Free some."),
                 warnings=("two patches change the same weights",),
@@ -87,14 +91,17 @@ def test_replies_in_any_order_and_a_stop_give_the_bytes_of_one_process(go, finis
     assert contents(copy) == contents(finished)
 
 
-def test_a_batch_that_is_too_large_is_halved_and_those_that_run_keep_their_size(go, tmp_path):
+def test_a_batch_that_is_too_large_is_halved_and_those_that_run_keep_their_size(
+    go, quick, tmp_path
+):
     def limit(job, reply):
         if reply is None and job.batch.stack.name == "calm" and job.size > 2:
             return BatchReply(is_too_large=True)
         return reply
 
     folder = tmp_path / "run"
-    few = {"baselines": "none", "until": "generate"}
+    protocol = load_protocol(str(quick)).model_copy(update={"seeds": (1,)})
+    few = {"protocol": protocol, "baselines": "none", "until": "generate"}
     go(folder, engine=ShuffledEngine(4, limit), **few)
     records = Run.open(folder).timing_records()
     notes = {(r.stack, r.batch): r.size for r in records if r.stage == "memory"}
@@ -117,6 +124,15 @@ def test_judging_alone_needs_no_stack(go, finished, copy):
     assert (copy / DETECTIONS).read_bytes() == (finished / DETECTIONS).read_bytes()
 
 
+def test_a_missing_library_is_said_before_anything_is_loaded(go, monkeypatch, tmp_path):
+    for name in ENVIRONMENT | LOOPBACK:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"engine ray needs ray; .*safegen\[ray\]"):
+        go(tmp_path / "run", engine=RayBatchEngine())
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_error_of_a_worker_keeps_its_class_and_its_message():
     error = WorkerFailure("ConfigError", "steps must be >= 1, got 0.").to_error()
     assert (type(error), str(error)) == (ConfigError, "steps must be >= 1, got 0.")
@@ -124,7 +140,6 @@ def test_an_error_of_a_worker_keeps_its_class_and_its_message():
 
 
 def test_a_shared_claim_lets_another_process_write_in_a_claimed_folder(tmp_path):
-    """The claim is of a process, so a folder that this process has not claimed stands for it."""
     folder = tmp_path / "run"
     with claim_folder(folder):
         (folder / "images").mkdir()
