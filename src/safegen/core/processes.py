@@ -48,6 +48,14 @@ def local_rank() -> int | None:
     return int(text) if process_share()[1] > 1 and text.isdecimal() else None
 
 
+def launcher() -> list[str]:
+    """Return the words that start safegen in as many processes; for several machines, `safegen`."""
+    count = process_share()[1]
+    if count == 1 or os.environ.get("LOCAL_WORLD_SIZE") != str(count):
+        return ["safegen"]
+    return ["torchrun", "--nproc-per-node", str(count), "-m", "safegen"]
+
+
 def check_alone(job: str, advice: str) -> None:
     """Check that a job that cannot be shared runs in one process.
 
@@ -67,6 +75,9 @@ def join_processes() -> None:
     """Connect the processes, unless they are; a job alone connects to nothing.
 
     Tensors of the CPU go through gloo, those of an NVIDIA device through NCCL.
+
+    Raises:
+        SafegenError: the others cannot be reached, or do not connect.
     """
     from torch import cuda, distributed
 
@@ -74,7 +85,14 @@ def join_processes() -> None:
         return
     if cuda.is_available():
         cuda.set_device(local_rank() or 0)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo"
+    try:
+        distributed.init_process_group(backend)
+    except RuntimeError as error:
+        raise SafegenError(
+            f"{process_share()[1]} processes must all start the same job, and they could not be "
+            f"connected: {first_line(error)}"
+        ) from error
 
 
 def leave_processes() -> None:
