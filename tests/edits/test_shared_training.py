@@ -89,7 +89,7 @@ def without_time(log):
 
 
 def check_equal(many, one):
-    """Check that processes have equal bits, which are those of one process but for rounding."""
+    """Check that processes have equal bits, and differ from one process by rounding only."""
     for other in many[1:]:
         assert all(torch.equal(other.tensors[name], v) for name, v in many[0].tensors.items())
         assert without_time(other.log) == without_time(many[0].log)

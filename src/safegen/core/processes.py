@@ -79,12 +79,16 @@ def join_processes() -> None:
     Raises:
         SafegenError: the others cannot be reached, or do not connect.
     """
+    from accelerate.utils import check_cuda_p2p_ib_support
     from torch import cuda, distributed
 
     if process_share()[1] == 1 or distributed.is_initialized():
         return
     if cuda.is_available():
         cuda.set_device(local_rank() or 0)
+        if not check_cuda_p2p_ib_support():  # consumer cards; accelerate refuses them otherwise
+            os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+            os.environ.setdefault("NCCL_IB_DISABLE", "1")
     backend = "cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo"
     try:
         distributed.init_process_group(backend)
