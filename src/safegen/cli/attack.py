@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safegen.cli.console import echo, plural
-from safegen.cli.measure.evaluate import load_rules, print_notes
+from safegen.cli.measure.protocol import load_rules, print_notes
 from safegen.cli.options import (
     MERGE,
     Device,
