@@ -24,6 +24,7 @@ from safegen.core.errors import (
     SafegenWarning,
     UnusedSettingWarning,
 )
+from safegen.core.processes import launcher
 from safegen.core.quiet import INDUCTOR_FOLDER, remove_inductor_folder
 from safegen.core.settings import MAX_THREADS, MAX_WORKERS
 
@@ -244,7 +245,7 @@ def resumable(out: Path | None, *options: str) -> Iterator[None]:
             raise  # there is no checkpoint
         what = str(error).partition(". ")[0] or "stopped"
         added = [option for option in options if option not in sys.argv]
-        command = shlex.join(["safegen", *sys.argv[1:], *added])
+        command = shlex.join([*launcher(), *sys.argv[1:], *added])
         raise InterruptedRunError(
             f"{what}. Finished work is in {out}. Resume with: {command}"
         ) from error
