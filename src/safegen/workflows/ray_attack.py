@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safegen.attacks.core.base import Attack
 from safegen.attacks.core.run import AttackConfig, run_attack
@@ -30,15 +32,15 @@ PARTS = ".parts"
 class ShardSearch:
     """What a worker needs to attack a shard."""
 
-    directory: Path
-    """Working directory, to which paths are relative."""
-    parts: Path
-    """Folder of the shards."""
     attack: Attack
     stack: Stack
     concept: Concept
     config: AttackConfig
     protocol: Protocol | None
+    parts: Path
+    """Folder of the shards."""
+    directory: Path
+    """Working directory, to which paths are relative."""
     device: str
     dtype: str
     allow_pickle: bool
@@ -87,39 +89,23 @@ def attack_on_ray(
             f"budget must be left out with the engine ray, got {', '.join(limits)}: it ends the "
             "whole attack, which no worker sees. Use --limit"
         )
+    attacked = attack, stack, concept, config
     trains_once = not attack.changes_prompts or attack.attacked_stacks(stack, output_dir)
     parts = output_dir.absolute().with_name(output_dir.name + PARTS)
     if not trains_once and not (output_dir / SETTINGS).exists():
         parts.mkdir(parents=True, exist_ok=True)
         device = "cuda" if loader.device.startswith("cuda") else loader.device
-        search = ShardSearch(
-            Path.cwd(),
-            parts,
-            attack,
-            stack,
-            concept,
-            config,
-            protocol,
-            device,
-            loader.dtype,
-            loader.allow_pickle,
-            engine.threads,
-        )
-        merge_attacks(_search(search, engine, progress), output_dir)
+        loading = device, loader.dtype, loader.allow_pickle, engine.threads
+        search = ShardSearch(*attacked, protocol, parts, Path.cwd(), *loading)
+        try:
+            merge_attacks(_search(search, engine, progress), output_dir)
+        finally:
+            with suppress(OSError):  # it has shards, from which the same call resumes
+                parts.rmdir()
     if not trains_once and _begun_shards(parts):
         shutil.rmtree(parts)
-    return run_attack(
-        attack,
-        stack,
-        concept,
-        config,
-        output_dir,
-        protocol=protocol,
-        loader=loader,
-        engine=engine,
-        argv=argv,
-        progress=progress,
-    )
+    common: dict[str, Any] = {"loader": loader, "engine": engine, "argv": argv}
+    return run_attack(*attacked, output_dir, protocol=protocol, progress=progress, **common)
 
 
 def _search(search: ShardSearch, engine: RayBatchEngine, progress: ProgressCallback) -> list[Path]:
