@@ -16,13 +16,14 @@ from safegen.core.registry import MODELS
 from safegen.core.settings import MAX_COUNT, BaseSettings, Seeds
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
-from safegen.evaluation.evaluate import evaluate, load_evaluators
+from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.model_card import CardSubject, card_path, model_card, with_metrics
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.card import check_directory
 from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import PATCHES, Run
+from safegen.evaluation.run.judge import load_evaluators
 from safegen.evaluation.run.settings import claim_directory
 from safegen.patches.patch import Patch
 from safegen.stack import Stack
