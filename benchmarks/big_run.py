@@ -36,7 +36,7 @@ from safegen.core.generation import GenerationConfig
 from safegen.evaluation.evaluate import evaluate, expand_baselines
 from safegen.evaluation.own_prompts import prompt_protocol, read_lists
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.protocol_file import load_protocol, write_protocol
+from safegen.evaluation.protocol_file import write_protocol
 from safegen.evaluation.report.page import write_report
 from safegen.evaluation.run import folder as names
 from safegen.evaluation.run.card import prepare
