@@ -12,8 +12,9 @@ from safegen.cli.console import echo
 from safegen.cli.data import concept, prompts, triplets
 from safegen.cli.info import doctor, show
 from safegen.cli.info.checks import with_checks
-from safegen.cli.measure import evaluate, report
+from safegen.cli.measure import evaluate, merge, report
 from safegen.cli.options import show_warnings, silence_libraries
+from safegen.cli.processes import with_processes
 from safegen.cli.verbosity import add_output_options, reset_verbosity
 
 
@@ -124,6 +125,11 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
             ),
         ),
         Command(
+            merge.merge,
+            "how-to/shards.md",
+            ("merge part-1 part-2 --out run", "merge part-* --out run"),
+        ),
+        Command(
             report.score,
             "how-to/rescore-and-rejudge.md",
             ("score run", "score run --threshold 0.7"),
@@ -159,6 +165,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "make": (
                     "triplets make --unsafe my-unsafe --benign my-benign --judge mini --out t",
                     "triplets make --unsafe my-unsafe --judge nudenet --style blur --out t",
+                ),
+                "merge": (
+                    "triplets merge part-1 part-2 --unsafe my-unsafe --benign my-benign --out t",
                 ),
                 "check": ("triplets check t", "triplets check t --judge mini"),
             },
@@ -218,7 +227,7 @@ for panel, commands in COMMANDS.items():
             register = app.command(
                 command.name, rich_help_panel=panel, epilog=epilog(command.page, command.examples)
             )
-            register(add_output_options(with_checks(command.function)))
+            register(add_output_options(with_processes(with_checks(command.function))))
 
 
 @app.callback(invoke_without_command=True)

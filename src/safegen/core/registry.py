@@ -25,6 +25,7 @@ EDITS = {
     "shielddiff": "safegen.edits.shielddiff:ShieldDiff",
     "uce": "safegen.edits.uce:UCE",
     "rece": "safegen.edits.rece:RECE",
+    "double_projections": "safegen.edits.double_projections:DoubleProjections",
     "safegen-plus": "safegen.edits.safegen_plus:SafeGenPlus",
 }
 

@@ -43,7 +43,7 @@ def verify(run: Run, *, progress: ProgressCallback = no_progress) -> list[str]:
     true.
 
     Raises:
-        FileError: a journal is damaged, or the run is a shard, whose parts `merge` checks.
+        FileError: a journal is damaged, or the run is a shard; `merge` checks shards.
     """
     check_whole(run)
     keys = [key for entry in run.stacks for key in run.keys(entry)]

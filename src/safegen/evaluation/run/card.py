@@ -30,6 +30,7 @@ from safegen.evaluation.run.folder import (
     PLAN,
     PROMPTS,
     SETTINGS,
+    SHARD,
     Run,
     write_json,
     write_plan,
@@ -112,7 +113,7 @@ def check_directory(out: Path) -> None:
     Raises:
         FileError: `out` holds something else.
     """
-    own = {PLAN, SETTINGS, PATCHES, ATTACK, ATTACK_FILES, PROMPTS, CONTROLS}
+    own = {PLAN, SETTINGS, SHARD, PATCHES, ATTACK, ATTACK_FILES, PROMPTS, CONTROLS}
     if (out / CARD).exists() or not out.exists():
         return
     if not out.is_dir() or any(p.name not in own and not is_unfinished(p) for p in out.iterdir()):
