@@ -83,14 +83,18 @@ def edit(
     Edits learn from triplets of images (`safegen`, `esd` ...), from phrases (`uce`, `rece` ...)
     or from the judge's answers (`shielddiff`).
     """
-    check_outputs(ctx, out, no_card)
     from safegen.core.files import claim_folder
+    from safegen.core.processes import check_alone, is_main_process
     from safegen.edits.training.checkpoint import CHECKPOINT_FILE
     from safegen.edits.training.latents import latent_storage
     from safegen.models.loading import check_is_model
     from safegen.patches.patch import Patch
     from safegen.workflows.edit import apply_edit, keep_log, prepare_edit
 
+    if plan:
+        check_alone("--plan", "Start it without torchrun.")
+    if is_main_process():
+        check_outputs(ctx, out, no_card)
     check_is_model(model)
     changes = read_settings(method, preset, set_ or [])
     changes |= _shorthands(method, prompts=prompts, judge=judge)
@@ -107,7 +111,8 @@ def edit(
     keep_checkpoints = checkpoint_dir is not None
     if prepared.is_trained and not plan:
         checkpoint_dir = checkpoint_dir or out.with_name(out.name + ".checkpoints")
-        ctx.with_resource(claim_folder(checkpoint_dir))
+        if is_main_process():
+            ctx.with_resource(claim_folder(checkpoint_dir))
         if not resume and (checkpoint_dir / CHECKPOINT_FILE).exists():
             raise FileError(
                 f"{checkpoint_dir} holds an earlier run. Use --resume or remove the folder."
@@ -144,6 +149,8 @@ def edit(
                 resume=resume,
                 callback=follow,
             )
+    if not is_main_process():
+        return
     _save(patch, out, checkpoint_dir if prepared.is_trained else None, card=not no_card)
     seconds = f"{patch.metadata.seconds:.1f} s"
     if prepared.is_trained and checkpoint_dir is not None:

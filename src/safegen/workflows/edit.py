@@ -23,6 +23,7 @@ from safegen.core.errors import (
     explain,
 )
 from safegen.core.files import atomic_write
+from safegen.core.processes import joint_errors
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TEXTS, Edit
@@ -30,7 +31,7 @@ from safegen.edits.training.check import check_inputs
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.edits.training.config import TrainingCallback
 from safegen.edits.training.latents import LATENTS
-from safegen.edits.training.presets import PRESET_NAMES, default_preset, warn_of_mini_lists
+from safegen.edits.training.presets import default_preset, default_presets, warn_of_mini_lists
 from safegen.evaluation.run.training_log import LOG_SUFFIX
 from safegen.judges import judge_images, load_concept_judge
 from safegen.models.model import Model, check_is_loaded
@@ -68,7 +69,8 @@ def edit(
 ) -> Patch:
     """Remove a visual concept from a model and return the change as a patch.
 
-    The model itself does not change.
+    The model itself does not change. Processes that torchrun started share the training: call it on
+    all of them. All return the same patch, and one of them saves it.
 
     Args:
         model: model from `safegen.load`.
@@ -111,25 +113,26 @@ def edit(
     arguments = [*resolve(EDITS, method, "edit").model_fields, *signature(edit).parameters]
     check_names(f"setting of {method!r}", settings, arguments)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    prepared = prepare_edit(
-        method,
-        preset,
-        triplets=triplets,
-        concept=concept,
-        checkpoint_dir=folder,
-        resume=resume,
-        **settings,
-    )
-    start = Patch.load(from_patch) if isinstance(from_patch, str | Path) else from_patch
-    return apply_edit(
-        prepared.for_model(model),
-        model,
-        prepared.triplets,
-        from_patch=start,
-        checkpoint_dir=folder,
-        resume=resume,
-        callback=callback,
-    )
+    with joint_errors():
+        prepared = prepare_edit(
+            method,
+            preset,
+            triplets=triplets,
+            concept=concept,
+            checkpoint_dir=folder,
+            resume=resume,
+            **settings,
+        )
+        start = Patch.load(from_patch) if isinstance(from_patch, str | Path) else from_patch
+        return apply_edit(
+            prepared.for_model(model),
+            model,
+            prepared.triplets,
+            from_patch=start,
+            checkpoint_dir=folder,
+            resume=resume,
+            callback=callback,
+        )
 
 
 def apply_edit(
@@ -170,7 +173,7 @@ class PreparedEdit:
     """Arguments of an edit, checked before the model is loaded."""
 
     by_preset: Mapping[str, Edit]
-    """Settings by preset: those of one preset if it was given, otherwise of `mini` and `full`."""
+    """Settings by preset: those of one preset if it was given, otherwise of `default_presets`."""
     triplets: Triplets | None
     """Training images, for an edit that learns from them."""
 
@@ -180,8 +183,9 @@ class PreparedEdit:
         return next(iter(self.by_preset.values())).is_trained
 
     def preset_for(self, model: Model) -> str:
-        """Return the preset that was given, or that for the size of a model."""
-        return next(iter(self.by_preset)) if len(self.by_preset) == 1 else default_preset(model)
+        """Return the preset that was given, or that for a model."""
+        given = list(self.by_preset)
+        return given[0] if len(given) == 1 else default_preset(model, given)
 
     def for_model(self, model: Model) -> Edit:
         """Return the settings for a model."""
@@ -203,7 +207,8 @@ def prepare_edit(
     Arguments, errors and warnings are those of `edit`.
     """
     concept = load_concept(str(concept)) if isinstance(concept, str | Path) else concept
-    presets = PRESET_NAMES if preset is None else (preset,)
+    kind: type[Edit] = resolve(EDITS, method, "edit")
+    presets = default_presets(kind.PRESETS) if preset is None else (preset,)
     edits = {name: make_edit(method, name, concept=concept, **settings) for name in presets}
     config = edits[presets[0]]
     check_inputs(config, triplets, checkpoint_dir, resume, concept=concept)
