@@ -45,6 +45,10 @@ Dtype = Annotated[str, typer.Option(help="Weight type: fp32, bf16 or fp16.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads. Default: chosen by torch.")
 ]
+TrueCfg = Annotated[
+    float | None,
+    typer.Option(min=1, max=50, help="FLUX: scale of classifier-free guidance. [default: 1]"),
+]
 Pickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
 ]

@@ -21,6 +21,7 @@ from safegen.cli.options import (
     PlanOnly,
     ShardText,
     Threads,
+    TrueCfg,
     print_model,
     print_plan,
     read_pair,
@@ -68,7 +69,17 @@ JudgeOption = Annotated[
 
 GENERATE_OPTIONS = (
     *("model", "base", "protocol", "stack", "prompts", "column", "concept", "seeds", "limit"),
-    *("steps", "guidance", "baselines", "precision", "shard", "device", "dtype", "allow_pickle"),
+    *(
+        "steps",
+        "guidance",
+        "true_cfg",
+        "baselines",
+        "precision",
+        "shard",
+        "device",
+        "dtype",
+        "allow_pickle",
+    ),
 )
 """Options without effect on a run that is generated."""
 MAX_LINES = 20
@@ -111,6 +122,7 @@ def evaluate(
     guidance: Annotated[
         float | None, typer.Option(min=1, max=50, help="Guidance scale. [default: 7.5; mini: 5]")
     ] = None,
+    true_cfg: TrueCfg = None,
     protocol: Annotated[
         str | None,
         typer.Option(help="Built-in protocol or a TOML file, in place of all options above it."),
@@ -162,6 +174,7 @@ def evaluate(
         "limit": limit,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
+        "true_cfg_scale": true_cfg,
         "precision": precision.value if precision else None,
         "loader": loader,
     }
