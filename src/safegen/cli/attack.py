@@ -20,11 +20,11 @@ from safegen.cli.options import (
     Settings,
     Threads,
     TrueCfg,
+    prepare_generation,
     print_model,
     print_plan,
     read_pair,
     resumable,
-    set_threads,
 )
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
@@ -137,7 +137,7 @@ def attack(
         unsafe=unsafe,
         budget=budget,
     )
-    set_threads(threads)
+    prepare_generation(threads)
     target, wanted = load_stack(stack), load_concept(concept)
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model)
     if plan:

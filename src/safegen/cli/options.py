@@ -215,6 +215,14 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def prepare_generation(threads: int | None) -> None:
+    """Set the number of CPU threads, and keep freed memory for the tensors of the next step."""
+    from safegen.core.allocator import keep_freed_memory
+
+    set_threads(threads)
+    keep_freed_memory()
+
+
 def silence_libraries() -> None:
     """Keep the libraries below from printing and from writing; call it before their import."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

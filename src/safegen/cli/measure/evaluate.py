@@ -22,6 +22,7 @@ from safegen.cli.options import (
     ShardText,
     Threads,
     TrueCfg,
+    prepare_generation,
     print_model,
     print_plan,
     read_pair,
@@ -156,7 +157,7 @@ def evaluate(
     if not (model or base or stack):
         raise ConfigError("no model and no stack is given. Name a MODEL, or use --stack.")
     part = read_shard(shard)
-    set_threads(threads)
+    prepare_generation(threads)
     from safegen.stack_loader import StackLoader
     from safegen.workflows.evaluate import evaluate as run_evaluation
     from safegen.workflows.evaluate import prepare_evaluation
