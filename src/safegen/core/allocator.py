@@ -19,8 +19,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep freed memory for the next tensor; return whether it can.
 
     By default glibc returns the memory of large tensors to the system, and the next ones cost a
-    page fault for every 4 KB: 11 % of the CPU time of fp32 images of the bundled model. Values do
-    not change. The command line calls this before it generates; another program may.
+    page fault for every 4 KB: up to a tenth of the CPU time of images of the bundled model. Values
+    do not change. The command line calls this before it generates; another program may.
 
     It has an effect on Linux with glibc, unless environment variables set these options.
     """
