@@ -297,7 +297,7 @@ def plain_loop(model: Model, chosen: list[Sample], folder: Path, config: Generat
 def compare_with_loop(model: Model, precision: str, rounds: int) -> dict[str, Any]:
     """Return the CPU seconds of a whole evaluation and of a loop over its prompts."""
     loader, drawn = StackLoader(model=model), dict[str, list[Any]]()
-    options: dict[str, Any] = {"concept": "skulls", "limit": 8, "baselines": "none"}
+    options: dict[str, Any] = {"concept": "skulls", "limit": 4, "baselines": "none"}
     options |= {"loader": loader, "precision": precision}
 
     def evaluation(place: str, steps: int) -> None:
