@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from pydantic import ValidationError
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.data.shards import Shard
-from safegen.evaluation.run.folder import CARD, SCORES, Run
+from safegen.evaluation.merge import merge_runs
+from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.folder import CARD, DETECTIONS, SAMPLES, SCORES, TIMINGS, Run
 from safegen.evaluation.scoring.score import score_run
 from safegen.evaluation.verify import verify
 
@@ -45,6 +48,14 @@ def test_a_shard_reads_back_as_it_is_written():
     assert Shard.model_validate_json(shard.model_dump_json()) == shard
 
 
+def contents(folder, timings):
+    """Return every file of a run, its report as it is with given timings."""
+    shutil.copyfile(timings, folder / TIMINGS)
+    write_report(open_runs([folder]), folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 @pytest.fixture(scope="session")
 def parts(go, tmp_path_factory):
     """Return the folders of a run in two shards, to be read only."""
@@ -73,3 +84,102 @@ def test_a_shard_resumes_as_that_shard_alone(go, parts):
         with pytest.raises(FileError, match=r"is another run .*: shard: "):
             go(parts[0], shard=other)
     assert (parts[0] / CARD).read_bytes() == before
+
+
+def test_merged_shards_are_the_bytes_of_one_process(parts, finished, tmp_path):
+    whole, timings = tmp_path / "one" / "run", finished / TIMINGS
+    shutil.copytree(finished, whole)
+    merged = merge_runs([parts[1], parts[0], parts[1]], tmp_path / "merged" / "run").folder
+    lines = [sorted((p / TIMINGS).read_text().splitlines()) for p in (merged, *parts)]
+    assert lines[0] == sorted(lines[1] + lines[2])
+    assert verify(Run.open(merged)) == []
+    assert contents(merged, timings) == contents(whole, timings)
+
+
+def test_a_merge_that_was_stopped_before_the_scores_goes_on(parts, finished, tmp_path):
+    out = merge_runs(parts, tmp_path / "run").folder
+    (out / SCORES).unlink()
+    merge_runs(parts, out)
+    assert (out / SCORES).read_bytes() == (finished / SCORES).read_bytes()
+
+
+@pytest.fixture
+def part(parts, tmp_path):
+    """Return a copy of the second shard that a test may change."""
+    return shutil.copytree(parts[1], tmp_path / "part-2-copy")
+
+
+def drop_line(path):
+    """Remove the last line of a journal, and return it."""
+    *lines, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines))
+    return last
+
+
+@pytest.mark.parametrize("journal", [SAMPLES, DETECTIONS])
+def test_shards_that_are_missing_or_not_finished_are_named(parts, part, tmp_path, journal):
+    with pytest.raises(FileError, match=r"but not: 2/2 \(not given\)\. Finish"):
+        merge_runs(parts[:1], tmp_path / "run")
+    drop_line(part / journal)
+    message = rf"but not: 2/2 \(part-2-copy lacks 1 records in {journal}\)\. Finish"
+    with pytest.raises(FileError, match=message):
+        merge_runs([parts[0], part], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    merge_runs([parts[0], part, parts[1]], tmp_path / "run")  # the finished twin has it
+
+
+def test_contradictory_parts_are_refused(parts, part, tmp_path):
+    line = drop_line(part / DETECTIONS)
+    with (part / DETECTIONS).open("ab") as file:
+        file.write(line.replace(b'"score":0.', b'"score":0.1'))
+    with pytest.raises(FileError, match=r"parts must agree, got two records of .* that differ"):
+        merge_runs([*parts, part], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_is_not_the_recorded_one_is_refused(parts, part, tmp_path):
+    image = min((part / "images" / "calm").iterdir())
+    image.write_bytes(image.read_bytes()[:-1])
+    with pytest.raises(FileError, match=r"must be the image in samples.jsonl, got another"):
+        merge_runs([parts[0], part], tmp_path / "run")
+    image.unlink()
+    with pytest.raises(FileError, match="does not exist"):
+        merge_runs([parts[0], part], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"versions": {"safegen": "0"}}, "differ in versions.safegen"),
+        ({"device": "cuda, float32"}, "differ in device"),
+        ({"shard": "2/3"}, "one number of shards, got I/2 and I/3"),
+    ],
+)
+def test_shards_of_other_runs_are_refused(parts, part, tmp_path, changes, message):
+    card = json.loads((part / CARD).read_text())
+    (part / CARD).write_text(json.dumps(card | changes))
+    with pytest.raises(ConfigError, match=message):
+        merge_runs([parts[0], part], tmp_path / "run")
+
+
+def test_a_merge_replaces_nothing(parts, tmp_path):
+    with pytest.raises(FileError, match=r"is another run .*: shard: .*Name another directory"):
+        merge_runs(parts, parts[0])
+    (tmp_path / "kept").write_text("mine")
+    for out in (tmp_path, tmp_path / "kept"):
+        with pytest.raises(FileError, match="already exists"):
+            merge_runs(parts, out)
+
+
+def test_more_shards_than_batches_leave_some_empty_and_merge(go, loader, tmp_path):
+    options = {"stacks": ["mini"], "baselines": "none"}
+    folders = [
+        go(tmp_path / f"{i}", shard=Shard(index=i, count=4), until="generate", **options).folder
+        for i in range(1, 5)
+    ]
+    counts = sorted(len(Run.open(folder).sample_records()) for folder in folders)
+    assert counts == [0, 4, 4, 4]
+    run = merge_runs(folders, tmp_path / "run")
+    assert [record.key for record in run.sample_records()] == run.keys(run.stacks[0])
+    assert not (run.folder / SCORES).exists()  # not judged yet

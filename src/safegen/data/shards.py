@@ -65,14 +65,23 @@ class Shard(BaseSettings):
             raise ConfigError(f"{rule}. Number the shards 1/N to N/N.") from None
 
     def select(self, units: Sequence[str]) -> frozenset[int]:
-        """Return the positions of the units of work that belong to this shard.
+        """Return the positions of the units of work that belong to this shard."""
+        owners = deal_units(units, self.count)
+        return frozenset(i for i, owner in enumerate(owners) if owner == self.index)
 
-        Units are sorted by a hash of their names and dealt in turn, so that shards differ by one
-        unit at most, and neighbors in a list lie in different shards as often as chance has it.
 
-        Args:
-            units: name of each unit, the same for every shard.
-        """
-        digests = [hashlib.sha256(name.encode()).digest() for name in units]
-        order = sorted(range(len(units)), key=lambda i: (digests[i], i))
-        return frozenset(order[self.index - 1 :: self.count])
+def deal_units(units: Sequence[str], count: int) -> list[int]:
+    """Return the index of the shard that each unit of work belongs to, from 1.
+
+    Units are sorted by a hash of their names and dealt in turn. So shards differ by one unit at
+    most, and neighbors in a list lie in different shards as often as chance has it.
+
+    Args:
+        units: name of each unit, the same for every shard.
+        count: number of shards.
+    """
+    digests = [hashlib.sha256(name.encode()).digest() for name in units]
+    owners = [0] * len(units)
+    for rank, i in enumerate(sorted(range(len(units)), key=lambda i: (digests[i], i))):
+        owners[i] = rank % count + 1
+    return owners

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safegen.core.errors import FileError
-from safegen.data.shards import Shard
+from safegen.data.shards import Shard, deal_units
 from safegen.evaluation.run.folder import Run
 from safegen.evaluation.samples import EvalSample, canonical
 
@@ -21,12 +21,24 @@ def select_batches(shard: Shard | None, samples: Sequence[EvalSample], size: int
         samples: samples of one stack.
         size: samples of a batch.
     """
+    count, index = (1, 1) if shard is None else (shard.count, shard.index)
+    owners = deal_batches(samples, size, count)
+    return frozenset(number for number, owner in enumerate(owners) if owner == index)
+
+
+def deal_batches(samples: Sequence[EvalSample], size: int, count: int) -> list[int]:
+    """Return the index of the shard that each batch belongs to, from 1.
+
+    Args:
+        samples: samples of one stack.
+        size: samples of a batch.
+        count: number of shards.
+    """
     starts = range(0, len(samples), size)
-    if shard is None:
-        return frozenset(range(len(starts)))
-    return shard.select(
-        [canonical([(s.id, s.seed) for s in samples[start : start + size]]) for start in starts]
-    )
+    if count == 1:
+        return [1] * len(starts)
+    names = [canonical([(s.id, s.seed) for s in samples[at : at + size]]) for at in starts]
+    return deal_units(names, count)
 
 
 def count_samples(run: Run) -> int:

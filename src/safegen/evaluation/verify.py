@@ -51,7 +51,7 @@ def verify(run: Run, *, progress: ProgressCallback = no_progress) -> list[str]:
     true.
 
     Raises:
-        FileError: a journal is damaged, or the run is a shard, whose parts `merge` checks.
+        FileError: a journal is damaged, or the run is a shard; `merge` checks shards.
     """
     check_whole(run)
     damaged = set[str]()  # files of images that are not the recorded ones; filled by _samples

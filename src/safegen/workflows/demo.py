@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def _train(
 ) -> None:
     """Make the patch at `path`, from its checkpoint where there is one; keep only the log of it."""
     from safegen.edits.training.checkpoint import CHECKPOINT_FILE
+    from safegen.edits.training.latents import LATENTS, latent_storage
 
     folder = path.with_suffix("")
     training: dict[str, Any] = (
@@ -141,14 +143,16 @@ def _train(
         if edit.is_trained
         else {}
     )
-    patch = edit.apply(
-        loader.model(model)[0],
-        triplets,
-        callback=lambda done, total, _: progress("editing", done, total),
-        **training,
-    )
+    with latent_storage(progress=progress):
+        patch = edit.apply(
+            loader.model(model)[0],
+            triplets,
+            callback=lambda done, total, _: progress("editing", done, total),
+            **training,
+        )
     patch.save(path)
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / LATENTS, ignore_errors=True)
 
 
 def _write_card(path: Path, output_dir: Path) -> None:
