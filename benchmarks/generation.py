@@ -53,7 +53,7 @@ SLOW_GUARDS = {"crops": 9, "pno": 9}
 """Guards that draw probes; measured once."""
 GOALS = {"patched": (0.98, 1.02), "evaluation": 2.0}
 Job = tuple[Callable[[], AbstractContextManager[Any]], Callable[[Any, int], object]]
-"""What is opened before the clock starts, and what is measured: it gets that and the steps."""
+"""Context that is entered before the clock starts, and the job: it gets its value and the steps."""
 
 
 def samples(n: int) -> list[Sample]:
@@ -67,8 +67,8 @@ def cpu_seconds(jobs: Mapping[str, Job], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(-1, rounds):  # the first is the warm-up
         for name in list(jobs) if number % 2 == 0 else reversed(list(jobs)):
-            opened, run = jobs[name]
-            with opened() as target:
+            context, run = jobs[name]
+            with context() as target:
                 start = time.process_time()
                 run(target, WARM_UP if number < 0 else STEPS)
                 spent = time.process_time() - start
@@ -289,27 +289,27 @@ def plain_loop(model: Model, chosen: list[Sample], folder: Path, config: Generat
                     generator=torch.Generator("cpu").manual_seed(seed),
                 ).images[0]
             image.save(folder / f"{i}.png")
-            (found,) = judge.detect([image])
-            verdict = found.verdict(judge.labels, judge.threshold)
+            (results,) = judge.detect([image])
+            verdict = results.verdict(judge.labels, judge.threshold)
             lines.write(json.dumps({"prompt": sample.prompt, "verdict": verdict}) + "\n")
 
 
 def compare_with_loop(model: Model, precision: str, rounds: int) -> dict[str, Any]:
     """Return the CPU seconds of a whole evaluation and of a loop over its prompts."""
-    loader, drawn = StackLoader(model=model), dict[str, list[Any]]()
+    loader, images = StackLoader(model=model), dict[str, list[Any]]()
     options: dict[str, Any] = {"concept": "skulls", "limit": 4, "baselines": "none"}
     options |= {"loader": loader, "precision": precision}
 
     def evaluation(place: str, steps: int) -> None:
         run = evaluate(model.name, out=Path(place) / "run", num_inference_steps=steps, **options)
-        drawn["samples"] = list(run.protocol.samples())
-        drawn["evaluation"] = [read_image(run.folder / r.file) for r in run.sample_records()]
+        images["samples"] = list(run.protocol.samples())
+        images["evaluation"] = [read_image(run.folder / r.file) for r in run.sample_records()]
 
     def loop(place: str, steps: int) -> None:
         config = GenerationConfig(num_inference_steps=steps, precision=precision)
-        plain_loop(model, drawn["samples"], Path(place) / "loop", config)
-        paths = (Path(place) / "loop" / f"{i}.png" for i in range(len(drawn["samples"])))
-        drawn["loop"] = [read_image(path) for path in paths]
+        plain_loop(model, images["samples"], Path(place) / "loop", config)
+        paths = (Path(place) / "loop" / f"{i}.png" for i in range(len(images["samples"])))
+        images["loop"] = [read_image(path) for path in paths]
 
     with tempfile.TemporaryDirectory() as place:
         evaluation(place, 1)
@@ -318,12 +318,12 @@ def compare_with_loop(model: Model, precision: str, rounds: int) -> dict[str, An
         "loop": (tempfile.TemporaryDirectory, loop),
     }
     seconds = cpu_seconds(jobs, 1 if rounds < 3 else 2)
-    pairs = zip(drawn["evaluation"], drawn["loop"], strict=True)
+    pairs = zip(images["evaluation"], images["loop"], strict=True)
     changes = [np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in pairs]
     return {
         "model": model.name,
         "precision": precision,
-        "images": len(drawn["loop"]),
+        "images": len(images["loop"]),
         **{f"{name}, s": round(median(seconds[name]), 1) for name in ("loop", "evaluation")},
         **ratios(seconds, "loop", "evaluation"),
         "difference": round(float(np.median(changes)), 2),
@@ -334,13 +334,13 @@ def measure_evaluation(rounds: int) -> list[dict[str, Any]]:
     """Return the rows of both precisions, and the loop in fp32 beside the default evaluation."""
     rows = []
     for name in MODELS:
-        model, found = load(name, device="cpu"), dict[str, dict[str, Any]]()
+        model, results = load(name, device="cpu"), dict[str, dict[str, Any]]()
         for precision in ("fp32", "bf16"):
-            found[precision] = compare_with_loop(model, precision, rounds)
-            print(found[precision], flush=True)
-        seconds = found["fp32"]["loop, s"], found[preferred_precision("cpu")]["evaluation, s"]
+            results[precision] = compare_with_loop(model, precision, rounds)
+            print(results[precision], flush=True)
+        seconds = results["fp32"]["loop, s"], results[preferred_precision("cpu")]["evaluation, s"]
         mixed = {"model": name, "precision": "loop in fp32, evaluation in the default"}
-        rows += [*found.values(), mixed | {"ratio": round(seconds[0] / seconds[1], 2)}]
+        rows += [*results.values(), mixed | {"ratio": round(seconds[0] / seconds[1], 2)}]
     return rows
 
 
@@ -377,11 +377,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[int], list[dict[str, Any]]]]] = {
 }
 
 
-def write(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
+def write(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
     """Write the rows of all sections and their tables."""
     tables = []
     for name, (title, text, _) in SECTIONS.items():
-        if rows := found.get(name):
+        if rows := results.get(name):
             columns = list(dict.fromkeys(key for row in rows for key in row))
             cells = [[row.get(column, "") for column in columns] for row in rows]
             tables.append({"title": title, "text": text, "columns": columns, "rows": cells})
@@ -397,7 +397,7 @@ def write(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
             "One CPU. Batches gain more on an accelerator, where a batch of one leaves it idle.",
             "Ratios are of CPU seconds while other jobs ran; `low` and `high` are of the rounds.",
         ],
-        "rows": found,
+        "rows": results,
     }
     path.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -410,10 +410,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    found = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else {}
+    results = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else {}
     for name in args.rows.split(","):
-        found[name] = SECTIONS[name][2](args.rounds)
-        write(args.out, found)
+        results[name] = SECTIONS[name][2](args.rounds)
+        write(args.out, results)
 
 
 if __name__ == "__main__":

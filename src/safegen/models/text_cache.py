@@ -19,7 +19,7 @@ CACHE_BYTES = 2**27
 MAX_STATES = 64
 """States of text encoders, as under learned words, after which everything is dropped."""
 LIBRARIES = ("torch.", "transformers.")
-"""Packages whose layers compute from their tensors, the configuration and their inputs alone."""
+"""Packages with layers that compute from tensors, configuration and inputs alone."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Type of integers by their bytes."""
 
@@ -30,8 +30,8 @@ class TextCache:
     An output is found again for the same ids in the same batch, since rounding may depend on the
     rest of a batch: images are equal byte for byte with and without the cache. Weights count by
     their objects, their versions, and a sum over their bits that is taken at each `attached`.
-    Nothing is kept with gradients, in training, where a hook is on an inner layer, or with layers
-    of other libraries, such as adapters.
+    Nothing is kept with gradients, in inference mode, in training, where a hook is on an inner
+    layer, or with layers of other libraries, such as adapters.
     """
 
     def __init__(self, *, max_bytes: int = CACHE_BYTES) -> None:
@@ -71,7 +71,9 @@ class TextCache:
     def find(self, forward: _KeptForward, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Return the output of a text encoder for some inputs, kept or computed."""
         encoder = forward.encoder
-        state = None if torch.is_grad_enabled() else self._state(encoder)
+        state = None
+        if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+            state = self._state(encoder)
         inputs = _key([*args, *sorted(kwargs.items())])
         if state is None or inputs is None:
             return forward.original(*args, **kwargs)
@@ -102,6 +104,8 @@ class TextCache:
                 return None
             values = (*module._parameters.values(), *module._buffers.values())
             tensors += [value for value in values if value is not None]
+        if any(t.is_inference() for t in tensors):
+            return None  # it has no version
         marks = [(id(t), t._version, t.data_ptr(), t.dtype, t.device, t.shape) for t in tensors]
         key = (repr(vars(encoder.config)), *((id(m), type(m)) for m in modules), *marks)
         parts = [*modules, *tensors]

@@ -94,8 +94,8 @@ class NoiseSchedule:
     def of(cls, scheduler: Any) -> NoiseSchedule:
         """Return the forward process that a scheduler of diffusers inverts.
 
-        Flow matching is trained at the shifted timesteps of its scheduler, whatever solver it is.
-        A shift that depends on the image's size is left out.
+        Flow matching is trained at the shifted timesteps of its scheduler, the same for every
+        solver. A shift that depends on the image's size is left out.
 
         Raises:
             ConfigError: its denoiser predicts something of which no target is known, or it is a
