@@ -20,6 +20,8 @@ MAX_STATES = 64
 """States of text encoders, as under learned words, after which everything is dropped."""
 LIBRARIES = ("torch.", "transformers.")
 """Packages with layers that compute from tensors, configuration and inputs alone."""
+RECORDER = "transformers.utils.output_capturing"
+"""Module of the hooks by which transformers records hidden states; they change nothing."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Type of integers by their bytes."""
 
