@@ -61,6 +61,7 @@ bench: .venv/installed ## the figures in docs/, made again in a folder of their 
 	$(BIN)/python benchmarks/carry_over.py --study --out $(FIGURES)/carry-over
 	$(BIN)/python benchmarks/carry_over.py --out $(FIGURES)/carry-over --table $(FIGURES)/carry-over.json
 	$(BIN)/python benchmarks/plan.py --out $(FIGURES)/plan.json
+	$(BIN)/python benchmarks/generation.py --out $(FIGURES)/generation.json
 	$(BIN)/python benchmarks/real_size.py --out $(FIGURES)/real_size.json
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python benchmarks/serve_ray.py --out $(FIGURES)/serve_ray.json
