@@ -98,9 +98,9 @@ class TextCache:
         modules = list(encoder.modules())
         tensors: list[Tensor] = []
         for module in modules:
-            changed = (
-                module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-            )
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            foreign = any(getattr(hook, "__module__", "") != RECORDER for hook in hooks)
+            changed = foreign or "forward" in vars(module)
             known = type(module).__module__.startswith(LIBRARIES)
             if module.training or not known or (changed and module is not encoder):
                 return None
