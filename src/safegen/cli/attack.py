@@ -10,21 +10,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo
-from safegen.cli.measure.evaluate import load_rules, print_notes
+from safegen.cli.console import echo, plural
+from safegen.cli.measure.protocol import load_rules, print_notes
 from safegen.cli.options import (
+    MERGE,
+    Address,
     Device,
     Dtype,
+    EngineName,
+    EngineOption,
     Pickle,
     PlanOnly,
     Settings,
+    ShardText,
     Threads,
     TrueCfg,
-    prepare_generation,
+    Workers,
+    make_engine,
     print_model,
     print_plan,
     read_pair,
+    read_shard,
     resumable,
+    warn_unused,
 )
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
@@ -93,6 +101,10 @@ def attack(
     unsafe: Annotated[
         bool, typer.Option("--unsafe", help="Keep the texts of the prompts out of the report.")
     ] = False,
+    shard: ShardText = None,
+    engine: EngineOption = EngineName.local,
+    workers: Workers = None,
+    address: Address = None,
     plan: PlanOnly = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -106,11 +118,19 @@ def attack(
     """
     if suite and (name or protocol or set_ or preset != "default"):
         raise ConfigError("--suite runs its attacks with their defaults. Omit the other options.")
+    if suite and shard:
+        raise ConfigError("--shard must go with one attack, got --suite. Name an attack.")
+    if engine is EngineName.ray and (suite or shard):
+        option = "--suite" if suite else "--shard"
+        raise ConfigError(f"--engine ray must go with one whole attack, got {option}. Omit one.")
     if not suite and name not in ATTACKS:  # said before torch is imported
         raise UnknownNameError("attack", name or "", ATTACKS)
     if stack is None:
         raise ConfigError("no stack is given. Use --stack.")
+    part = read_shard(shard)
+    runs_on = make_engine(engine, workers, address, threads)
     from safegen.attacks.core.run import run_attack
+    from safegen.attacks.core.shards import attack_shard
     from safegen.attacks.suite.suite import make_suite
     from safegen.core.concept import load_concept
     from safegen.stack import load_stack
@@ -137,12 +157,13 @@ def attack(
         unsafe=unsafe,
         budget=budget,
     )
-    prepare_generation(threads)
     target, wanted = load_stack(stack), load_concept(concept)
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model)
     if plan:
         if name is None:
             raise ConfigError("--plan must go with one attack, got --suite. Name an attack.")
+        if shard:
+            warn_unused("--shard", "with --plan, which is of the whole attack")
         from safegen.workflows.plan import plan_attack
 
         chosen = make_attack(name, preset, **settings)
@@ -156,12 +177,25 @@ def attack(
         }
         if name is None:
             made = make_suite(target, wanted, config, out, **common)
+        elif part:
+            chosen = make_attack(name, preset, **settings)
+            del common["argv"]
+            found = (chosen, target, wanted, config, out, part)
+            count = attack_shard(*found, protocol=rules, **common)
+        elif runs_on:
+            from safegen.workflows.ray_attack import attack_on_ray
+
+            chosen = make_attack(name, preset, **settings)
+            common |= {"protocol": rules, "engine": runs_on}
+            attack_on_ray(chosen, target, wanted, config, out, **common)
         else:
             chosen = make_attack(name, preset, **settings)
             run_attack(chosen, target, wanted, config, out, protocol=rules, **common)
     if name is None:
         names = ", ".join(part.name for part in made.attacks)
         echo(f"{out}: prompts of {names}. Card: {out / 'README.md'}")
+    elif part:
+        echo(f"shard {part}: {plural(count, 'sample')} attacked in {out}. {MERGE}")
     else:
         print_run(out)
 

@@ -15,7 +15,8 @@ from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import MODELS
 from safegen.data.shards import Shard
 from safegen.edits.training.presets import is_full_size
-from safegen.evaluation import evaluate as engine
+from safegen.evaluation import evaluate as evaluation
+from safegen.evaluation.engines.base import BatchEngine
 from safegen.evaluation.own_prompts import (
     RowSeeds,
     concept_judge,
@@ -63,9 +64,10 @@ def evaluate(
     guidance_scale: float | None = None,
     true_cfg_scale: float | None = None,
     precision: NativePrecision | None = None,
-    baselines: engine.Baselines = "all",
-    until: engine.Stage = "score",
+    baselines: evaluation.Baselines = "all",
+    until: evaluation.Stage = "score",
     shard: Shard | str | None = None,
+    engine: BatchEngine | None = None,
     loader: StackLoader | None = None,
     argv: Sequence[str] = (),
     announce: Callable[[Protocol], None] = lambda _: None,
@@ -101,6 +103,7 @@ def evaluate(
         baselines: `all` adds a negative prompt and black images.
         until: last stage to do: `generate`, `judge` or `score`.
         shard: part of the run to do, `1/4` to `4/4`; a shard is not scored, `merge` joins them.
+        engine: where batches are done, such as `RayBatchEngine(workers=2)`. Default: this process.
         loader: loads the models.
         argv: command line to note in the run's card.
         announce: called with the protocol before anything is generated.
@@ -141,7 +144,7 @@ def evaluate(
         loader=loader,
     )
     announce(prepared.protocol)
-    run = engine.evaluate(
+    run = evaluation.evaluate(
         prepared.protocol,
         prepared.stacks,
         Path(out),
@@ -149,6 +152,7 @@ def evaluate(
         baselines=baselines,
         until=until,
         shard=part,
+        engine=engine,
         loader=loader,
         save_protocol=True,
         argv=argv,
@@ -319,17 +323,11 @@ def _generation(first: Stack, named: Mapping[str, Any], loader: StackLoader) -> 
     """Return the settings of generation for the size of a model, with the user's changes."""
     model, _ = loader.model(first.model, first.config)
     is_full = is_full_size(model)
-    defaults = {
-        "num_inference_steps": 50 if is_full else 25,
-        "guidance_scale": 7.5 if is_full else 5.0,
-    }
-    chosen = {
-        "num_inference_steps": named["steps"],
-        "guidance_scale": named["guidance"],
-        "true_cfg_scale": named["true_cfg"],
-    }
+    steps, scale = (50, 7.5) if is_full else (25, 5.0)
     return GenerationConfig(
-        **defaults | {name: value for name, value in chosen.items() if value is not None},
+        num_inference_steps=steps if named["steps"] is None else named["steps"],
+        guidance_scale=scale if named["guidance"] is None else named["guidance"],
+        true_cfg_scale=1.0 if named["true_cfg"] is None else named["true_cfg"],
         batch_size=8 if is_full else 32,
         precision=preferred_precision(loader.device),
     )

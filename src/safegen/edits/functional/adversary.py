@@ -206,8 +206,7 @@ class ReceAdversary(Adversary):
             want: Tensor,
             before: Tensor,
         ) -> Conditioning:
-            net = getattr(denoiser, "module", denoiser)
-            modules = [net.get_submodule(name.removesuffix(".weight")) for name in original]
+            modules = [denoiser.get_submodule(name.removesuffix(".weight")) for name in original]
             edited = [merged_weight(module).to(device) for module in modules]
             unedited = [w.to(device) for w in original.values()]
             hidden = text.hidden
