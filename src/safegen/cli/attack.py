@@ -13,19 +13,23 @@ from safegen.cli.console import echo, plural
 from safegen.cli.measure.protocol import load_rules, print_notes
 from safegen.cli.options import (
     MERGE,
+    Address,
     Device,
     Dtype,
+    EngineName,
+    EngineOption,
     Pickle,
     PlanOnly,
     Settings,
     ShardText,
     Threads,
+    Workers,
+    make_engine,
     print_model,
     print_plan,
     read_pair,
     read_shard,
     resumable,
-    set_threads,
     warn_unused,
 )
 from safegen.cli.progress import show_progress
@@ -95,6 +99,9 @@ def attack(
         bool, typer.Option("--unsafe", help="Keep the texts of the prompts out of the report.")
     ] = False,
     shard: ShardText = None,
+    engine: EngineOption = EngineName.local,
+    workers: Workers = None,
+    address: Address = None,
     plan: PlanOnly = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -110,11 +117,15 @@ def attack(
         raise ConfigError("--suite runs its attacks with their defaults. Omit the other options.")
     if suite and shard:
         raise ConfigError("--shard must go with one attack, got --suite. Name an attack.")
+    if engine is EngineName.ray and (suite or shard):
+        option = "--suite" if suite else "--shard"
+        raise ConfigError(f"--engine ray must go with one whole attack, got {option}. Omit one.")
     if not suite and name not in ATTACKS:  # said before torch is imported
         raise UnknownNameError("attack", name or "", ATTACKS)
     if stack is None:
         raise ConfigError("no stack is given. Use --stack.")
     part = read_shard(shard)
+    runs_on = make_engine(engine, workers, address, threads)
     from safegen.attacks.core.run import run_attack
     from safegen.attacks.core.shards import attack_shard
     from safegen.attacks.suite.suite import make_suite
@@ -142,7 +153,6 @@ def attack(
         unsafe=unsafe,
         budget=budget,
     )
-    set_threads(threads)
     target, wanted = load_stack(stack), load_concept(concept)
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model)
     if plan:
@@ -168,6 +178,12 @@ def attack(
             del common["argv"]
             found = (chosen, target, wanted, config, out, part)
             count = attack_shard(*found, protocol=rules, **common)
+        elif runs_on:
+            from safegen.workflows.ray_attack import attack_on_ray
+
+            chosen = make_attack(name, preset, **settings)
+            common |= {"protocol": rules, "engine": runs_on}
+            attack_on_ray(chosen, target, wanted, config, out, **common)
         else:
             chosen = make_attack(name, preset, **settings)
             run_attack(chosen, target, wanted, config, out, protocol=rules, **common)

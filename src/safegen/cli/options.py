@@ -30,7 +30,7 @@ from safegen.core.settings import MAX_THREADS, MAX_WORKERS
 
 if TYPE_CHECKING:
     from safegen.data.shards import Shard
-    from safegen.evaluation.engines.base import BatchEngine
+    from safegen.evaluation.engines.ray import RayBatchEngine
     from safegen.models.model import Model
     from safegen.workflows.plan import Plan
 
@@ -199,7 +199,7 @@ def read_shard(text: str | None) -> Shard | None:
 
 def make_engine(
     name: EngineName, workers: int | None, address: str | None, threads: int | None
-) -> BatchEngine | None:
+) -> RayBatchEngine | None:
     """Return the engine that the options name; None for the local one, with its threads set.
 
     Raises:
