@@ -78,6 +78,12 @@ def test_an_error_before_the_training_is_printed_once(command, tmp_path):
     assert "already exists" in status
 
 
+def test_a_usage_error_is_printed_once(command):
+    statuses, _, status = command("--no-such-option")
+    assert statuses == [2, 2]
+    assert status.count("safegen: ") == status.count("\n") == 1
+
+
 def test_jobs_that_cannot_be_shared_are_refused(command, tmp_path):
     statuses, _, status = command(*command.safegen, "--out", tmp_path / "p.safetensors", "--plan")
     assert statuses == [2, 2]
@@ -112,6 +118,6 @@ def test_torchrun_trains_stops_and_resumes(tiny_folder, triplets, tmp_path):
         pass
     running.send_signal(signal.SIGTERM)
     _, status = running.communicate(timeout=60)
-    assert "Resume with" in status
+    assert status.count("Resume with: torchrun --nproc-per-node 2 -m safegen edit ") == 1
     printed = subprocess.check_output([*command, "--resume"], text=True, timeout=120)
     assert printed.count(f"{out}: ") == printed.count("\n") == 1

@@ -13,7 +13,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from safegen.core import processes
-from safegen.core.errors import ConfigError, DivergedError, InterruptedRunError, SafegenError
+from safegen.core.errors import (
+    ConfigError,
+    DivergedError,
+    InterruptedRunError,
+    SafegenError,
+    UnusedSettingWarning,
+)
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE, check_resumable
@@ -29,6 +35,8 @@ TOLERANCE = 2e-3
 A batch of another size is summed in another order. Adam divides a gradient by its own size, so that
 rounding is seen where a gradient is near zero.
 """
+HALF_TOLERANCE = 0.5
+"""The same in bf16, where the gradients of the first update differ by 0.2 to 0.3 %."""
 BRIEF = {"updates": 3, "batch": 3, "accumulation": 2, "lr": 1e-3, "warmup": 0, "ema": 0.9}
 BRIEF |= {"clip": 0.1, "precision": "fp32"}
 """Three updates of three samples, which two processes share as two and one."""
@@ -81,7 +89,7 @@ def without_time(log):
 
 
 def check_equal(many, one):
-    """Check that processes have equal bits, which are those of one process but for rounding."""
+    """Check that processes have equal bits, and differ from one process by rounding only."""
     for other in many[1:]:
         assert all(torch.equal(other.tensors[name], v) for name, v in many[0].tensors.items())
         assert without_time(other.log) == without_time(many[0].log)
@@ -156,6 +164,14 @@ def test_an_error_of_one_process_is_raised_on_all(tmp_path, error, kind, message
     assert (type(results[1]), str(results[1])) == (type(error), str(error))
 
 
+def test_an_update_that_one_process_skips_is_skipped_by_all():
+    config = FIT.model_copy(update={"max_skipped": 1})
+    error = DivergedError("the images of a rollout are not finite")
+    many = run_processes(2, lambda rank: fit(failing(1, 3, error), config))
+    check_equal(many, fit(failing(0, 3, error), config))
+    assert ["skipped" in row for row in many[0].log] == [False, True, False, False, False, False]
+
+
 def test_a_share_that_is_not_finite_is_skipped_by_all():
     class Overflow(LinearFit):
         def training_step(self, denoiser, micro_step, generator, share):
@@ -190,6 +206,13 @@ def test_what_cannot_be_shared_is_refused_in_one_line():
     for result in others:
         assert str(result).startswith("settings, data and weights must be equal on all 2")
         assert "process 1" in str(result)
+
+
+def test_one_process_of_accelerate_where_several_were_asked_for_is_warned_of(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.warns(UnusedSettingWarning, match="num_processes has no effect .* torchrun"):
+        fit()
 
 
 def test_rows_of_all_processes_are_put_in_their_places():
@@ -230,7 +253,8 @@ def check_edit(edit, model, triplets, *, count=2, tolerance=TOLERANCE):
         assert torch.equal(result[0], many[0][0])
         assert result[1] == many[0][1]
     (changes, log), (expected, expected_log) = many[0], changes_of(edit, model, triplets)
-    assert log[0] == pytest.approx(expected_log[0], rel=1e-4, abs=1e-6)
+    exact = 1e-4 if tolerance == TOLERANCE else 1e-2
+    assert log[0] == pytest.approx(expected_log[0], rel=exact, abs=1e-6)
     assert float(expected.norm()) > 0
     assert float((changes - expected).norm() / expected.norm()) < tolerance
 
@@ -269,6 +293,7 @@ VARIANTS = [
     ("safegen", {"adversary": {"name": "closed-form"}, "selector": "attn2"}),
     ("safegen", {"adversary": {"name": "adv-unlearn", "steps": 2}}),
     ("safegen", {"training": {"gradient_checkpointing": True}}),
+    ("safegen", {"training": {"precision": "bf16"}}),
     ("safegen", {"validation_split": 0.4, "training": {"validate_every": 1}}),
     ("safegen-plus", {}),
     ("esd", {"weight_retain": 1.0}),
@@ -290,4 +315,14 @@ VARIANTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "changes"), VARIANTS)
 def test_two_processes_give_the_edit_of_one(name, changes, small, few, make_model):
-    check_edit(small(name, **changes), make_model(), few)
+    edit = small(name, **changes)
+    is_half = edit.training.precision == "bf16"
+    check_edit(edit, make_model(), few, tolerance=HALF_TOLERANCE if is_half else TOLERANCE)
+
+
+@pytest.mark.slow
+def test_three_processes_need_three_images_in_every_batch(small, few, make_model):
+    edit, model = small("shielddiff", **ROLLOUTS), make_model()
+    for error in run_processes(3, lambda rank: changes_of(edit, model, few)):
+        assert isinstance(error, ConfigError)
+        assert str(error).startswith("training.batch must leave at least 3 images, one for each")

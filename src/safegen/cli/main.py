@@ -166,6 +166,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                     "triplets make --unsafe my-unsafe --benign my-benign --judge mini --out t",
                     "triplets make --unsafe my-unsafe --judge nudenet --style blur --out t",
                 ),
+                "merge": (
+                    "triplets merge part-1 part-2 --unsafe my-unsafe --benign my-benign --out t",
+                ),
                 "check": ("triplets check t", "triplets check t --judge mini"),
             },
         ),

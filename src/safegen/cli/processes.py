@@ -18,7 +18,7 @@ from safegen.core.processes import (
 P = ParamSpec("P")
 T = TypeVar("T")
 SHARED = ("edit",)
-"""Commands whose processes work on one job; those of others have a job each, as with --shard."""
+"""Commands that processes share; those of other commands have a job each, as with --shard."""
 ALONE = ("demo", "make_safe")
 """Commands with a training among their steps that processes cannot share."""
 

@@ -48,6 +48,14 @@ def local_rank() -> int | None:
     return int(text) if process_share()[1] > 1 and text.isdecimal() else None
 
 
+def launcher() -> list[str]:
+    """Return the words that start safegen in as many processes; for several machines, `safegen`."""
+    count = process_share()[1]
+    if count == 1 or os.environ.get("LOCAL_WORLD_SIZE") != str(count):
+        return ["safegen"]
+    return ["torchrun", "--nproc-per-node", str(count), "-m", "safegen"]
+
+
 def check_alone(job: str, advice: str) -> None:
     """Check that a job that cannot be shared runs in one process.
 
@@ -67,14 +75,28 @@ def join_processes() -> None:
     """Connect the processes, unless they are; a job alone connects to nothing.
 
     Tensors of the CPU go through gloo, those of an NVIDIA device through NCCL.
+
+    Raises:
+        SafegenError: the others cannot be reached, or do not connect.
     """
+    from accelerate.utils import check_cuda_p2p_ib_support
     from torch import cuda, distributed
 
     if process_share()[1] == 1 or distributed.is_initialized():
         return
     if cuda.is_available():
         cuda.set_device(local_rank() or 0)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo")
+        if not check_cuda_p2p_ib_support():  # consumer cards; accelerate refuses them otherwise
+            os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+            os.environ.setdefault("NCCL_IB_DISABLE", "1")
+    backend = "cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo"
+    try:
+        distributed.init_process_group(backend)
+    except RuntimeError as error:
+        raise SafegenError(
+            f"{process_share()[1]} processes must all start the same job, and they could not be "
+            f"connected: {first_line(error)}"
+        ) from error
 
 
 def leave_processes() -> None:

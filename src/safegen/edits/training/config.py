@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, UnusedSettingWarning, is_out_of_memory
 from safegen.core.generation import preferred_precision
-from safegen.core.processes import is_accelerate_alone
+from safegen.core.processes import is_accelerate_alone, process_share
 from safegen.core.settings import MAX_BATCH, MAX_COUNT, BaseSettings
 
 LogRow = dict[str, float]
@@ -267,6 +267,8 @@ class TrainResult(BaseModel):
     stopped_early: bool = False
     stop_reason: str | None = None
     """Why the objective ended the training; see `FollowsUpdates`."""
+    processes: int = Field(default_factory=lambda: process_share()[1])
+    """Processes that shared the last updates."""
 
     def to_metadata(self, terms: Iterable[str]) -> dict[str, Any]:
         """Return the metadata for a patch: updates, seconds and the last loss of each term."""
@@ -275,6 +277,7 @@ class TrainResult(BaseModel):
             "seconds": round(self.seconds, 2),
             "stopped_early": self.stopped_early,
             **({"stop_reason": self.stop_reason} if self.stop_reason else {}),
+            **({"processes": self.processes} if self.processes > 1 else {}),
             "losses": {
                 name: next(row[name] for row in reversed(self.log) if name in row)
                 for name in terms

@@ -204,7 +204,8 @@ class Trainer:
         """Update the weights once and return the log row; see `Training.max_skipped`."""
         config, lr = self.config, self.config.lr * self.config.lr_factor(self.update)
         try:
-            row, norm = self._accumulate_gradients()
+            with joint_errors():
+                row, norm = self._accumulate_gradients()
         except DivergedError as error:
             if not config.max_skipped:
                 raise
@@ -239,7 +240,7 @@ class Trainer:
 
     def _accumulate_gradients(self) -> tuple[LogRow, float]:
         """Return the loss terms of one update and the norm of its gradient, before clipping."""
-        config, accelerator = self.config, self.accelerator
+        config, accelerator, share = self.config, self.accelerator, process_share()
         self.denoiser.train()
         row: LogRow = {}
         advice = f"Lower lr ({config.lr}) or use precision fp32."
@@ -247,9 +248,7 @@ class Trainer:
             micro_step = self.update * config.accumulation + i
             generator = torch.Generator("cpu").manual_seed(step_seed(config.seed, micro_step))
             with accelerator.autocast():
-                terms = self.objective.training_step(
-                    self.denoiser, micro_step, generator, process_share()
-                )
+                terms = self.objective.training_step(self.denoiser, micro_step, generator, share)
             loss = torch.zeros((), device=self.device)
             for name, (own, mean) in means_of_all(terms).items():
                 if not math.isfinite(mean):
