@@ -27,7 +27,7 @@ from safegen.evaluation.run.folder import (
     read_image,
 )
 from safegen.evaluation.run.records import SampleRecord, StackEntry, TimingRecord, is_failure
-from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.samples import EvalSample, image_keys
 from safegen.guards import GeneratedImage
 from safegen.stack import Stack
 from safegen.stack_loader import LoadedStack, StackLoader
@@ -61,8 +61,8 @@ def split_batches(run: Run, samples: Sequence[EvalSample]) -> Iterator[Batch]:
     for stack in run.stacks:
         for number, start in enumerate(range(0, len(samples), generation.batch_size)):
             part = samples[start : start + generation.batch_size]
-            keys = [s.key(stack.hash, generation) for s in part]
-            base_keys = [s.key(hashes[stack.baseline], generation) for s in part]
+            keys = image_keys(part, stack.hash, generation)
+            base_keys = image_keys(part, hashes[stack.baseline], generation)
             base = [image_file(stack.baseline, key) for key in base_keys]
             yield Batch(stack, number, part, keys, [] if stack.kind == "base" else base)
 
