@@ -15,7 +15,6 @@ from safegen.evaluation.engines.actor import BatchReply, WorkerFailure
 from safegen.evaluation.engines.cluster import ENVIRONMENT, LOOPBACK
 from safegen.evaluation.engines.driver import BatchDriver, WorkerWarning
 from safegen.evaluation.engines.ray import RayBatchEngine, count_workers
-from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.run.folder import DETECTIONS, SAMPLES, TIMINGS, Run
 from tests.evaluation.test_run import contents
 
@@ -91,19 +90,16 @@ def test_replies_in_any_order_and_a_stop_give_the_bytes_of_one_process(go, finis
     assert contents(copy) == contents(finished)
 
 
-def test_a_batch_that_is_too_large_is_halved_and_those_that_run_keep_their_size(
-    go, quick, tmp_path
-):
+def test_a_batch_that_is_too_large_is_halved_and_those_that_run_keep_their_size(go, tmp_path):
     def limit(job, reply):
         if reply is None and job.batch.stack.name == "calm" and job.size > 2:
             return BatchReply(is_too_large=True)
         return reply
 
     folder = tmp_path / "run"
-    protocol = load_protocol(str(quick)).model_copy(update={"seeds": (1,)})
-    few = {"protocol": protocol, "baselines": "none", "until": "generate"}
+    few = {"baselines": "none", "until": "generate"}
     go(folder, engine=ShuffledEngine(4, limit), **few)
-    records = Run.open(folder).timing_records()
+    records = list(Run.open(folder).timing_records())
     notes = {(r.stack, r.batch): r.size for r in records if r.stage == "memory"}
     sizes = {(r.stack, r.batch): r.size for r in records if r.stage == "generate"}
     assert set(notes.values()) >= {2}
