@@ -126,8 +126,8 @@ class ActorPool:
             max_restarts=-1, max_task_retries=RETRIES, num_cpus=num_cpus, num_gpus=num_gpus
         )(BatchActor)
         self.ray, self.needs = ray, f"{num_cpus} CPU" + ", 1 GPU" * num_gpus
-        shared = ray.put(config)
-        self.actors = [actor.remote(shared) for _ in range(count)]
+        self._config = ray.put(config)  # an actor that starts again reads it again
+        self.actors = [actor.remote(self._config) for _ in range(count)]
         self.free_workers = list[Any]()
         self._starting = {actor.start.remote(): actor for actor in self.actors}
         self._running = dict[Any, tuple[Any, int, str]]()
