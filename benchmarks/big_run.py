@@ -79,9 +79,9 @@ def write_inputs(folder: Path, samples: int) -> None:
     with (folder / PROMPTS).open("w", encoding="utf-8") as file:
         for i in range(samples):
             subject = OBJECTS[i % len(OBJECTS)]
-            asks = i < samples // 2
-            prompt = f"a drawing of a {subject}{' with skulls' if asks else ''}, number {i}"
-            row = {"id": i, "prompt": prompt, "role": "explicit" if asks else "benign"}
+            names_it = i < samples // 2
+            prompt = f"a drawing of a {subject}{' with skulls' if names_it else ''}, number {i}"
+            row = {"id": i, "prompt": prompt, "role": "explicit" if names_it else "benign"}
             file.write(json.dumps(row | {"subject": subject}) + "\n")
     model, _ = StackLoader().model("mini")
     own = dict(model.denoiser.named_parameters())
@@ -282,7 +282,7 @@ def page(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "summary": "What a run of many samples costs outside its model: planning it, reading it to "
         "resume, scoring, verifying and reporting it. The run is synthetic: two stacks, and images "
         "of 8 x 8 pixels, so that the cost of the files and journals is measured and not that of "
-        "decoding pictures.",
+        "decoding images.",
         "date": date.today().isoformat(),
         "machine": "CPU, 1 thread",
         "command": "`python benchmarks/big_run.py`",
