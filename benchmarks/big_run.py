@@ -1,6 +1,6 @@
 """Measure the cost of a large run outside its model: plan, resume, score, verify, report.
 
-    python benchmarks/big_run.py --out big_runs.json           # about 12 minutes on one thread
+    python benchmarks/big_run.py --out big_runs.json           # about 8 minutes on one thread
     python benchmarks/big_run.py --samples 2000 8000           # a quick look
 
 A synthetic run of N samples on two stacks, the bundled `mini` and a patch of it: half of the
@@ -241,7 +241,7 @@ def _call(name: str, folder: Path, samples: int) -> dict[str, float]:
 def main() -> None:
     """Measure, or run one step."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, nargs="+", default=[25_000, 100_000])
+    parser.add_argument("--samples", type=int, nargs="+", default=[8_000, 100_000])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
