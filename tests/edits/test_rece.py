@@ -58,7 +58,7 @@ SCALES = {"erase_scale": 1.0, "preserve_scale": 0.1, "lamb": 0.1}
 
 
 def test_two_rounds_equal_the_written_out_steps(tiny_model):
-    """Each round starts from the weights of the previous round, one projection at a time."""
+    """Starts each round from the weights of the previous round, one projection at a time."""
     ((c,), (blank,)) = embed(tiny_model, ["red cube", " "], part="hidden", tokens="all")
     original = projections(tiny_model)["hidden"]
     want = erase_rounds(original, c, blank, blank, rounds=2, **SCALES)

@@ -58,7 +58,7 @@ def test_the_solution_equals_least_squares(system):
 
 
 def test_the_solution_by_hand():
-    """One input, one output: (l w + a w t k) / (l + a k^2) = (0.5 * 2 + 2 * 1.5 * 2) / 4.5."""
+    """Solves for one number: (l w + a w t k) / (l + a k^2) = (0.5 * 2 + 2 * 1.5 * 2) / 4.5."""
     one = [torch.tensor([[x]], dtype=torch.float64) for x in (2.0, 2.0, 1.5)]
     found = solve(*one, torch.empty(0, 1), erase_scale=1.0, preserve_scale=1.0, lamb=0.5)
     assert found.item() == pytest.approx(7 / 4.5)
@@ -106,7 +106,7 @@ def test_zero_lamb_raises(system):
 
 
 def test_one_map_solves_every_projection(system):
-    """The equation of each projection, written out, whatever the projection is."""
+    """Compares with the equation of each projection, written out."""
     _, k, t, c = system
     for w in (randn(5, 7, seed=4), randn(9, 7, seed=5)):
         want = solve_projection(w, k, t @ w.T, c, **SCALES)

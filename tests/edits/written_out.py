@@ -19,9 +19,9 @@ def solve_projection(w, keys, values, preserved, *, erase_scale, preserve_scale,
 def erase_rounds(original, keys, targets, preserved, *, rounds, ridge=0.1, start=None, **scales):
     """Return the projections after an erasure, or `start`, and rounds of RECE, each by itself."""
 
-    def erase(weights, found):
+    def erase(weights, rows):
         return {
-            name: solve_projection(w, found, targets @ w.T, preserved, **scales)
+            name: solve_projection(w, rows, targets @ w.T, preserved, **scales)
             for name, w in weights.items()
         }
 
@@ -32,7 +32,7 @@ def erase_rounds(original, keys, targets, preserved, *, rounds, ridge=0.1, start
     return weights
 
 
-def relative_distance(found, want):
+def relative_distance(edited, want):
     """Return the largest relative distance of two sets of weights."""
-    assert found.keys() == want.keys()
-    return max(float((found[n] - want[n]).norm() / want[n].norm()) for n in want)
+    assert edited.keys() == want.keys()
+    return max(float((edited[n] - want[n]).norm() / want[n].norm()) for n in want)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from safegen.edits.base import Edit
     from safegen.patches.patch import Patch
 
+SHOWN_PHRASES = 20
+"""Most phrases that are printed after an edit."""
+
 
 def edit(
     ctx: typer.Context,
@@ -52,6 +55,10 @@ def edit(
     ] = None,
     concept: Annotated[
         str | None, typer.Option(help="Concept to remove: a built-in name or a TOML file.")
+    ] = None,
+    erase: Annotated[
+        list[str] | None,
+        typer.Option(help="Phrase to erase, or FILE.txt with one a line. Repeatable."),
     ] = None,
     prompts: Annotated[
         list[str] | None,
@@ -97,7 +104,8 @@ def edit(
 
     check_is_model(model)
     changes = read_settings(method, preset, set_ or [])
-    changes |= _shorthands(method, prompts=prompts, judge=judge)
+    phrases = _read_phrases(erase) if erase else None
+    changes |= _shorthands(method, erase=phrases, prompts=prompts, judge=judge)
     prepared = prepare_edit(
         method,
         preset,
@@ -197,8 +205,26 @@ def _erased_phrases(edit: Edit) -> str:
     if edit.inputs != "words" or "judge" in type(edit).model_fields:
         return ""
     few = ". Other words still draw the concept: add them" if len(phrases) == 1 else ""
-    quoted = ", ".join(f'"{phrase}"' for phrase in phrases)
+    quoted = ", ".join(f'"{phrase}"' for phrase in phrases[:SHOWN_PHRASES])
+    quoted += f" and {len(phrases) - SHOWN_PHRASES} more" if len(phrases) > SHOWN_PHRASES else ""
     return f"{edit.method()} erases {plural(len(phrases), 'phrase')}, not measured: {quoted}{few}"
+
+
+def _read_phrases(values: Iterable[str]) -> tuple[str, ...]:
+    """Return phrases, with those of each text file in its place.
+
+    Raises:
+        FileError: a file cannot be read or is empty.
+    """
+    from safegen.core.files import read_lines
+
+    phrases: list[str] = []
+    for value in values:
+        lines = read_lines(Path(value)) if value.endswith(".txt") else [value]
+        if not lines:
+            raise FileError(f"the file of phrases {value!r} is empty. Write one phrase per line.")
+        phrases += lines
+    return tuple(dict.fromkeys(phrases))
 
 
 def _shorthands(method: str, **options: Any) -> dict[str, Any]:

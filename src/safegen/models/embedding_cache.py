@@ -76,12 +76,12 @@ class EmbeddingCache:
             max_bytes: most bytes that are kept; the batches used longest ago are dropped.
         """
         self.model, self.batch, self.max_bytes = model, batch, max_bytes
-        self._kept: OrderedDict[tuple[str, ...], TextEmbeddings] = OrderedDict()
+        self._batches: OrderedDict[tuple[str, ...], TextEmbeddings] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the embeddings that are kept."""
-        return sum(_nbytes(batch.embeddings) for batch in self._kept.values())
+        return sum(_nbytes(batch.embeddings) for batch in self._batches.values())
 
     def encode(self, texts: Sequence[str], *, keep: bool = True) -> Iterator[TextEmbeddings]:
         """Yield the embeddings of texts in batches, in order.
@@ -94,11 +94,11 @@ class EmbeddingCache:
         """
         for start in range(0, len(texts), self.batch):
             part = tuple(texts[start : start + self.batch])
-            found = self._kept.pop(part, None) or self._encode(part)
+            found = self._batches.pop(part, None) or self._encode(part)
             if keep:
-                self._kept[part] = found
+                self._batches[part] = found
                 while self.nbytes > self.max_bytes:
-                    self._kept.popitem(last=False)
+                    self._batches.popitem(last=False)
             yield found
 
     def _encode(self, texts: tuple[str, ...]) -> TextEmbeddings:

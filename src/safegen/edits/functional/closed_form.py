@@ -27,6 +27,9 @@ TEMPLATES = {
 }
 """Released prompt templates by type of concept, for `expand_phrases`."""
 
+MIN_FREE = 1e-6
+"""Smallest relative length of an embedding's part that counts as a direction of its own."""
+
 Rows = Float[Tensor, "n in"]
 Square = Float[Tensor, "in in"]
 Projections = Mapping[TextInput, Mapping[str, Tensor]]
@@ -53,11 +56,11 @@ def solve_text_map(
     preserve_scale: float,
     lamb: float,
 ) -> Square:
-    """Return the map M of text embeddings such that W M is the edited weight for every W.
+    """Return the map M of text embeddings that gives the edited weight W M of every W.
 
     W' = W M minimizes a sum_i |W' k_i - W t_i|^2 + b sum_j |W' c_j - W c_j|^2 + l |W' - W|^2
     (Gandikota et al. 2023, arXiv:2308.14761, eq. 7). The normal equations are
-    W' (l I + a K'K + b C'C) = W (l I + a T'K + b C'C), so M is the same whatever W is (ours).
+    W' (l I + a K'K + b C'C) = W (l I + a T'K + b C'C), so one M serves every W (ours).
 
     Args:
         keys: text embeddings k with a new output, one per row.
@@ -136,6 +139,49 @@ def adversarial_embeddings(
     return torch.linalg.solve(gram, cross @ keys.double().T).T
 
 
+def project_rows(rows: Rows, basis: Float[Tensor, "k in"]) -> Rows:
+    """Return rows projected onto the span of a basis: S (S'S)^+ S' c of each c.
+
+    These are the proxies of Zhang et al. 2026, arXiv:2604.10032, eq. 9, for safe embeddings S.
+    """
+    return rows @ torch.linalg.pinv(basis) @ basis
+
+
+def null_space_map(
+    keys: Rows, targets: Rows, preserved: Rows, *, rank: int | None = None
+) -> Square:
+    """Return the map M that gives the edited weight W M of every W, and moves nothing preserved.
+
+    Z minimizes sum_i |W' k_i - W t_i|^2 for W' = W + Z U', where the columns of U span the
+    directions that are orthogonal to the preserved embeddings, and has the least norm. For one key
+    and x = U'k that is W' - W = W (t - k) x'U' / |x|^2 (Zhang et al. 2026, arXiv:2604.10032); for
+    more, x' / |x|^2 becomes a pseudoinverse (ours).
+
+    Args:
+        keys: text embeddings k with a new output, one per row.
+        targets: text embeddings t with the output that each key gets.
+        preserved: text embeddings with an unchanged output, one per row; may be none.
+        rank: number of their leading singular directions that are preserved; all if None. Others
+            move by at most |Z| times the first singular value that is left out.
+
+    Raises:
+        ConfigError: a key has no part outside the preserved directions, so it cannot be erased.
+    """
+    keys, targets, preserved = keys.double(), targets.double(), preserved.double()
+    values, directions = torch.linalg.svd(preserved, full_matrices=False)[1:]
+    known = int((values > MIN_FREE * values.max()).sum()) if len(values) else 0
+    held = directions[: min(known, known if rank is None else rank)]
+    free = keys - keys @ held.T @ held  # (n, in)
+    lengths = keys.norm(dim=1)
+    if bool((free.norm(dim=1) <= MIN_FREE * lengths).any()):
+        raise ConfigError(
+            f"preserved directions must leave a part of every phrase, got {len(held)} of "
+            f"{keys.shape[1]}. Lower preserve_share, or preserve less."
+        )
+    inverse = torch.linalg.pinv(free.T, atol=MIN_FREE * float(lengths.max()), rtol=0.0)  # (n, in)
+    return torch.eye(keys.shape[1], dtype=torch.float64) + (targets - keys).T @ inverse
+
+
 def debias_value(
     key: Float[Tensor, "k in"], attributes: Sequence[Float[Tensor, "k in"]], shares: Sequence[float]
 ) -> Float[Tensor, "k in"]:
@@ -206,6 +252,18 @@ def embed_concept(
     return {part: ConceptEmbeddings(*pairs[part], rows) for part, rows in preserved.items()}
 
 
+def embed_rows(
+    cache: EmbeddingCache, weights: Projections, texts: Sequence[str], tokens: str
+) -> dict[TextInput, Rows]:
+    """Return the embeddings of texts by the part of the text, at most as many rows as columns."""
+    rows = {
+        part: torch.zeros(0, next(iter(named.values())).shape[1], dtype=torch.float64)
+        for part, named in weights.items()
+    }
+    _add_rows(rows, cache.encode(texts), tokens, dict.fromkeys(texts, 1.0))
+    return rows
+
+
 def _pairs(
     cache: EmbeddingCache,
     part: TextInput,
@@ -238,7 +296,7 @@ def _add_rows(
     tokens: str,
     weights: Mapping[str, float],
 ) -> None:
-    """Add the embeddings of texts, whose Gram matrices count by a weight each."""
+    """Add the embeddings of texts; the Gram matrix of each counts with its weight."""
     for batch in batches:
         for part, known in preserved.items():
             texts = zip(batch.texts, batch.rows(part, tokens), strict=True)
