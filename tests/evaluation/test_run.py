@@ -366,7 +366,7 @@ def test_out_of_memory_halves_the_batch_and_logs_it(go, finished, tmp_path, monk
 
     monkeypatch.setattr(draw.LoadedStack, "generate", tight)
     folder = go(tmp_path / "tight").folder
-    timings = Run.open(folder).timing_records()
+    timings = list(Run.open(folder).timing_records())
     notes = [record for record in timings if record.stage == "memory"]
     assert notes == [TimingRecord(stage="memory", stack="mini", batch=0, size=2)]  # it stays halved
     assert {record.size for record in timings if record.stage == "generate"} == {2}

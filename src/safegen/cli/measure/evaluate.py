@@ -25,6 +25,7 @@ from safegen.cli.options import (
     PlanOnly,
     ShardText,
     Threads,
+    TrueCfg,
     Workers,
     make_engine,
     print_model,
@@ -66,7 +67,8 @@ JudgeOption = Annotated[
 
 GENERATE_OPTIONS = (
     *("model", "base", "protocol", "stack", "prompts", "column", "concept", "seeds", "limit"),
-    *("steps", "guidance", "baselines", "precision", "shard", "device", "dtype", "allow_pickle"),
+    *("steps", "guidance", "true_cfg", "baselines", "precision", "shard"),
+    *("device", "dtype", "allow_pickle"),
 )
 """Options without effect on a run that is generated."""
 
@@ -107,6 +109,7 @@ def evaluate(
     guidance: Annotated[
         float | None, typer.Option(min=1, max=50, help="Guidance scale. [default: 7.5; mini: 5]")
     ] = None,
+    true_cfg: TrueCfg = None,
     protocol: Annotated[
         str | None,
         typer.Option(help="Built-in protocol or a TOML file, in place of all options above it."),
@@ -162,6 +165,7 @@ def evaluate(
         "limit": limit,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
+        "true_cfg_scale": true_cfg,
         "precision": precision.value if precision else None,
         "loader": loader,
     }
