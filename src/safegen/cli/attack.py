@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ from safegen.cli.options import (
     Settings,
     ShardText,
     Threads,
+    TrueCfg,
     Workers,
     make_engine,
     print_model,
@@ -92,6 +94,7 @@ def attack(
     steps: Annotated[
         int | None, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps. Default: 25.")
     ] = None,
+    true_cfg: TrueCfg = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, max=MAX_BATCH, help="Images per batch. Default: 32.")
     ] = None,
@@ -137,13 +140,14 @@ def attack(
     settings = dict(read_pair(pair, "--set") for pair in set_ or [])
     rules = None
     if protocol is not None:
-        if steps or batch_size:
-            raise ConfigError("--steps and --batch-size have no effect with --protocol. Omit them.")
+        if steps or batch_size or true_cfg:
+            raise ConfigError(
+                "--steps, --true-cfg and --batch-size have no effect with --protocol. Omit them."
+            )
         rules = load_rules(protocol, prompts or [], None)
         print_notes(rules, device)
     config = _read_config(
-        steps,
-        batch_size,
+        {"num_inference_steps": steps, "true_cfg_scale": true_cfg, "batch_size": batch_size},
         device,
         prompts=() if rules else tuple(prompts or ()),
         roles=tuple(role or ()),
@@ -197,9 +201,15 @@ def attack(
 
 
 def _read_config(
-    steps: int | None, batch_size: int | None, device: str, *, budget: str, **values: Any
+    chosen: Mapping[str, float | None], device: str, *, budget: str, **values: Any
 ) -> AttackConfig:
     """Return the settings of a run of an attack.
+
+    Args:
+        chosen: settings of generation, None where the user chose none.
+        device: device that images are generated on.
+        budget: limits of the attack.
+        **values: other settings.
 
     Raises:
         ConfigError: one breaks its rule.
@@ -211,8 +221,7 @@ def _read_config(
     from safegen.core.generation import GenerationConfig, preferred_precision
 
     generation: dict[str, Any] = {"precision": preferred_precision(device)}
-    generation |= {"num_inference_steps": steps} if steps else {}
-    generation |= {"batch_size": batch_size} if batch_size else {}
+    generation |= {name: value for name, value in chosen.items() if value is not None}
     try:
         return AttackConfig(
             budget=Budget.parse(budget), generation=GenerationConfig(**generation), **values

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safegen.core import errors
+from safegen.core.allocator import keep_freed_memory
 from safegen.core.errors import FileError, SafegenWarning, UserError
 from safegen.core.files import share_claim
 from safegen.evaluation.engines.base import BatchWorker
@@ -92,7 +93,7 @@ class BatchReply:
 
 
 def prepare_process(directory: Path, folder: Path, threads: int) -> None:
-    """Enter the driver's directory, and set the number of CPU threads of torch.
+    """Enter the driver's directory, and set the number of CPU threads and what is kept of memory.
 
     Args:
         directory: the driver's working directory.
@@ -112,6 +113,7 @@ def prepare_process(directory: Path, folder: Path, threads: int) -> None:
 
     os.chdir(directory)
     torch.set_num_threads(threads)
+    keep_freed_memory()
 
 
 class BatchActor:
