@@ -82,7 +82,7 @@ def cpu_seconds(jobs: Mapping[str, Job], rounds: int, steps: int = STEPS) -> dic
 def ratios(seconds: Mapping[str, list[float]], name: str, base: str = "base") -> dict[str, float]:
     """Return the median ratio of a job's seconds to the base's of its round, and the quartiles."""
     values = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
-    low, high = np.quantile(values, (0.25, 0.75))
+    low, high = map(float, np.quantile(values, (0.25, 0.75)))
     return {"ratio": round(median(values), 3), "low": round(low, 3), "high": round(high, 3)}
 
 
