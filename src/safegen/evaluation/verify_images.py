@@ -37,7 +37,7 @@ class KeyTally:
 
     def __init__(self, places: Mapping[str, int]) -> None:
         """Start with none; `places` has the place of each image of the run by its key."""
-        self._places, self._seen = places, bytearray(len(places))
+        self._places, self._seen = places, bytearray(1 + max(places.values(), default=-1))
         self._more, self.unknown = Counter[str](), Counter[str]()
 
     def add(self, key: str) -> int | None:
@@ -59,14 +59,13 @@ class KeyTally:
 
     def coverage(self, name: str) -> Iterator[str]:
         """Yield how many images of the plan have no record, and how many records no image."""
-        missing = self._seen.count(0)
-        if missing:
-            yield f"{name}: {missing} of {len(self._seen)} images have no record"
+        if missing := len(self._places) - self._seen.count(1):
+            yield f"{name}: {missing} of {len(self._places)} images have no record"
         if self.unknown:
             yield f"{name}: {len(self.unknown)} records are of no image of the plan"
 
 
-class _Facts(NamedTuple):
+class _FileRecord(NamedTuple):
     """What a record says of an image's file."""
 
     sha256: bytes
@@ -100,12 +99,12 @@ def verify_images(
 
 
 class _ImageCheck:
-    """Facts of a run's images from its journals, and the faults that were found, by stack."""
+    """Records of a run's images, and the faults that were found, by stack."""
 
     def __init__(self, run: Run, places: Mapping[str, int]) -> None:
         self.run, self.places, self.n = run, places, len(run.samples)
         self.numbers = {entry.name: number for number, entry in enumerate(run.stacks)}
-        self.tally, self.facts = KeyTally(places), dict[int, _Facts]()
+        self.tally, self.files = KeyTally(places), dict[int, _FileRecord]()
         self.changes: dict[int, float] | None = None
         self.faults = defaultdict[str, list[str]](list)
         self.change_faults = defaultdict[str, list[str]](list)
@@ -115,7 +114,7 @@ class _ImageCheck:
         """Places of the images of each base model by size."""
 
     def read_records(self) -> None:
-        """Note the facts of each recorded image; compare the records with the plan."""
+        """Note what is recorded of each image's file; compare the records with the plan."""
         for record in self.run.sample_records():
             if (place := self.tally.add(record.key)) is None:
                 continue
@@ -124,7 +123,9 @@ class _ImageCheck:
                 f"{SAMPLES}: {record.key[:16]} has {gap} (record and plan)"
                 for gap in _gaps(record, sample, entry)
             ]
-            self.facts[place] = _Facts(bytes.fromhex(record.sha256), record.blank, record.guards)
+            self.files[place] = _FileRecord(
+                bytes.fromhex(record.sha256), record.blank, record.guards
+            )
 
     def read_changes(self) -> list[str]:
         """Note the recorded change of each image; return the faults of repeated records."""
@@ -151,10 +152,11 @@ class _ImageCheck:
 
         An image without a record is read for its change alone.
         """
-        key, place = self.run.keys(entry)[i], self.numbers[entry.name] * self.n + i
-        file, facts = image_file(entry.name, key), self.facts.get(place)
+        key = self.run.keys(entry)[i]
+        place = self.places[key]
+        file, recorded = image_file(entry.name, key), self.files.get(place)
         path = self.run.folder / file
-        if facts is None:
+        if recorded is None:
             try:
                 return read_image(path) if self.changes and path.is_file() else None
             except UserError as error:
@@ -164,7 +166,7 @@ class _ImageCheck:
             return None
         try:
             data = read_bytes(path)
-            if hashlib.sha256(data).digest() != facts.sha256:
+            if hashlib.sha256(data).digest() != recorded.sha256:
                 self.faults[entry.name].append(f"{file}: its SHA-256 is not the one in {SAMPLES}")
                 return None
             image = decode_image(data, path)
@@ -172,7 +174,7 @@ class _ImageCheck:
             self.faults[entry.name].append(f"{file}: {_one_line(error)}")
             return None
         self.sizes[entry.baseline][image.size].append(place)
-        faults = list(_image_faults(image, file, key, entry, facts))
+        faults = list(_image_faults(image, file, key, entry, recorded))
         self.faults[entry.name] += faults
         return None if faults else image
 
@@ -184,10 +186,11 @@ class _ImageCheck:
         image: Image.Image | UserError | None,
     ) -> None:
         """Measure a recorded change again, where both images are without fault."""
-        change = (self.changes or {}).get(self.numbers[entry.name] * self.n + i)
+        key = self.run.keys(entry)[i]
+        change = (self.changes or {}).get(self.places[key])
         if change is None or before is None or image is None:
             return
-        name = f"{CHANGES}: {self.run.keys(entry)[i][:16]}"
+        name = f"{CHANGES}: {key[:16]}"
         try:
             if isinstance(before, UserError):
                 raise before
@@ -215,11 +218,11 @@ class _ImageCheck:
 
     def _missing(self, entry: StackEntry) -> Iterator[str]:
         """Yield how many images of a stack have no record, by list; of changes too."""
-        start = self.numbers[entry.name] * self.n
+        places = [self.places[key] for key in self.run.keys(entry)]
         counts = Counter(
             sample.list_name
-            for i, sample in enumerate(self.run.samples)
-            if start + i not in self.facts
+            for place, sample in zip(places, self.run.samples, strict=True)
+            if place not in self.files
         )
         for name, n in counts.items():
             yield (
@@ -227,7 +230,7 @@ class _ImageCheck:
                 f"{name!r} are missing"
             )
         if self.changes is not None and entry.kind != "base":
-            own = sum(start + i not in self.changes for i in range(self.n))
+            own = sum(place not in self.changes for place in places)
             if own:
                 self.change_faults[entry.name].append(
                     f"{CHANGES}: {own} images of {entry.name!r} have no record"
@@ -253,22 +256,22 @@ class _ImageCheck:
             number = self.numbers.get(stack)
             for name in names:
                 place = self.places.get(name.removesuffix(".png"))
-                known = place in self.facts and number is not None and place // self.n == number
+                known = place in self.files and number is not None and place // self.n == number
                 if not (known and name.endswith(".png")) and (Path(folder) / name).is_file():
                     strays.append((Path(folder) / name).relative_to(self.run.folder).as_posix())
         return [f"{name}: has no record in {SAMPLES}" for name in sorted(strays)]
 
 
 def _image_faults(
-    image: Image.Image, file: str, key: str, entry: StackEntry, facts: _Facts
+    image: Image.Image, file: str, key: str, entry: StackEntry, recorded: _FileRecord
 ) -> Iterator[str]:
     """Yield the differences of an image from its record."""
-    if is_blank(image) != facts.blank:
-        yield f"{file}: {SAMPLES} has blank = {facts.blank}, the image differs"
+    if is_blank(image) != recorded.blank:
+        yield f"{file}: {SAMPLES} has blank = {recorded.blank}, the image differs"
     metadata = image_metadata(image)
     if (metadata.get("key"), metadata.get("stack")) != (key, entry.hash):
         yield f"{file}: its metadata is of another image or stack"
-    elif metadata.get("guards") != facts.guards:
+    elif metadata.get("guards") != recorded.guards:
         yield f"{file}: its metadata has another trace of the guards than {SAMPLES}"
 
 

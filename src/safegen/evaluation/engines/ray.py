@@ -28,8 +28,8 @@ RETRIES = 3
 """Times that a batch is done again after its actor's process has ended."""
 AHEAD = 4
 """Batches per actor that are begun before the first of them is written."""
-START_SECONDS = 300.0
-"""Longest wait for the first actor."""
+START_SECONDS, END_SECONDS = 300.0, 10.0
+"""Longest wait for the first actor, and for the end of those that are killed."""
 
 
 @raises_config_error
@@ -149,9 +149,12 @@ class ActorPool:
         return [self._receive(reference) for reference in ready]
 
     def kill(self) -> None:
-        """End the actors."""
+        """End the actors, and wait until those with a job have: they write into the run."""
         for actor in self.actors:
             self.ray.kill(actor)
+        if self._running:
+            running = list(self._running)
+            self.ray.wait(running, num_returns=len(running), timeout=END_SECONDS)
 
     def _receive(self, reference: Any) -> tuple[Any, int | None, BatchReply | None]:
         """Return the actor, position and reply of a call.
