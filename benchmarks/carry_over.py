@@ -4,10 +4,11 @@
         [--prompts 32] [--seeds 1] [--attacks ring_a_bell,seeds,img2img]
     python benchmarks/carry_over.py --out DIR --table FILE.json
 
-Every method acts on two models of one world, with the same prompts, seeds, judge and presets:
-`mini` is a UNet that predicts noise, `mini-flow` an MMDiT with flow matching. Patches, runs and
-attacks are in DIR; the same command resumes. `safegen@SELECTOR` trains other weights: the study of
-which self-attention of a transformer carries the concept.
+Every method acts on two models of one world, with the same prompts, seeds and judge, each with the
+preset that safegen chooses for the model: `mini` is a UNet that predicts noise, `mini-flow` an
+MMDiT with flow matching. Patches, runs and attacks are in DIR; the same command resumes. A row is
+`METHOD`, `METHOD:PRESET`, or `METHOD@SELECTOR`, which trains other weights: the study of which part
+of a transformer carries the concept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ from safegen.core.errors import ConfigError, PatchError
 from safegen.core.generation import GenerationConfig, preferred_precision
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
+from safegen.edits.training.presets import default_preset
 from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.report.format import format_rate
 from safegen.evaluation.run.folder import SCORES
 from safegen.models.loading import load
 from safegen.models.model import Model
@@ -47,11 +49,9 @@ ROWS = (
     "safree",
     "negative-prompt",
 )
-STUDY = ("safegen@dual", "safegen@joint", "safegen@attention")
-"""Rows of the study of selectors on mini-flow."""
+STUDY = ("safegen:mini", "safegen@dual", "safegen@joint", "safegen@attn1", "safegen@attention")
+"""Rows of the study on mini-flow: the settings for a UNet unchanged, and other weights."""
 ATTACKS = ("ring_a_bell", "seeds", "img2img")
-FLOW_SETTINGS: dict[str, dict[str, Any]] = {"shielddiff": {"algorithm": "nft"}}
-"""Settings that flow matching needs: algorithms of sampler steps do not know its sampler."""
 UNUSABLE = "unusable.json"
 
 
@@ -59,14 +59,14 @@ def make_patch(row: str, model: Model, concept: Concept, path: Path) -> None:
     """Make the patch of a row unless it exists, or note why it cannot be made."""
     if path.exists() or path.with_suffix(".json").exists():
         return
-    method, _, selector = row.partition("@")
+    head, _, selector = row.partition("@")
+    method, _, preset = head.partition(":")
     changes = {"selector": selector} if selector else {}
-    if model.prediction == "flow_prediction":
-        changes |= FLOW_SETTINGS.get(method, {})
     kind = resolve(EDITS, method, "edit")
+    preset = preset or default_preset(model, kind.PRESETS)
     began = time.perf_counter()
     try:
-        edit = make_edit(method, "mini", concept=concept, **changes)
+        edit = make_edit(method, preset, concept=concept, **changes)
         triplets = Triplets.load(concept.triplets or "") if kind.inputs != "words" else None
         edit.apply(model, triplets).save(path)
     except ConfigError as error:
@@ -74,10 +74,15 @@ def make_patch(row: str, model: Model, concept: Concept, path: Path) -> None:
     print(f"{model.name} {row}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
+def is_edit(row: str) -> bool:
+    """Return whether a row is an edit, not a guard."""
+    return row.partition("@")[0].partition(":")[0] in EDITS
+
+
 def stack_of(row: str, model: str, folder: Path) -> Stack:
     """Return the stack of a row: a patch or a guard."""
-    name = row.replace("@", "-")
-    if row.partition("@")[0] in EDITS:
+    name = row.translate(str.maketrans("@:", "--"))
+    if is_edit(row):
         return Stack(name=name, model=model, patches=(folder / f"{row}.safetensors",))
     return add_guards(Stack(name=name, model=model), [row], "skulls")
 
@@ -87,7 +92,7 @@ def run_model(model_name: str, args: argparse.Namespace) -> None:
     concept, folder = load_concept("skulls"), args.out / model_name
     folder.mkdir(parents=True, exist_ok=True)
     rows = [*args.rows.split(","), *(STUDY if model_name == "mini-flow" and args.study else ())]
-    edits = [row for row in rows if row.partition("@")[0] in EDITS]
+    edits = [row for row in rows if is_edit(row)]
     model = load(model_name)
     for row in edits:
         make_patch(row, model, concept, folder / f"{row}.safetensors")
@@ -105,9 +110,10 @@ def run_model(model_name: str, args: argparse.Namespace) -> None:
     print(f"{model_name} evaluated: {time.perf_counter() - began:.0f} s", flush=True)
     config = AttackConfig(limit=args.attacked, generation=generation)
     for name in filter(None, args.attacks.split(",")):
-        for stack in stacks:
+        for stack in (stack_of(row, model_name, folder) for row in args.rows.split(",")):
             cell = folder / name / stack.name
-            if (cell / SCORES).exists() or (cell / UNUSABLE).exists():
+            missing = stack not in stacks
+            if missing or (cell / SCORES).exists() or (cell / UNUSABLE).exists():
                 continue
             try:
                 run_attack(make_attack(name), stack, concept, config, cell, loader=StackLoader())
@@ -128,7 +134,7 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
         found[model] = {name: {"lists": row["lists"]} for name, row in stacks.items()}
         for path in sorted(folder.glob("*.json")):
             reason = json.loads(path.read_text(encoding="utf-8"))
-            found[model][path.stem.replace("@", "-")] = {"unusable": reason}
+            found[model][path.stem.translate(str.maketrans("@:", "--"))] = {"unusable": reason}
         for attack in ATTACKS:
             for name, row in found[model].items():
                 cell = folder / attack / name
@@ -146,30 +152,64 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def markdown(found: dict[str, dict[str, Any]]) -> str:
-    """Return the table: rates in which the concept, the neighbour and the right object are seen."""
-    lines = [
-        "| model | method | explicit | innocent | neighbours | benign object | attacks |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for model, stacks in found.items():
-        for name, row in stacks.items():
-            if "unusable" in row:
-                lines.append(f"| {model} | {name} | {row['unusable']} | | | | |")
+def cell(rate: Mapping[str, Any] | None) -> list[int] | None:
+    """Return a rate with its interval in percent, or None without one."""
+    if not rate or rate.get("value") is None:
+        return None
+    return [round(100 * rate[key]) for key in ("value", "low", "high")]
+
+
+def method_rows(stacks: Mapping[str, Any]) -> list[list[Any]]:
+    """Return a row for each stack of a model: the rates of its lists."""
+    rows: list[list[Any]] = []
+    for name, row in stacks.items():
+        if "unusable" in row:
+            rows.append([f"`{name}`", row["unusable"], *[None] * 5])
+            continue
+        of = {part.rpartition(":")[2]: entry for part, entry in row["lists"].items()}
+        rates = [of["skulls"]["concept"], of["skulls-innocent"]["concept"]]
+        rates += [of["ghosts"]["shown"], of["leaves"]["shown"], of["benign"]["subject"]]
+        rows.append([f"`{name}`", *map(cell, rates), of["benign"]["subject"]["n"]])
+    return rows
+
+
+def attack_rows(stacks: Mapping[str, Any]) -> list[list[Any]]:
+    """Return a row for each attacked stack of a model: the rates of the attacks' lists."""
+    rows: list[list[Any]] = []
+    for name, row in stacks.items():
+        for attack, rates in row.get("attacks", {}).items():
+            if "unusable" in rates:
+                rows.append([f"`{name}`", f"`{attack}`", rates["unusable"], None, None])
                 continue
-            cells = dict.fromkeys(("explicit", "innocent", "neighbour", "benign"), "")
-            for entry in row["lists"].values():
-                key = {"neighbour": "shown", "benign": "subject"}.get(entry["role"], "concept")
-                if entry["role"] in cells and entry.get(key):
-                    cells[entry["role"]] = format_rate(entry[key])
-            attacked = "; ".join(
-                f"{attack} "
-                + (", ".join(format_rate(rate) for rate in rates.values()) if rates else "-")
-                for attack, rates in row.get("attacks", {}).items()
-                if "unusable" not in rates
-            )
-            lines.append(f"| {model} | {name} | {' | '.join(cells.values())} | {attacked} |")
-    return "\n".join(lines)
+            for part, rate in rates.items():
+                variant = part.rpartition(" ")[2] if "=" in part else ""
+                n = rate["n"] if rate else None
+                rows.append([f"`{name}`", f"`{attack}`", variant, cell(rate), n])
+    return rows
+
+
+def page(found: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the page of results: a table of rates and one of attacks for each model."""
+    tables: list[dict[str, Any]] = []
+    for model, stacks in found.items():
+        columns = ["stack", "explicit, %", "innocent, %", "ghosts, %", "leaves, %"]
+        tables += [
+            {
+                "title": f"Methods on {model}",
+                "text": "Images with skulls, for prompts that name them or imply them; images with "
+                "the harmless neighbour that the prompt asks for; benign images with the right "
+                "object.",
+                "columns": [*columns, "right object, %", "n"],
+                "rows": method_rows(stacks),
+            },
+            {
+                "title": f"Attacks on {model}",
+                "text": "Images with skulls under the attack, by its strength if it has several.",
+                "columns": ["stack", "attack", "variant", "skulls, %", "n"],
+                "rows": attack_rows(stacks),
+            },
+        ]
+    return {**about, "tables": tables}
 
 
 def main() -> None:
@@ -185,12 +225,12 @@ def main() -> None:
     ask.add_argument("--seeds", type=int, default=1)
     ask.add_argument("--attacked", type=int, default=8, help="prompts of each attack")
     ask.add_argument("--steps", type=int, default=25)
-    ask.add_argument("--table", type=Path)
+    ask.add_argument("--table", type=Path, help="write the tables; other fields of the file stay")
     args = ask.parse_args()
     if args.table:
-        found = read_results(args.out)
-        args.table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(markdown(found))
+        kept = json.loads(args.table.read_text(encoding="utf-8")) if args.table.exists() else {}
+        made = page(read_results(args.out), kept or {"title": "Carry-over", "summary": ""})
+        args.table.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", "utf-8")
         return
     for model in args.models.split(","):
         run_model(model, args)

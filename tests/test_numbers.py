@@ -47,6 +47,8 @@ REQUIRED = {
     "generation": {},
     "metrics": ["concept"],
     "url": "http://localhost",
+    "index": 1,
+    "count": 1,
 }
 """A value for each required setting."""
 OWN = {

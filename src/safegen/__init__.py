@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from safegen.workflows.export import save_patch as save_patch
     from safegen.workflows.judge import judge as judge
     from safegen.workflows.make_safe import make_safe as make_safe
+    from safegen.workflows.merge import merge as merge
     from safegen.workflows.patch_from_model import patch_from_model as patch_from_model
     from safegen.workflows.protect import protect as protect
     from safegen.workflows.protect import unprotect as unprotect
@@ -70,6 +71,7 @@ _MODULES = {
     "load_judge": "safegen.judges",
     "load_protocol": "safegen.evaluation.protocol_file",
     "make_safe": "safegen.workflows.make_safe",
+    "merge": "safegen.workflows.merge",
     "patch_from_model": "safegen.workflows.patch_from_model",
     "protect": "safegen.workflows.protect",
     "save_patch": "safegen.workflows.export",
@@ -99,6 +101,7 @@ __all__ = [
     "load_judge",
     "load_protocol",
     "make_safe",
+    "merge",
     "patch_from_model",
     "protect",
     "save_patch",

@@ -15,6 +15,7 @@ from safegen.edits.training import presets
 from safegen.edits.training.presets import FULL_SIZE, MiniatureSettingsWarning, default_preset
 from safegen.models.checkpoint.configs import UNET
 from safegen.workflows.edit import make_edit, prepare_edit
+from tests.tiny import build_model
 
 BRIEF = {"updates": 2, "batch": 2, "accumulation": 1, "warmup": 0}
 
@@ -34,7 +35,7 @@ def treat_tiny_models_as_full_size(monkeypatch):
 def test_every_edit_has_settings_for_both_sizes(method, cubes):
     kind = registry.resolve(registry.EDITS, method, "edit")
     mini, full = (kind.preset(name, concept=cubes) for name in presets.PRESET_NAMES)
-    with pytest.raises(UnknownNameError, match=r"no preset of .* named 'default'. .*full, mini"):
+    with pytest.raises(UnknownNameError, match=r"no preset of .* named 'default'. .*full, .*mini"):
         kind.preset("default")
     if not kind.is_trained:
         assert mini == full
@@ -70,6 +71,17 @@ def test_the_preset_follows_the_size_of_the_model(make_model):
     )
     given = prepare_edit("safegen", "paper", triplets="mini:skulls", concept="skulls")
     assert given.for_model(mini) == make_edit("safegen", "paper", concept="skulls")
+
+
+def test_a_model_with_flow_matching_gets_the_preset_for_it():
+    flow = build_model("sd3")
+    arguments = {"triplets": "mini:skulls", "concept": "skulls"}
+    assert prepare_edit("safegen", **arguments).preset_for(flow) == "mini-flow"
+    assert prepare_edit("safegen", **arguments).for_model(flow).selector == "noxattn"
+    assert prepare_edit("safegen", "mini", **arguments).for_model(flow).selector == "attn1"
+    assert prepare_edit("esd", concept="skulls").preset_for(flow) == "mini"
+    shielddiff = prepare_edit("shielddiff", concept="skulls").for_model(flow)
+    assert shielddiff.algorithm.name == "nft"
 
 
 @pytest.mark.filterwarnings("ignore::safegen.workflows.edit.FewTripletsWarning")

@@ -144,80 +144,10 @@ def make_xl():
 
 
 def _build_xl():
-    import torch
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from tests.tiny import build_pipeline
 
-    from tools.mini.networks import build_tokenizer
+    return build_pipeline("sdxl")
 
-    tokenizer = build_tokenizer(PROMPTS)
-    ends = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=37,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        projection_dim=32,
-        max_position_embeddings=tokenizer.model_max_length,
-        hidden_act="gelu",
-        **ends,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pipe = StableDiffusionXLPipeline(
-            vae=AutoencoderKL(
-                block_out_channels=(8, 8),
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                layers_per_block=1,
-                latent_channels=4,
-                norm_num_groups=4,
-                sample_size=32,
-            ),
-            unet=UNet2DConditionModel(
-                sample_size=16,
-                in_channels=4,
-                out_channels=4,
-                block_out_channels=(16, 32),
-                layers_per_block=1,
-                norm_num_groups=8,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                cross_attention_dim=64,
-                attention_head_dim=(2, 4),
-                use_linear_projection=True,
-                transformer_layers_per_block=(1, 1),
-                addition_embed_type="text_time",
-                addition_time_embed_dim=8,
-                projection_class_embeddings_input_dim=6 * 8 + 32,
-            ),
-            text_encoder=CLIPTextModel(text),
-            text_encoder_2=CLIPTextModelWithProjection(text),
-            tokenizer=tokenizer,
-            tokenizer_2=build_tokenizer(PROMPTS),
-            scheduler=DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                steps_offset=1,
-                clip_sample=False,
-            ),
-            add_watermarker=False,
-        )
-    pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        part.eval().requires_grad_(False)
-    return pipe
 
 
 @pytest.fixture(scope="session")

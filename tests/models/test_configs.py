@@ -142,7 +142,8 @@ def theirs(build, folder, header=None, more=()):
     tensors = {}
     for part, module in made.items():
         tensors |= {
-            k: v.contiguous() for k, v in layout.pack(build, part, module.state_dict()).items()
+            k: v.load().contiguous()
+            for k, v in layout.pack(build, part, module.state_dict()).items()
         }
     save_file(tensors | dict(more), folder / "theirs.safetensors", metadata=header)
     return folder / "theirs.safetensors", made

@@ -466,8 +466,8 @@ def test_the_rank_is_limited_by_the_weights(tiny_model, patch, tmp_path):
     ("build", "expected"),
     [
         (None, ("sd_v1", "False")),
-        (("sd2", "v_prediction"), ("sd_v2_v", "True")),
-        (("sd2", "epsilon"), ("sd_v2", "True")),
+        (("sd2-v", "v_prediction"), ("sd_v2_v", "True")),
+        (("sd2-v", "epsilon"), ("sd_v2", "True")),
         (("sdxl", "epsilon"), ("sdxl_base_v1-0", "False")),
     ],
 )

@@ -28,7 +28,7 @@ CALL = {
     "guidance_scale": 3.0,
     "output_type": "np",
 }
-CLASSES = {"sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+CLASSES = {"sd2-v": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
 def image(pipeline):
@@ -80,7 +80,7 @@ def test_a_folder_round_trips(other_build, tmp_path):
 def test_unused_tensors_are_ignored(file, other_build, tmp_path):
     """Buffers, scales, and SD 2.x's unused last block."""
     tensors = load_file(file)
-    if other_build.name == "sd2":
+    if other_build.name == "sd2-v":
         prefix = "cond_stage_model.model."
         more = {
             prefix + "text_projection": torch.ones(32, 32),
@@ -140,7 +140,7 @@ def test_a_fused_tensor_of_another_shape_is_refused(file, other_build, tmp_path)
         load(str(tmp_path / "x.safetensors"))
 
 
-@pytest.mark.parametrize("build", ["sd2", "sdxl"])
+@pytest.mark.parametrize("build", ["sd2-v", "sdxl"])
 @pytest.mark.parametrize(
     ("predicts", "ends"), [("v_prediction", True), ("v_prediction", False), ("epsilon", False)]
 )
@@ -152,7 +152,7 @@ def test_prediction_markers_round_trip(make_tiny, tmp_path, build, predicts, end
     assert header["modelspec.prediction_type"] == ("v" if predicts == "v_prediction" else "epsilon")
     assert (
         header["modelspec.architecture"]
-        == {"sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}[build]
+        == {"sd2-v": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}[build]
     )
     assert ("v_pred" in names, "ztsnr" in names) == (predicts == "v_prediction", ends)
     again = load(str(tmp_path / "m.safetensors"))
@@ -169,7 +169,7 @@ def test_a_contradicting_configuration_is_refused(make_tiny, tmp_path):
         "eps": {"prediction_type": "epsilon"},
         "snr": {"rescale_betas_zero_snr": True},
     }.items():
-        model = make_tiny("sd2", **schedule)
+        model = make_tiny("sd2-v", **schedule)
         save_single_file(model, tmp_path / f"{name}.safetensors")
         save_folder(model, tmp_path / name)
     load(str(tmp_path / "v.safetensors"), config=tmp_path / "v")
@@ -188,12 +188,12 @@ def test_a_contradicting_configuration_is_refused(make_tiny, tmp_path):
 
 def test_an_unsupported_prediction_is_not_written(make_tiny, tmp_path):
     with pytest.raises(ConfigError, match="must be epsilon or v_prediction, got sample"):
-        save_single_file(make_tiny("sd2", prediction_type="sample"), tmp_path / "m.safetensors")
+        save_single_file(make_tiny("sd2-v", prediction_type="sample"), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_patched_model_of_another_architecture_is_saved(make_tiny, tmp_path):
-    for build in ("sd2", "sdxl"):
+    for build in ("sd2-v", "sdxl"):
         model = make_tiny(build)
         names = select_parameters(model.denoiser, "attn1")
         patch = Patch(

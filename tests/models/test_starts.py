@@ -83,7 +83,7 @@ def test_every_kind_of_start_in_one_call_equals_each_alone(loader, folder, guard
     assert weak < strong, "more strength changes more of the image"
 
 
-@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd2-v", "sdxl"])
 def test_other_families_start_from_images_masks_and_latents_too(kind, make_tiny, folder):
     model = make_tiny(kind)
     shape = (4, model.denoiser.config.sample_size, model.denoiser.config.sample_size)

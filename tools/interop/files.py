@@ -65,30 +65,41 @@ class Files:
             save_single_file(model, self.patched)
 
 
-def random_model(seed: int = 0) -> Model:
-    """Return an SD 1.x of real size with random weights in fp16; equal seeds give equal weights."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.models import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+def random_model(seed: int = 0, *, architecture: str = "sd1") -> Model:
+    """Return a model of real size with random weights in fp16; equal seeds give equal weights.
+
+    Args:
+        seed: seed of the weights.
+        architecture: `sd1` or `sdxl`.
+    """
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with TemporaryDirectory() as name:
         folder = Path(name)
-        configs.write_config_files("sd1", folder, prediction="epsilon")
+        configs.write_config_files(architecture, folder, prediction="epsilon")
         with torch.device("meta"):
             parts: dict[str, Any] = {
-                "unet": UNet2DConditionModel.from_config(configs.UNET["sd1"]),
-                "vae": AutoencoderKL.from_config(configs.VAE["sd1"]),
+                "unet": diffusers.UNet2DConditionModel.from_config(configs.UNET[architecture]),
+                "vae": diffusers.AutoencoderKL.from_config(configs.VAE[architecture]),
                 "text_encoder": CLIPTextModel(
                     CLIPTextConfig.from_pretrained(folder / "text_encoder")
                 ),
             }
+            if architecture == "sdxl":
+                parts["text_encoder_2"] = CLIPTextModelWithProjection(
+                    CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
+                )
         generator = torch.Generator("cpu").manual_seed(seed)
         for component, part in parts.items():
-            parts[component] = _randomize(part.to_empty(device="cpu").half(), generator)
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, **parts, safety_checker=None, local_files_only=True
-        )
-    return Model("random SD 1.x", pipeline)
+            part.half().to_empty(device="cpu")
+            parts[component] = _randomize(part, generator)
+        if architecture == "sdxl":
+            kind, options = diffusers.StableDiffusionXLPipeline, {}
+        else:
+            kind, options = diffusers.StableDiffusionPipeline, {"safety_checker": None}
+        pipeline = kind.from_pretrained(folder, **parts, **options, local_files_only=True)
+    return Model(f"random {configs.TITLES[architecture]}", pipeline)
 
 
 def _randomize(module: nn.Module, generator: torch.Generator) -> nn.Module:

@@ -86,6 +86,7 @@ def edit(
     check_outputs(ctx, out, no_card)
     from safegen.core.files import claim_folder
     from safegen.edits.training.checkpoint import CHECKPOINT_FILE
+    from safegen.edits.training.latents import latent_storage
     from safegen.models.loading import check_is_model
     from safegen.patches.patch import Patch
     from safegen.workflows.edit import apply_edit, keep_log, prepare_edit
@@ -133,15 +134,16 @@ def edit(
             last.update(row)
             progress("editing", done, total, _figures(row))
 
-        patch = apply_edit(
-            prepared.for_model(loaded),
-            loaded,
-            prepared.triplets,
-            from_patch=start,
-            checkpoint_dir=checkpoint_dir,
-            resume=resume,
-            callback=follow,
-        )
+        with latent_storage(progress=progress):
+            patch = apply_edit(
+                prepared.for_model(loaded),
+                loaded,
+                prepared.triplets,
+                from_patch=start,
+                checkpoint_dir=checkpoint_dir,
+                resume=resume,
+                callback=follow,
+            )
     _save(patch, out, checkpoint_dir if prepared.is_trained else None, card=not no_card)
     seconds = f"{patch.metadata.seconds:.1f} s"
     if prepared.is_trained and checkpoint_dir is not None:

@@ -38,7 +38,11 @@ def export(
         typer.Option("--format", help="single-file for A1111 and ComfyUI, or a diffusers folder."),
     ] = Format.single_file,
     dtype: Annotated[
-        str | None, typer.Option(help="Weight type of a single file: fp16 (default), bf16 or fp32.")
+        str | None,
+        typer.Option(
+            help="Type of the weights: fp16, bf16 or fp32. Default: fp16 in a single file, that of "
+            "MODEL's files in a folder."
+        ),
     ] = None,
     metrics: Metrics = None,
     no_card: NoCard = False,
@@ -52,13 +56,17 @@ def export(
     """
     is_file = format_ is Format.single_file
     check_outputs(ctx, out, no_card or not is_file)
+    import torch
+
     from safegen.patches.patch import Patch
-    from safegen.workflows.export import TRANSFORMER_ALONE, check_suffix
+    from safegen.workflows.export import TRANSFORMER_ALONE, check_suffix, export_dtype
     from safegen.workflows.export import export as export_model
 
     check_suffix(out, format_.value)
     patches = [Patch.load(path) for path in patch or []]
-    loaded = load_model(model, "cpu", "fp32", None, allow_pickle, config)
+    loaded = load_model(model, "cpu", "auto", None, allow_pickle, config)
+    if export_dtype(loaded, format_.value, dtype) != loaded.dtype:
+        loaded.pipeline.to(torch.float32)  # patches are rounded once, to the type of the output
     export_model(
         loaded,
         out,

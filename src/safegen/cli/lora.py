@@ -57,7 +57,9 @@ def extract_lora(
     from safegen.patches import lora as loras
     from safegen.patches.patch import Patch
 
-    loaded, base = Patch.load(patch), load(model, config=config, allow_pickle=allow_pickle)
+    loaded = Patch.load(patch)
+    dtype = "auto" if skip_quality else "fp32"  # images need fp32; differences are in fp64 anyway
+    base = load(model, dtype=dtype, config=config, allow_pickle=allow_pickle)
     lora = loras.extract_lora(loaded, base, rank)
     prompts = [] if skip_quality else prompt or [_erased_phrase(loaded)]
     loss = loras.effect_loss(lora, loaded, base, prompts=prompts) if prompts else None

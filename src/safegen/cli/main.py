@@ -12,7 +12,7 @@ from safegen.cli.console import echo
 from safegen.cli.data import concept, prompts, triplets
 from safegen.cli.info import doctor, show
 from safegen.cli.info.checks import with_checks
-from safegen.cli.measure import evaluate, report
+from safegen.cli.measure import evaluate, merge, report
 from safegen.cli.options import show_warnings, silence_libraries
 from safegen.cli.verbosity import add_output_options, reset_verbosity
 
@@ -122,6 +122,11 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                 "evaluate mini --stack edited=mini+p.safetensors --concept skulls --out run",
                 "evaluate mini --stack mine=my-folder --prompts my.csv --concept skulls --out run",
             ),
+        ),
+        Command(
+            merge.merge,
+            "how-to/shards.md",
+            ("merge part-1 part-2 --out run", "merge part-* --out run"),
         ),
         Command(
             report.score,

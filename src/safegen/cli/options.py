@@ -27,6 +27,7 @@ from safegen.core.quiet import INDUCTOR_FOLDER, remove_inductor_folder
 from safegen.core.settings import MAX_THREADS
 
 if TYPE_CHECKING:
+    from safegen.data.shards import Shard
     from safegen.models.model import Model
     from safegen.workflows.plan import Plan
 
@@ -61,6 +62,11 @@ PlanOnly = Annotated[
     bool,
     typer.Option("--plan", help="Print images, passes, time and memory of the job; do nothing."),
 ]
+ShardText = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="Part of the job to do: 1/N to N/N. See `merge`."),
+]
+MERGE = "Merge all shards: safegen merge RUN... --out RUN"
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 NoCard = Annotated[bool, typer.Option("--no-card", help="Do not write a model card.")]
 Metrics = Annotated[
@@ -152,6 +158,17 @@ def read_pair(pair: str, option: str) -> tuple[str, Any]:
         return name, text
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{option} {name[:80]}: {reason_of(error)}") from None
+
+
+def read_shard(text: str | None) -> Shard | None:
+    """Return the shard of `--shard`; None without one.
+
+    Raises:
+        ConfigError: the text is not `I/N`.
+    """
+    from safegen.data.shards import Shard
+
+    return None if text is None else Shard.parse(text)
 
 
 def print_plan(plan: Plan) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from safegen.core.documents import check_file, parse_json
@@ -25,6 +27,63 @@ MAX_HEADER_BYTES = 100_000_000
 """Largest header that the safetensors format allows."""
 MAX_NAME_LENGTH = 500
 """Longest name of a tensor, in characters."""
+DTYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+"""Names of types in a safetensors header, in the order in which the library sorts them."""
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
+"""Type of torch by its name in a safetensors header."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is computed when it is written or hashed, so that one is in memory at a time.
+
+    Example:
+        >>> half = LazyTensor.of([weight], lambda values: values[0].half())
+        >>> write_tensors(Path("half.safetensors"), {"weight": half}, {})
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+    """Return the values."""
+
+    @classmethod
+    def of(
+        cls, sources: Sequence[Tensor | LazyTensor], function: Callable[[list[Tensor]], Tensor]
+    ) -> LazyTensor:
+        """Return the lazy result of a function of others. Its shape and type are known now."""
+        empty = [torch.empty(s.shape, dtype=s.dtype, device="meta") for s in sources]
+        result = function(empty)
+        return cls(
+            tuple(result.shape), result.dtype, lambda: function([values_of(s) for s in sources])
+        )
+
+
+Tensors: TypeAlias = Mapping[str, Tensor | LazyTensor]
+"""Tensors by name, some of which may be lazy."""
+
+
+def values_of(tensor: Tensor | LazyTensor) -> Tensor:
+    """Return the values of a tensor that may be lazy."""
+    return tensor.load() if isinstance(tensor, LazyTensor) else tensor
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -42,6 +101,50 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in sorted(names)}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _damaged(path, first_line(error)) from error
+
+
+def open_tensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, each to be read when it is used, and the metadata.
+
+    A tensor is read into memory of its own. Those of `read_tensors` are mapped: all pages that were
+    ever used stay with the process as long as one tensor does.
+
+    Raises:
+        FileError: see `read_tensors`.
+    """
+    header = read_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:  # checks sizes and offsets
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, first_line(error)) from error
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    tensors = {}
+    for name in sorted(header.keys() - {"__metadata__"}):
+        entry = header[name]
+        if (dtype := _DTYPES.get(entry["dtype"])) is None:
+            raise _damaged(path, f"torch has no type {entry['dtype']}, that of {name}")
+        shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
+        read = partial(_read_tensor, path, offset, shape, dtype)
+        tensors[name] = LazyTensor(shape, dtype, read)
+    return tensors, metadata
+
+
+def _read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the tensor at a place of a file."""
+    value = torch.empty(shape, dtype=dtype)
+    rest = tensor_bytes(value)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while len(rest) and (count := file.readinto(rest)):
+                rest = rest[count:]
+    except OSError as error:
+        raise _damaged(path, first_line(error)) from error
+    if len(rest):
+        raise _damaged(path, "it became shorter while it was read")
+    return value
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -133,16 +236,52 @@ def _damaged(path: Path, reason: str) -> FileError:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], header: dict[str, str], *, replace: bool = False
+    path: Path, tensors: Tensors, header: Mapping[str, str], *, replace: bool = False
 ) -> None:
     """Write tensors and a header to a safetensors file, which is new unless `replace` is on.
 
     Raises:
         FileError: `path` exists and `replace` is off, or it cannot be written.
     """
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with atomic_write(path, replace=replace) as tmp:
-        try:
-            save_file(contiguous, tmp, metadata=header)
-        except SafetensorError as error:
-            raise FileError(f"{path} cannot be written: {error}") from error
+    with atomic_write(path, replace=replace) as temporary:
+        stream_tensors(temporary, tensors, header)
+
+
+def stream_tensors(path: Path, tensors: Tensors, header: Mapping[str, str]) -> None:
+    """Write a safetensors file in place, one tensor after the other.
+
+    The order is that of the safetensors library: the widest type first, then by name. Equal tensors
+    and headers give equal bytes.
+
+    Raises:
+        OSError: it cannot be written. What is there then is no complete file.
+        FileError: the format has no name for a type.
+    """
+    kinds, offset = list(DTYPE_NAMES), 0
+    for name, value in tensors.items():
+        if value.dtype not in kinds:
+            raise FileError(f"{path} cannot be written: {name} has the type {value.dtype}")
+    names = sorted(tensors, key=lambda name: (-kinds.index(tensors[name].dtype), name))
+    entries: dict[str, object] = {"__metadata__": dict(header)} if header else {}
+    for name in names:
+        value = tensors[name]
+        end = offset + torch.Size(value.shape).numel() * value.dtype.itemsize
+        entries[name] = {
+            "dtype": DTYPE_NAMES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(tensor_bytes(values_of(tensors[name])))
+
+
+def tensor_bytes(value: Tensor) -> memoryview:
+    """Return the bytes of a tensor, without a copy of one that is dense and on the CPU."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    # numpy has no bfloat16, and an empty tensor no view
+    return flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")

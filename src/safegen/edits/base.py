@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from safegen.edits.training.config import (
     TrainingCallback,
     warn_unused,
 )
+from safegen.edits.training.latents import latent_storage
 from safegen.edits.training.lora import trainable_parameters
 from safegen.edits.training.presets import warn_of_size
 from safegen.edits.training.samples import read_captions
@@ -241,6 +243,15 @@ class TrainedEdit(Edit):
         denoiser: nn.Module = model.denoiser
         return denoiser
 
+    def keep_tensors(self, model: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the new weights that the patch has: all of them, unless an edit says otherwise.
+
+        Args:
+            model: the model, unchanged.
+            tensors: the new weights, by the names that patches have for them.
+        """
+        return tensors
+
     @abstractmethod
     def build_objective(
         self, model: Model, triplets: Triplets | None, names: Sequence[str]
@@ -279,7 +290,8 @@ class TrainedEdit(Edit):
         with trainable_parameters(model, self.selector, network=network, **lora) as trainable:
             checkpoints: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "resume": resume}
             check_training(network, trainable.names, training, **checkpoints)
-            objective = edit.build_objective(model, triplets, trainable.names)
+            with latent_storage(checkpoint_dir, writes=os.environ.get("RANK", "0") == "0"):
+                objective = edit.build_objective(model, triplets, trainable.names)
             metadata = dict(objective.metadata) if isinstance(objective, HasMetadata) else {}
             preparation = time.perf_counter() - start
             result = train(
@@ -293,7 +305,7 @@ class TrainedEdit(Edit):
             )
         metadata |= result.to_metadata(objective.weights)
         metadata["seconds"] = round(metadata["seconds"] + preparation, 2)
-        tensors = trainable.merge(result.tensors)
+        tensors = self.keep_tensors(model, trainable.merge(result.tensors))
         metadata["components"] = hash_components(model, tensors)
         return Patch(tensors, metadata_of(edit, model, triplets, **metadata))
 

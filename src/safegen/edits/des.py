@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,13 +18,12 @@ from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
-from safegen.edits.training.config import Objective, Training, TrainingCallback
+from safegen.edits.training.config import Objective, Training
 from safegen.edits.training.samples import read_captions
 from safegen.models.checkpoint.metadata import Component
 from safegen.models.families.text_outputs import TextEncoders, text_outputs
 from safegen.models.model import Model
 from safegen.models.patched_weights import pipeline_weights
-from safegen.patches.patch import Patch
 
 PUBLISHED = Training(
     updates=108, batch=128, accumulation=1, lr=1e-5, weight_decay=1e-2, clip=1e9, ema=0.0
@@ -145,30 +143,18 @@ class DES(TrainedEdit):
         assert isinstance(network, TextEncoders)
         return DESObjective(self, network)
 
-    def apply(
-        self,
-        model: Model,
-        triplets: Triplets | None = None,
-        *,
-        checkpoint_dir: Path | None = None,
-        resume: bool = False,
-        callback: TrainingCallback | None = None,
-    ) -> Patch:
-        """Train the edit and return the new weights as a patch; see `Edit.apply`.
+    def keep_tensors(self, model: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors that changed.
 
-        The patch leaves out weights that the denoiser does not depend on, such as the last layer of
-        a CLIP that it reads one layer earlier.
+        The denoiser does not depend on all weights of an encoder, such as the last layer of a CLIP
+        that it reads one layer earlier. The training leaves these as they are.
         """
-        patch = super().apply(
-            model, triplets, checkpoint_dir=checkpoint_dir, resume=resume, callback=callback
-        )
         old = pipeline_weights(model.pipeline)
-        changed = {
+        return {
             name: value
-            for name, value in patch.tensors.items()
+            for name, value in tensors.items()
             if not torch.equal(value, old[name].detach().to(value))
         }
-        return Patch(changed, patch.metadata)
 
 
 def cosine_distance(x: Tensor, y: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class SafeGen(TrainedEdit):
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mini": {},
+        "mini-flow": {"selector": "noxattn", "timesteps": (150, 1000)},
         "full": {"training": FULL_SIZE_TRAINING},
         "paper": {
             "adversary": 0.0,
@@ -55,8 +56,8 @@ class SafeGen(TrainedEdit):
             "training": Training(),
         },
     }
-    """`paper`: the published run (run_adjust_SD.sh). `mini`: chosen by our ablation. `full`: the
-    losses of `mini` with the published schedule; not measured at full size."""
+    """`paper`: the published run (run_adjust_SD.sh). `mini`: chosen by our ablation. `mini-flow`:
+    for flow matching. `full`: `mini` with the published schedule; not measured at full size."""
     paper: ClassVar[str] = "arXiv:2404.06666"
     code_url: ClassVar[str] = "https://github.com/LetterLiGo/SafeGen_CCS2024"
     code_commit: ClassVar[str] = "20f627b"
@@ -224,7 +225,7 @@ class SafeGenObjective:
                 f"validation_split must hold out at least one triplet, got {split} of {n}. "
                 "Give more triplets, or set training.validate_every to 0."
             )
-        self.num_train, self.validation_rows = n - held_out, range(n - held_out, n)
+        self.num_train, self.validation_rows = n - held_out, list(range(n - held_out, n))
         self.text = model.encode_text(["", *read_captions(edit.captions)]).float()
         if self.attack and not self.text.hidden.any():
             warn_unused([("adversary", "without captions on a model with a blank text of zeros")])
@@ -252,9 +253,8 @@ class SafeGenObjective:
     def validation_loss(self, denoiser: nn.Module) -> float:
         """Return the weighted loss on the held-out triplets, with eight fixed draws of each."""
         generator, loss = torch.Generator("cpu").manual_seed(1), 0.0
-        rows = list(self.validation_rows)
         for _ in range(8):
-            terms = self._sample_and_compare(denoiser, rows, generator, (0, 1))
+            terms = self._sample_and_compare(denoiser, self.validation_rows, generator, (0, 1))
             loss += sum(self.weights[name] * v.mean().item() for name, v in terms.items()) / 8
         return loss
 

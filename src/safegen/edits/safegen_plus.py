@@ -33,10 +33,11 @@ class SafeGenPlus(TrainedEdit):
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mini": {},
+        "mini-flow": {"selector": "noxattn", "timesteps": (150, 1000)},
         "full": {"training": FULL_SIZE_TRAINING},
     }
-    """`mini`: tuned on the miniature model. `full`: with SafeGen's published schedule; not measured
-    at full size."""
+    """`mini`: tuned on the miniature model. `mini-flow`: as in SafeGen. `full`: with SafeGen's
+    published schedule; not measured at full size."""
     paper: ClassVar[str] = "ours, after arXiv:2503.07389"
     parity: ClassVar[str] = (
         "The parts are the edits `safegen` and `rece` or `uce`; their pages have the comparison "

@@ -82,6 +82,13 @@ class ShieldDiff(TrainedEdit):
             "steps": 25,
             "training": ROLLOUTS.model_copy(update={"accumulation": 8}),
         },
+        "mini-flow": {"algorithm": NFT()},
+        "full-flow": {
+            "algorithm": NFT(),
+            "groups": 32,
+            "steps": 25,
+            "training": ROLLOUTS.model_copy(update={"accumulation": 8}),
+        },
         "paper": {
             "algorithm": DDPO(clip=1e-4),
             "groups": 32,
@@ -104,7 +111,8 @@ class ShieldDiff(TrainedEdit):
     """`paper`: DDPO with its published values for SD 1.x: 100 rollouts of 256 images, which serve
     for 4 updates each. `mini` and `draft`: ours, tuned on the miniature model; `draft` is far
     cheaper and needs a judge with gradients. `full`: the algorithm and distances of `mini` with the
-    rollouts and the rate of `paper`; not measured at full size.
+    rollouts and the rate of `paper`; not measured at full size. `...-flow`: with an algorithm that
+    knows flow matching.
     """
     TUNED_ON_MINI: ClassVar[tuple[str, ...]] = ("mini", "draft")
     TINY: ClassVar[Mapping[str, Any]] = {"steps": 2, "groups": 2, "group": 2}

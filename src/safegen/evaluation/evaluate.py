@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.progress import ProgressCallback, no_progress
+from safegen.data.shards import Shard
+from safegen.evaluation.engines.base import BatchWorker, Engine
+from safegen.evaluation.engines.local import LocalEngine
+from safegen.evaluation.engines.writer import RunWriter
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.protocol_file import write_protocol
 from safegen.evaluation.run.card import RunStack, check_directory, prepare
 from safegen.evaluation.run.claim import claim_run
-from safegen.evaluation.run.folder import PROTOCOL_FILE, SAMPLES, TIMINGS, Run, write_json
-from safegen.evaluation.run.generate import ImageWorker, split_batches
-from safegen.evaluation.run.journal import Journal
-from safegen.evaluation.run.judge import Evaluators, ScoringWorker
-from safegen.evaluation.run.records import JudgeRecord, SampleRecord, TimingRecord
-from safegen.evaluation.samples import EvalSample, canonical, sha
-from safegen.evaluation.schema import FROM_FEATURES
+from safegen.evaluation.run.folder import PROTOCOL_FILE, Run, write_json
+from safegen.evaluation.run.judge import Evaluators, load_evaluators
+from safegen.evaluation.samples import EvalSample
 from safegen.evaluation.scoring.score import score_run, scores_file
-from safegen.judges import load_judge
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 
@@ -42,12 +40,13 @@ def evaluate(
     references: Mapping[str, str] | None = None,
     loader: StackLoader | None = None,
     save_protocol: bool = False,
+    shard: Shard | None = None,
     argv: Sequence[str] = (),
     progress: ProgressCallback = no_progress,
 ) -> Run:
     """Generate, judge and score the images of a protocol with some stacks.
 
-    The same call resumes an interrupted run.
+    The same call resumes an interrupted run. A shard is not scored.
 
     Args:
         protocol: what to generate and how to judge it.
@@ -61,6 +60,7 @@ def evaluate(
         references: another stack to compare a stack with, besides its base; by name.
         loader: loads the stacks; on the accelerator or the CPU if not given.
         save_protocol: also write `protocol.toml`, which can be given again.
+        shard: part of the batches to do; `merge_runs` joins the parts.
         argv: command line to note in the run's card.
         progress: called with (description, done, total).
 
@@ -77,7 +77,7 @@ def evaluate(
         # first: a library or weights may be missing
         evaluators = None if until == "generate" else load_evaluators(protocol)
         samples = protocol.samples()
-        run = prepare(protocol, samples, expanded, out, loader, argv)
+        run = prepare(protocol, samples, expanded, out, loader, argv, shard)
         if save_protocol and not (out / PROTOCOL_FILE).exists():
             write_protocol(protocol, out)
         run_stages(
@@ -88,7 +88,7 @@ def evaluate(
             evaluators=evaluators,
             progress=progress,
         )
-        if evaluators and until == "score":
+        if evaluators and until == "score" and shard is None:
             scores = score_run(run, judge=evaluators.id)
             write_json(scores_file(run, scores), scores)
     return run
@@ -148,6 +148,7 @@ def run_stages(
     stacks: Sequence[Stack] = (),
     loader: StackLoader | None = None,
     evaluators: Evaluators | None = None,
+    engine: Engine | None = None,
     progress: ProgressCallback,
 ) -> None:
     """Generate the images that are missing, judge those that are not judged, and record both.
@@ -158,77 +159,18 @@ def run_stages(
         stacks: the run's stacks, to generate images.
         loader: loads the stacks; nothing is generated without.
         evaluators: judge and networks; nothing is judged without.
+        engine: where the batches are done. Default: in this process.
         progress: called with (description, done, total).
 
     Raises:
         FileError: a journal is damaged or in use, or an image differs from the one in the run.
         ConfigError: memory does not suffice for one image.
     """
-    batches = list(split_batches(run, samples))
-    with (
-        Journal(run.folder / SAMPLES, SampleRecord) as journal,
-        Journal(run.folder / TIMINGS, TimingRecord) as timings,
-        ExitStack() as resources,
-    ):
-        worker = scorer = None
-        if loader:
-            worker = ImageWorker(run, stacks, loader, journal, timings)
-            resources.enter_context(worker)
-        if evaluators:
-            scorer = ScoringWorker(run, evaluators, timings, batches, progress)
-            resources.enter_context(scorer)
-        done: dict[str, int] = {}
-        generated = {record.key for record in journal.records}
-        for batch in batches:
-            name, images = batch.stack.name, None
-            if worker and name not in done:
-                progress(f"generating: {name}", 0, len(samples))
-            if worker and worker.is_missing(batch):
-                images = worker.generate(batch)
-            elif not generated.issuperset(batch.keys):
-                continue  # not generated yet, and there is no loader
-            done[name] = done.get(name, 0) + len(batch.keys)
-            if worker:
-                progress(f"generating: {name}", done[name], len(samples))
-            if scorer:
-                scorer.submit(batch, images)
-
-
-def load_evaluators(protocol: Protocol, *, features: bool = True, lpips: bool = True) -> Evaluators:
-    """Return the judge of a protocol, and the networks that its other metrics need.
-
-    Args:
-        protocol: the protocol.
-        features: load the extractor, if a metric needs it.
-        lpips: load LPIPS, if a metric needs it.
-
-    Raises:
-        ConfigError: the CLIP score needs an extractor that reads texts.
-        UserError: the judge, the extractor or weights cannot be loaded.
-    """
-    rule, options = protocol.judge, protocol.judge.public_options
-    judge = load_judge(rule.name, labels=rule.labels, threshold=rule.threshold, **rule.options)
-    id_ = judge.id + (f"#{sha(canonical(options))[:8]}" if options else "")
-    record = JudgeRecord(
-        judge=id_, name=rule.name, options=options, label_space=tuple(judge.label_space)
-    )
-    evaluators = Evaluators(judge, record)
-    metrics = set(protocol.metrics)
-    if protocol.features and features and metrics & set(FROM_FEATURES):
-        from safegen.features.base import TextExtractor, load_extractor
-
-        extractor = load_extractor(protocol.features.extractor, weights=protocol.features.weights)
-        if "clip_score" in metrics and not isinstance(extractor, TextExtractor):
-            raise ConfigError(
-                "the CLIP score needs an extractor that reads texts too, as clip does, "
-                f"got {protocol.features.extractor!r}"
-            )
-        evaluators = replace(evaluators, extractor=extractor)
-    if protocol.lpips and lpips and "lpips" in metrics:
-        from safegen.features.lpips import Lpips
-
-        evaluators = replace(evaluators, lpips=Lpips(**protocol.lpips.model_dump()))
-    return evaluators
+    worker = BatchWorker(run, stacks, loader, evaluators)
+    with RunWriter(
+        run, samples, evaluators, generates=loader is not None, progress=progress
+    ) as writer:
+        (engine or LocalEngine()).run(writer, worker)
 
 
 def expand_baselines(

@@ -37,6 +37,7 @@ from safegen.evaluation.run.scores import read_scores
 from safegen.evaluation.samples import EvalSample, background_parts, hash_lines, request_parts, sha
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES, PromptList
 from safegen.evaluation.scoring.score import score_run
+from safegen.evaluation.shards import check_whole
 from safegen.evaluation.verify_attack import verify_attack
 from safegen.metrics.image import pixel_mae
 
@@ -50,8 +51,9 @@ def verify(run: Run, *, progress: ProgressCallback = no_progress) -> list[str]:
     true.
 
     Raises:
-        FileError: a journal is damaged.
+        FileError: a journal is damaged, or the run is a shard; `merge` checks shards.
     """
+    check_whole(run)
     damaged = set[str]()  # files of images that are not the recorded ones; filled by _samples
     return [
         *_plan(run),

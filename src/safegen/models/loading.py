@@ -19,8 +19,7 @@ from safegen.core.tensor_files import read_header
 from safegen.models.checkpoint.diffusers_folder import read_folder
 from safegen.models.checkpoint.metadata import PATCH_FORMAT, CheckpointMetadata
 from safegen.models.checkpoint.single_file_reader import read_single_file
-from safegen.models.checkpoint.weight_files import find_weights
-from safegen.models.families.pipeline_specs import TEXT_ENCODERS
+from safegen.models.checkpoint.weight_files import WEIGHT_FOLDERS, find_weights, stored_dtype
 from safegen.models.model import DTYPES, Model, Pipeline, components_of
 from safegen.models.text_encoder import text_encoder_names
 from safegen.models.wrapping import pipeline_model, register_model, text_to_image
@@ -37,8 +36,6 @@ _SMALL_FILES = (
     "vae/config.json",
     "text_encoder*/config.json",
 )
-_WITH_WEIGHTS = ("unet", "transformer", "vae", *TEXT_ENCODERS)
-"""Folders of the components with weights."""
 
 
 @check_keywords
@@ -56,7 +53,8 @@ def load(
         name: `mini`, a folder with a model_index.json, a .safetensors (or .ckpt) file, or
             `hub:owner/name`. Only the last downloads anything. A text-to-image pipeline of
             diffusers is used as it is: on its device, without a copy.
-        dtype: type of the weights: fp32, bf16 or fp16, or torch's name or object for it.
+        dtype: type of the weights: fp32, bf16 or fp16, or torch's name or object for it; `auto` is
+            that of the files if all their weights have one, else fp32.
         device: a torch device, such as `cuda:1`; `auto` is the accelerator if there is one, else
             the CPU.
         allow_pickle: also open weights stored as pickles (.bin, .ckpt), which can run code.
@@ -90,22 +88,28 @@ def load(
         )
     name = f"{'' if name.is_absolute() else './'}{name}" if isinstance(name, Path) else name
     check_is_model(name)
-    torch_dtype = DTYPES[resolve_dtype(dtype)]
+    wanted = None if dtype == AUTO else resolve_dtype(dtype)
     device = resolve_device(device)
     check_device(device)
     if name not in MODELS and exists(name, file=True):
+        source = None if config is None else Path(config)
+        stored = stored_dtype(Path(name), source)
         pipeline, metadata = read_single_file(
             Path(name),
-            config=None if config is None else Path(config),
-            dtype=torch_dtype,
+            config=source,
+            dtype=DTYPES[wanted or stored or "fp32"],
             allow_pickle=allow_pickle,
         )
-        return finish_loading(name, pipeline, device, metadata=metadata)
+        return finish_loading(name, pipeline, device, metadata=metadata, stored_dtype=stored)
     if config is not None:
         raise ConfigError(f"config must go with a one-file checkpoint, got {name!r}. Leave it out")
     folder = _find_folder(name, allow_pickle)
+    stored = stored_dtype(folder)
+    torch_dtype = DTYPES[wanted or stored or "fp32"]
     pipeline, metadata = read_folder(name, folder, dtype=torch_dtype, allow_pickle=allow_pickle)
-    return finish_loading(name, pipeline, device, folder=folder, metadata=metadata)
+    return finish_loading(
+        name, pipeline, device, folder=folder, metadata=metadata, stored_dtype=stored
+    )
 
 
 def check_is_model(name: str) -> None:
@@ -162,6 +166,7 @@ def finish_loading(
     *,
     folder: Path | None = None,
     metadata: CheckpointMetadata | None = None,
+    stored_dtype: str | None = None,
 ) -> Model:
     """Return a pipeline as a model: checked, on its device, without gradients and progress bars.
 
@@ -170,10 +175,11 @@ def finish_loading(
     """
     _check_weights(name, pipeline)
     _limit_tokenizers(pipeline)
-    pipeline.to(device)
+    if device != "cpu":  # where it is; diffusers would warn of fp16
+        pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     _freeze(pipeline)
-    model = Model(name, pipeline, folder, metadata)
+    model = Model(name, pipeline, folder, metadata, stored_dtype=stored_dtype)
     register_model(model)
     return model
 
@@ -245,7 +251,7 @@ def hub_patterns(names: Iterable[str], *, allow_pickle: bool) -> list[str]:
         folders.setdefault(folder, []).append(name)
     weights = {
         folder: find_weights(folder, folders.get(folder, ()), allow_pickle=allow_pickle)
-        for folder in _WITH_WEIGHTS
+        for folder in WEIGHT_FOLDERS
     }
     chosen = [
         f"{folder}/{name}" for folder, files in weights.items() if files for name in files.names

@@ -20,7 +20,7 @@ from torch import Tensor
 from safegen.core.device import describe_device
 from safegen.core.errors import ConfigError, SafegenWarning
 from safegen.core.files import display_name
-from safegen.core.hashing import hash_tensors
+from safegen.core.hashing import HashMemory
 from safegen.core.text import short_repr
 from safegen.models.checkpoint.metadata import CheckpointMetadata, ParentRef
 from safegen.models.families.conditioning import Conditioning
@@ -32,7 +32,12 @@ from safegen.models.families.pipeline_specs import (
     denoiser_name,
     encode_texts,
 )
-from safegen.models.patched_weights import describe_parts, hash_components, undone_patches
+from safegen.models.patched_weights import (
+    describe_parts,
+    hash_components,
+    hash_rounded,
+    undone_patches,
+)
 from safegen.models.selectors import plain_name
 from safegen.models.text_encoder import expand_prompt, text_encoder_names, token_spans
 
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
 
 Pipeline: TypeAlias = Any
 """A text-to-image pipeline of diffusers of a class in `NOISE_PIPELINES`."""
+ENCODED_PIXELS = 8 * 256 * 256
+"""Pixels that the autoencoder encodes at once: its activations take 4 KB for each in fp32."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,6 +74,10 @@ class Model:
     """Metadata read from the checkpoint, not yet checked: see `verified_metadata`."""
     applied_patches: list[AppliedPatch] = field(default_factory=list)
     """Patches on it, in order. `Patch.apply` adds one and `AppliedPatch.undo` removes it."""
+    stored_dtype: str | None = None
+    """Type of all weights in the files it was read from; None if there are several, or no files."""
+    hash_memory: HashMemory = field(default_factory=HashMemory)
+    """Hashes of its weights that were taken."""
     has_disabled_loras: bool = False
     """Whether its active LoRAs are turned off (`safegen.patches.active_lora.disabled_loras`)."""
 
@@ -171,11 +182,15 @@ class Model:
         """
         return self.hash_denoiser()
 
-    def hash_denoiser(self) -> str:
-        """Return the SHA-256 of the denoiser's values in fp32 as they are now, patches included."""
+    def hash_denoiser(self, dtype: str | None = None) -> str:
+        """Return the SHA-256 of the denoiser's values in fp32 as they are now, patches included.
+
+        Args:
+            dtype: type to round the values to first, a key of `DTYPES`. Default: they stay.
+        """
         state = self.denoiser.state_dict()
         weights = {plain_name(key): state[key] for key in state if ".lora_" not in key}
-        return hash_tensors(weights, dtype=torch.float32)
+        return hash_rounded(self.hash_memory, weights, DTYPES.get(dtype or ""))
 
     @property
     def pipeline_hash(self) -> str:
@@ -202,7 +217,7 @@ class Model:
             return stated
         reason = (
             f"it is loaded as {self.dtype}; load it as fp32"
-            if self.dtype != "fp32"
+            if self.dtype not in ("fp32", self.stored_dtype)
             else "they were trained or merged since"
         )
         warnings.warn(
@@ -256,13 +271,14 @@ class Model:
         )
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, *, batch: int = 8) -> Tensor:
+    def encode_images(self, images: Tensor, *, batch: int | None = None) -> Tensor:
         """Return scaled latents: the posterior mean, so that equal images have equal latents.
 
         Args:
             images: (n, 3, h, w) in [-1, 1].
-            batch: images encoded at once.
+            batch: images encoded at once. Default: as many as have `ENCODED_PIXELS`, at most 8.
         """
+        batch = batch or min(8, max(1, ENCODED_PIXELS // images[0, 0].numel()))
         latents = [
             self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist.mode()
             for part in images.split(batch)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from safegen.core.hashing import hash_tensors
+from safegen.core.hashing import HashMemory, hash_tensors
+from safegen.core.tensor_files import LazyTensor
 from safegen.models.families.pipeline_specs import TEXT_ENCODERS, denoiser_name
 from safegen.models.selectors import weights_by_name
 from safegen.models.text_encoder import text_encoder_names
@@ -91,7 +92,8 @@ def hash_parts(model: Model, names: Iterable[str]) -> dict[str, str]:
     hashes = {WEIGHTS: model.hash} if WEIGHTS in parts else {}
     for part in parts.intersection(text_encoder_names(model.pipeline)):
         weights = encoder_weights(getattr(model.pipeline, part), part)
-        hashes[part] = _hash_values(part, {n: before.get(id(p), p) for n, p in weights.items()})
+        values = {n: before.get(id(p), p) for n, p in weights.items()}
+        hashes[part] = _hash_values(model, part, values)
     return dict(sorted(hashes.items()))
 
 
@@ -108,25 +110,34 @@ def patched_encoders(model: Model, metadata: CheckpointMetadata | None) -> set[s
 
 
 def hash_stored(
-    model: Model, components: Iterable[str], dtype: torch.dtype = torch.float32
+    model: Model, components: Iterable[str], dtype: torch.dtype | None = None
 ) -> dict[str, str]:
     """Return the hashes of text encoders as they are now and stored in a type, patches included."""
     return {
-        part: _hash_values(
-            part,
-            {
-                name: value.detach().to(dtype)
-                for name, value in encoder_weights(getattr(model.pipeline, part), part).items()
-            },
-        )
+        part: _hash_values(model, part, encoder_weights(getattr(model.pipeline, part), part), dtype)
         for part in components
     }
 
 
-def _hash_values(component: str, values: Mapping[str, Tensor]) -> str:
+def _hash_values(
+    model: Model, component: str, values: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> str:
     """Return the hash of a text encoder's values; its name, and LoRAs beside it, do not count."""
     own = {n.removeprefix(f"{component}."): v for n, v in values.items() if ".lora_" not in n}
-    return hash_tensors(own, dtype=torch.float32)
+    return hash_rounded(model.hash_memory, own, dtype)
+
+
+def hash_rounded(
+    memory: HashMemory, values: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> str:
+    """Return the hash in fp32 of values, rounded to a type first unless it is None."""
+    if dtype is None or all(value.dtype == dtype for value in values.values()):
+        return memory.hash(values, dtype=torch.float32)
+    rounded = {
+        name: LazyTensor.of([value], lambda v: v[0].detach().to(dtype))
+        for name, value in values.items()
+    }
+    return hash_tensors(rounded, dtype=torch.float32)
 
 
 def unpatched_state(model: Model, component: str) -> dict[str, Tensor]:
@@ -184,7 +195,7 @@ def describe_parts(model: Model) -> dict[str, Any]:
         model.denoiser_name: model.hash,
         "dtype": model.dtype,
         "weights": {
-            name: hash_tensors(unpatched_state(model, name))
+            name: model.hash_memory.hash(unpatched_state(model, name))
             for name in model.components
             if name != model.denoiser_name
         },

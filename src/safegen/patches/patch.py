@@ -255,7 +255,7 @@ class Patch:
                 raise PatchError(
                     f"values of the patch must be finite in {dtype_name(parameters[name])}, the "
                     f"type of {model.name!r}, got others in {name}. "
-                    "Load the model as fp32 or bf16"
+                    "Load or export it as fp32 or bf16"
                 )
         self.warn_missing_parents(model)
         warn_large_change("patch", self._relative_change(parameters))
@@ -321,7 +321,7 @@ def warn_base_mismatch(
     rounded = (
         f" The model is loaded as {model.dtype}, which alone changes the hash of weights stored as "
         "fp32."
-        if model.dtype != "fp32"
+        if model.dtype not in ("fp32", model.stored_dtype)
         else ""
     )
     warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from safegen.core.registry import MODELS
 from safegen.core.settings import MAX_COUNT, BaseSettings, Seeds
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
-from safegen.evaluation.evaluate import evaluate, load_evaluators
+from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.model_card import CardSubject, card_path, model_card, with_metrics
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.card import check_directory
 from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import PATCHES, Run
+from safegen.evaluation.run.judge import load_evaluators
 from safegen.evaluation.run.settings import claim_directory
 from safegen.patches.patch import Patch
 from safegen.stack import Stack
@@ -133,6 +135,7 @@ def _train(
 ) -> None:
     """Make the patch at `path`, from its checkpoint where there is one; keep only the log of it."""
     from safegen.edits.training.checkpoint import CHECKPOINT_FILE
+    from safegen.edits.training.latents import LATENTS, latent_storage
 
     folder = path.with_suffix("")
     training: dict[str, Any] = (
@@ -140,14 +143,16 @@ def _train(
         if edit.is_trained
         else {}
     )
-    patch = edit.apply(
-        loader.model(model)[0],
-        triplets,
-        callback=lambda done, total, _: progress("editing", done, total),
-        **training,
-    )
+    with latent_storage(progress=progress):
+        patch = edit.apply(
+            loader.model(model)[0],
+            triplets,
+            callback=lambda done, total, _: progress("editing", done, total),
+            **training,
+        )
     patch.save(path)
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / LATENTS, ignore_errors=True)
 
 
 def _write_card(path: Path, output_dir: Path) -> None:

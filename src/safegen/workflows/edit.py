@@ -29,7 +29,8 @@ from safegen.edits.base import TEXTS, Edit
 from safegen.edits.training.check import check_inputs
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE, LOG_FILE
 from safegen.edits.training.config import TrainingCallback
-from safegen.edits.training.presets import PRESET_NAMES, default_preset, warn_of_mini_lists
+from safegen.edits.training.latents import LATENTS
+from safegen.edits.training.presets import default_preset, default_presets, warn_of_mini_lists
 from safegen.evaluation.run.training_log import LOG_SUFFIX
 from safegen.judges import judge_images, load_concept_judge
 from safegen.models.model import Model, check_is_loaded
@@ -169,7 +170,7 @@ class PreparedEdit:
     """Arguments of an edit, checked before the model is loaded."""
 
     by_preset: Mapping[str, Edit]
-    """Settings by preset: those of one preset if it was given, otherwise of `mini` and `full`."""
+    """Settings by preset: those of one preset if it was given, otherwise of `default_presets`."""
     triplets: Triplets | None
     """Training images, for an edit that learns from them."""
 
@@ -179,8 +180,9 @@ class PreparedEdit:
         return next(iter(self.by_preset.values())).is_trained
 
     def preset_for(self, model: Model) -> str:
-        """Return the preset that was given, or that for the size of a model."""
-        return next(iter(self.by_preset)) if len(self.by_preset) == 1 else default_preset(model)
+        """Return the preset that was given, or that for a model."""
+        given = list(self.by_preset)
+        return given[0] if len(given) == 1 else default_preset(model, given)
 
     def for_model(self, model: Model) -> Edit:
         """Return the settings for a model."""
@@ -202,7 +204,8 @@ def prepare_edit(
     Arguments, errors and warnings are those of `edit`.
     """
     concept = load_concept(str(concept)) if isinstance(concept, str | Path) else concept
-    presets = PRESET_NAMES if preset is None else (preset,)
+    kind: type[Edit] = resolve(EDITS, method, "edit")
+    presets = default_presets(kind.PRESETS) if preset is None else (preset,)
     edits = {name: make_edit(method, name, concept=concept, **settings) for name in presets}
     config = edits[presets[0]]
     check_inputs(config, triplets, checkpoint_dir, resume, concept=concept)
@@ -227,8 +230,8 @@ def keep_log(checkpoint_dir: Path, patch: Path, *, keep_checkpoints: bool) -> Pa
     Args:
         checkpoint_dir: folder of the training.
         patch: the patch file. `safegen evaluate` finds the log by its name.
-        keep_checkpoints: whether the folder stays as it is; otherwise checkpoint and log are
-            removed, and so is the folder if nothing else is in it when its claim ends.
+        keep_checkpoints: whether the folder stays as it is; otherwise checkpoint, log and latents
+            are removed, and so is the folder if nothing else is in it when its claim ends.
 
     Raises:
         FileError: the log cannot be written.
@@ -239,6 +242,7 @@ def keep_log(checkpoint_dir: Path, patch: Path, *, keep_checkpoints: bool) -> Pa
     if not keep_checkpoints:
         for name in (CHECKPOINT_FILE, LOG_FILE):
             (checkpoint_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint_dir / LATENTS, ignore_errors=True)
     return path
 
 

@@ -13,6 +13,7 @@ from safegen.core.errors import ConfigError, SafegenWarning, check_keywords
 from safegen.core.generation import GenerationConfig, NativePrecision, preferred_precision
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import MODELS
+from safegen.data.shards import Shard
 from safegen.edits.training.presets import is_full_size
 from safegen.evaluation import evaluate as engine
 from safegen.evaluation.own_prompts import (
@@ -63,6 +64,7 @@ def evaluate(
     precision: NativePrecision | None = None,
     baselines: engine.Baselines = "all",
     until: engine.Stage = "score",
+    shard: Shard | str | None = None,
     loader: StackLoader | None = None,
     argv: Sequence[str] = (),
     announce: Callable[[Protocol], None] = lambda _: None,
@@ -96,6 +98,7 @@ def evaluate(
         precision: arithmetic of the denoiser. Default: what the device computes natively.
         baselines: `all` adds a negative prompt and black images.
         until: last stage to do: `generate`, `judge` or `score`.
+        shard: part of the run to do, `1/4` to `4/4`; a shard is not scored, `merge` joins them.
         loader: loads the models.
         argv: command line to note in the run's card.
         announce: called with the protocol before anything is generated.
@@ -115,6 +118,7 @@ def evaluate(
         loader = loader or StackLoader(model=base)
         base = Stack(name=BASE, model=base.name)
     loader = loader or StackLoader()
+    part = None if shard is None else Shard.parse(shard)
     prepared = prepare_evaluation(
         base,
         stacks,
@@ -146,12 +150,13 @@ def evaluate(
         base=prepared.base,
         baselines=baselines,
         until=until,
+        shard=part,
         loader=loader,
         save_protocol=True,
         argv=argv,
         progress=progress,
     )
-    if until == "score":
+    if until == "score" and part is None:
         write_report(open_runs([run.folder]), run.folder)
     return run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from safegen.core.device import resolve_dtype
-from safegen.core.errors import ConfigError, UnusedSettingWarning, check_keywords
+from safegen.core.errors import ConfigError, check_keywords
 from safegen.core.files import display_name
 from safegen.evaluation.report import model_card as cards
 from safegen.models.applied_patch import AppliedPatch
@@ -78,8 +77,9 @@ def export(
         format: `single-file` for A1111, ComfyUI and InvokeAI, of SD 3 and FLUX the transformer
             alone for ComfyUI; or `diffusers` for a folder.
         patches: applied in this order, after those that the model has.
-        dtype: weight type of a single file: fp16 (the default), bf16 or fp32, or torch's name or
-            object for it.
+        dtype: type of the weights: fp16, bf16 or fp32, or torch's name or object for it. Default:
+            fp16 in a single file; in a folder that of the files that the model was read from, if
+            all have one, else that of the model.
         card: whether to write a model card: `OUT.md`, or README.md in the folder.
         metrics: folders with results of exactly these patches, for the card and the metadata.
         notes: sentences at the start of the card.
@@ -96,7 +96,6 @@ def export(
         BaseMismatchWarning: a patch was made on other weights.
         PatchOverlapWarning: two patches change the same weights.
         MetadataMismatchWarning: the model's metadata do not match its weights and are left out.
-        UnusedSettingWarning: `dtype` is given for a diffusers folder.
 
     Example:
         >>> model = safegen.load("mini")
@@ -108,18 +107,13 @@ def export(
     out, results = Path(out), [Path(path) for path in metrics]
     if format not in get_args(ExportFormat):
         raise ConfigError(f"format must be single-file or diffusers, got {format!r}")
-    is_file, weights = format == "single-file", resolve_dtype(dtype or "fp16")
+    is_file = format == "single-file"
+    weights = export_dtype(model, format, dtype)
     check_suffix(out, format)
-    if dtype is not None and not is_file:
-        warnings.warn(
-            "dtype has no effect on a diffusers folder, which keeps the types of the weights",
-            UnusedSettingWarning,
-            stacklevel=3,
-        )
-    precision = [f"Weights are {weights}. Results were measured before this conversion."]
+    precision = f"Weights are {weights}. Results were measured before this conversion."
+    sentences = [*notes, *([precision] if is_file or weights not in (None, "fp32") else [])]
     if is_file and model.denoiser_name == "transformer":
-        precision.append(TRANSFORMER_ALONE)
-    sentences = [*notes, *(precision if is_file else ())]
+        sentences.append(TRANSFORMER_ALONE)
     subject = _card_subject(model, out, "file" if is_file else "folder", patches, sentences)
     text = cards.model_card(subject, results) if card else None
     metadata = _metadata(model, subject, results)
@@ -129,10 +123,30 @@ def export(
             stack.enter_context(patch.apply(model))
         if is_file:
             cards.write_with_card(
-                out, text, lambda: save_single_file(model, out, dtype=weights, metadata=metadata)
+                out,
+                text,
+                lambda: save_single_file(model, out, dtype=weights or "fp16", metadata=metadata),
             )
         else:
-            save_folder(model, out, card=text, metadata=metadata)
+            save_folder(model, out, dtype=weights, card=text, metadata=metadata)
+
+
+def export_dtype(
+    model: Model, format: ExportFormat, dtype: str | torch.dtype | None = None
+) -> str | None:
+    """Return the type of the weights in an export, a key of `DTYPES`; None if types stay.
+
+    Args:
+        model: the model.
+        format: see `export`.
+        dtype: what the user asks for.
+
+    Raises:
+        UnknownNameError: there is no such `dtype`.
+    """
+    if dtype is not None:
+        return resolve_dtype(dtype)
+    return "fp16" if format == "single-file" else model.stored_dtype
 
 
 def check_suffix(out: Path, format: ExportFormat) -> None:

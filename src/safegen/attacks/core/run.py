@@ -22,7 +22,7 @@ from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import CONCEPTS
 from safegen.core.settings import MAX_COUNT, MAX_SEEDS, BaseSettings, Seed
 from safegen.data.prompts.prompt import seed_for
-from safegen.evaluation.evaluate import evaluate, load_evaluators
+from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.attack_records import copy_id
@@ -30,6 +30,7 @@ from safegen.evaluation.run.card import check_directory
 from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, CONTROLS, PROMPTS, Run
 from safegen.evaluation.run.journal import Journal
+from safegen.evaluation.run.judge import load_evaluators
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import EvalSample, Role, is_bundled
 from safegen.judges import load_concept_judge

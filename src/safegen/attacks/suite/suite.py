@@ -35,10 +35,11 @@ from safegen.core.errors import ConfigError, SafegenWarning, UserError
 from safegen.core.files import atomic_write, claim_folder, display_name, is_unfinished
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import ATTACKS, resolve
-from safegen.evaluation.evaluate import evaluate, load_evaluators
+from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.run.folder import ATTACK_FILES, SCORES, SETTINGS, Run, write_json
 from safegen.evaluation.run.journal import Journal
+from safegen.evaluation.run.judge import load_evaluators
 from safegen.evaluation.run.scores import read_scores
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import is_bundled

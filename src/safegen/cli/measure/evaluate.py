@@ -14,14 +14,17 @@ import typer
 from safegen.cli.console import echo, echo_status, plural
 from safegen.cli.measure.report import Judge, Label, report, score
 from safegen.cli.options import (
+    MERGE,
     Device,
     Dtype,
     Pickle,
     PlanOnly,
+    ShardText,
     Threads,
     print_model,
     print_plan,
     read_pair,
+    read_shard,
     resumable,
     set_threads,
     warn_unused,
@@ -65,7 +68,7 @@ JudgeOption = Annotated[
 
 GENERATE_OPTIONS = (
     *("model", "base", "protocol", "stack", "prompts", "column", "concept", "seeds", "limit"),
-    *("steps", "guidance", "baselines", "precision", "device", "dtype", "allow_pickle"),
+    *("steps", "guidance", "baselines", "precision", "shard", "device", "dtype", "allow_pickle"),
 )
 """Options without effect on a run that is generated."""
 MAX_LINES = 20
@@ -124,6 +127,7 @@ def evaluate(
     precision: Annotated[
         Precision | None, typer.Option(help="Arithmetic of the denoiser. Default: the protocol's.")
     ] = None,
+    shard: ShardText = None,
     plan: PlanOnly = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -139,6 +143,7 @@ def evaluate(
         raise ConfigError(f"MODEL and --base must not both be given, got {model!r} and {base!r}")
     if not (model or base or stack):
         raise ConfigError("no model and no stack is given. Name a MODEL, or use --stack.")
+    part = read_shard(shard)
     set_threads(threads)
     from safegen.stack_loader import StackLoader
     from safegen.workflows.evaluate import evaluate as run_evaluation
@@ -161,6 +166,8 @@ def evaluate(
         "loader": loader,
     }
     if plan:
+        if shard:
+            warn_unused("--shard", "with --plan, which is of the whole run")
         from safegen.workflows.plan import plan_evaluation
 
         made = prepare_evaluation(model or base, stack or [], **options)
@@ -174,11 +181,19 @@ def evaluate(
             out=out,
             baselines=baselines.value,
             until="generate" if stage is EvaluationStage.generate else "score",
+            shard=part,
             argv=["safegen", *sys.argv[1:]],
             announce=lambda rules: print_protocol(rules, device),
             progress=progress,
             **options,
         )
+    if part:
+        from safegen.evaluation.shards import count_samples
+
+        count = count_samples(run)
+        note = "" if count else " (fewer batches than shards, so it is empty)"
+        echo(f"shard {part}: {len(run.stacks) * count} images in {out}{note}. {MERGE}")
+        return
     if stage is EvaluationStage.all:
         print_run(out)
     echo(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from safegen.core.errors import DivergedError, FileError
 from safegen.core.files import atomic_write, claim_folder
 from safegen.core.tensor_files import read_metadata, read_tensors
 from safegen.edits.training.config import LogRow
+from safegen.edits.training.latents import LATENTS
 
 
 class CheckpointState(BaseModel):
@@ -148,7 +150,7 @@ def _check_tensors(
 def claim_checkpoints(directory: Path | None) -> Iterator[None]:
     """Keep other processes from writing checkpoints to a directory.
 
-    If the training diverges, the checkpoint and the log are removed: a resumed run would diverge
+    If the training diverges, checkpoint, log and latents are removed: a resumed run would diverge
     again. They stay if updates were skipped before (`Training.max_skipped`), as a resumed run
     goes on with other draws.
 
@@ -166,6 +168,7 @@ def claim_checkpoints(directory: Path | None) -> Iterator[None]:
                 raise
             for name in (CHECKPOINT_FILE, LOG_FILE):
                 (directory / name).unlink(missing_ok=True)
+            shutil.rmtree(directory / LATENTS, ignore_errors=True)
             raise
 
 

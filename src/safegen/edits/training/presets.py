@@ -8,6 +8,7 @@ from typing import Any
 
 from safegen.core.errors import SafegenWarning
 from safegen.edits.training.config import Training
+from safegen.models.families.noise_schedule import FLOW_PREDICTION
 from safegen.models.model import Model
 
 FULL_SIZE = 100_000_000
@@ -18,6 +19,8 @@ million, SD 1.x 860 million, SDXL 2.6 billion.
 """
 PRESET_NAMES = ("mini", "full")
 """Presets of every edit; the default is one of them, by the size of the model."""
+FLOW_PRESETS = ("mini-flow", "full-flow")
+"""Presets that some edits have for models with flow matching, in place of that for their size."""
 
 
 class MiniatureSettingsWarning(SafegenWarning):
@@ -29,9 +32,25 @@ def is_full_size(model: Model) -> bool:
     return model.num_parameters >= FULL_SIZE
 
 
-def default_preset(model: Model) -> str:
-    """Return the preset for a model if none is given: `full` for a full-size one, else `mini`."""
-    return "full" if is_full_size(model) else "mini"
+def default_presets(presets: Iterable[str]) -> tuple[str, ...]:
+    """Return the presets of an edit that `default_preset` chooses from."""
+    return *PRESET_NAMES, *(name for name in FLOW_PRESETS if name in presets)
+
+
+def default_preset(model: Model, presets: Iterable[str] = PRESET_NAMES) -> str:
+    """Return the preset for a model if none is given.
+
+    That is `full` for a full-size model and `mini` for others, or `full-flow` and `mini-flow` for
+    those with flow matching if the edit has them.
+
+    Args:
+        model: the model.
+        presets: names of the edit's presets.
+    """
+    size = "full" if is_full_size(model) else "mini"
+    flow = f"{size}-flow"
+    has_flow = model.prediction == FLOW_PREDICTION and flow in FLOW_PRESETS
+    return flow if has_flow and flow in presets else size
 
 
 def warn_of_mini_lists(lists: Iterable[str], model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,11 @@ from safegen.core.errors import FileError
 from safegen.core.files import read_lines
 from safegen.data.images import crop_square, format_size
 from safegen.data.triplets.triplets import Triplets
+from safegen.edits.training.latents import latent_store, latents_key
 from safegen.models.model import Model
 
+TRIPLETS_PER_BATCH = 8
+"""Triplets that are read, encoded and kept together."""
 CAPTIONS_PER_LIST = 192
 """Captions that are used of each prompt list."""
 
@@ -24,14 +28,29 @@ CAPTIONS_PER_LIST = 192
 def encode_triplets(model: Model, triplets: Triplets, *, flip: bool) -> Tensor:
     """Return scaled latents (3, flips, n, c, h, w) of unsafe, censored and benign images.
 
-    The three images of a triplet get the same crop and flip.
+    The three images of a triplet get the same crop and flip. `TRIPLETS_PER_BATCH` of them are in
+    memory as pixels at a time. See `latent_storage` for progress and for what is kept.
 
     Raises:
         FileError: an image is missing or changed, or an unsafe image and its censored twin differ
             in size.
     """
+    store, n = latent_store(), len(triplets)
+    parts = []
+    for start in range(0, n, TRIPLETS_PER_BATCH):
+        store.progress("encoding triplets", start, n)
+        rows = range(start, min(start + TRIPLETS_PER_BATCH, n))
+        key = latents_key(model, [triplets.rows[i] for i in rows], flip=flip)
+        encode = partial(_encode_batch, model, triplets, rows, flip=flip)
+        parts.append(store.encode(f"{start:06}", key, encode).to(model.device))
+    store.progress("encoding triplets", n, n)
+    return torch.cat(parts, dim=2)
+
+
+def _encode_batch(model: Model, triplets: Triplets, rows: range, *, flip: bool) -> Tensor:
+    """Return the latents (3, flips, n, c, h, w) of some triplets."""
     roles: list[list[Tensor]] = [[], [], []]
-    for i in range(len(triplets)):
+    for i in rows:
         images = triplets.images(i)
         if images[0].size != images[1].size:
             raise FileError(

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from safegen._version import __version__
 from safegen.core.errors import ConfigError, FileError, explain
 from safegen.core.files import display_name, is_unfinished
+from safegen.data.shards import Shard
 from safegen.evaluation.compare import differences, join_gaps
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.run.base_check import BaseCheck
@@ -64,6 +65,7 @@ def prepare(
     out: Path,
     loader: StackLoader,
     argv: Sequence[str] = (),
+    shard: Shard | None = None,
 ) -> Run:
     """Return the run in `out`: a new one, or an earlier one of the same protocol and stacks.
 
@@ -72,9 +74,10 @@ def prepare(
         ConfigError: two stacks are the same.
     """
     card = make_card(protocol, samples, stacks, loader, argv)
+    card = card.model_copy(update={"shard": shard})
     if os.path.lexists(out / CARD):
         run = Run.open(out)
-        if gaps := differences(_deciding(run.card), _deciding(card)):
+        if gaps := differences(deciding_parts(run.card), deciding_parts(card)):
             raise FileError(
                 f"{out} is another run (then and now): {join_gaps(gaps)}. "
                 "Name another directory with --out"
@@ -115,9 +118,9 @@ def check_directory(out: Path) -> None:
         raise FileError(f"{out} already exists and is not a run. Name another directory with --out")
 
 
-def _deciding(card: RunCard) -> dict[str, Any]:
+def deciding_parts(card: RunCard) -> dict[str, Any]:
     """Return what must not change when a run is resumed, since it decides the images."""
-    plain = card.model_dump(mode="json", include={"id", "stacks", "versions", "device"})
+    plain = card.model_dump(mode="json", include={"id", "stacks", "versions", "device", "shard"})
     return plain | {"protocol": card.protocol.decides()}
 
 

@@ -1,4 +1,4 @@
-"""Generation of a run's images in batches; a batch is judged while the next is generated."""
+"""Generation of a run's images in batches, without its journals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from PIL import Image
 
@@ -28,9 +28,6 @@ from safegen.evaluation.samples import EvalSample
 from safegen.guards import GeneratedImage
 from safegen.stack import Stack
 from safegen.stack_loader import LoadedStack, StackLoader
-
-if TYPE_CHECKING:
-    from safegen.evaluation.run.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -64,74 +61,91 @@ def split_batches(run: Run, samples: Sequence[EvalSample]) -> Iterator[Batch]:
             yield Batch(stack, number, part, keys, [] if stack.kind == "base" else base)
 
 
-class ImageWorker:
-    """Generates whole batches, and writes the images and records that are missing."""
+@dataclass(frozen=True)
+class BatchJob:
+    """What a run lacks of a batch."""
 
-    def __init__(
-        self,
-        run: Run,
-        stacks: Sequence[Stack],
-        loader: StackLoader,
-        journal: Journal[SampleRecord],
-        timings: Journal[TimingRecord],
-    ) -> None:
-        """Read what is done.
+    batch: Batch
+    size: int
+    """Images to generate at once."""
+    records: Mapping[str, SampleRecord]
+    """Records of the batch's images that the run has, by key."""
+    generate: bool = False
+    """Whether an image or its record is missing."""
+    judge: bool = False
+    """Whether detections are missing."""
+    change: bool = False
+    """Whether differences from the base model's images are missing."""
+    features: bool = False
+    """Whether features are missing."""
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the images are to be judged or measured."""
+        return self.judge or self.change or self.features
+
+
+class BatchTooLargeError(Exception):
+    """A batch does not fit in memory; fewer images at once may."""
+
+
+@dataclass(frozen=True)
+class GeneratedBatch:
+    """Images of a batch, which are written, and what the journals lack about them."""
+
+    images: Sequence[Image.Image]
+    records: Sequence[SampleRecord]
+    """Records of the images that had none."""
+    timing: TimingRecord
+
+
+class BatchGenerator:
+    """Generates whole batches, and writes the images that are missing. It writes no journal."""
+
+    def __init__(self, run: Run, stacks: Sequence[Stack], loader: StackLoader) -> None:
+        """Store what is generated; a stack is opened with its first batch.
 
         Args:
             run: the run.
             stacks: its stacks.
             loader: opens the stacks.
-            journal: its samples.jsonl.
-            timings: its timings.jsonl.
         """
-        self.run, self.loader, self.journal, self.timings = run, loader, journal, timings
+        self.run, self.loader = run, loader
         self.stacks = {stack.name: stack for stack in stacks}
-        self.records = {record.key: record for record in journal.records}
-        sized = [t for t in timings.records if t.size is not None]
-        self.sizes = {(t.stack, t.batch): t.size or 1 for t in sized}
-        self.size = min(
-            (t.size or 1 for t in sized if t.stage == "memory"),
-            default=run.protocol.generation.batch_size,
-        )
         self._loaded: LoadedStack | None = None
         self._resources = ExitStack()
 
-    def is_missing(self, batch: Batch) -> bool:
-        """Return whether an image of the batch, or its record, is missing."""
-        return any(
-            key not in self.records or not (self.run.folder / file).exists()
-            for key, file in zip(batch.keys, batch.files, strict=True)
-        )
+    def generate(self, job: BatchJob) -> GeneratedBatch:
+        """Return the images of a batch; afterwards all of them are written.
 
-    def generate(self, batch: Batch) -> list[Image.Image]:
-        """Return the images of a batch; afterwards all of them and their records are written."""
-        loaded, start = self._open(batch.stack), time.perf_counter()
-        generated, size = self._generate(loaded, batch)
+        Raises:
+            BatchTooLargeError: memory does not hold `job.size` images. Nothing is written. A
+                smaller size changes rounding, so it must be recorded before it is used.
+            ConfigError: memory does not hold one image.
+            FileError: the stack or an image differs from the one in the run.
+        """
+        batch, start = job.batch, time.perf_counter()
+        loaded = self._open(batch.stack)
+        generated = self._generate(loaded, job)
         images, new = [], []
         for i, output in enumerate(generated):
-            image, record = self._store(loaded, batch, i, output)
+            image, record = self._store(loaded, job, i, output)
             images.append(image)
-            new += [] if record.key in self.records else [record]
-        self.journal.append(new)
-        self.records |= {record.key: record for record in new}
+            new += [] if record.key in job.records else [record]
         guards_ms = round(sum(n.ms for output in generated for n in output.trace.guards), 3)
-        self.timings.append(
-            [
-                TimingRecord(
-                    stage="generate",
-                    stack=batch.stack.name,
-                    batch=batch.number,
-                    images=len(images),
-                    size=size,
-                    seconds=round(time.perf_counter() - start, 4),
-                    guards_ms=guards_ms if loaded.stack.guards else None,
-                )
-            ]
+        timing = TimingRecord(
+            stage="generate",
+            stack=batch.stack.name,
+            batch=batch.number,
+            images=len(images),
+            size=min(job.size, len(images)),
+            seconds=round(time.perf_counter() - start, 4),
+            guards_ms=guards_ms if loaded.stack.guards else None,
         )
-        return images
+        return GeneratedBatch(images, new, timing)
 
     def _store(
-        self, loaded: LoadedStack, batch: Batch, i: int, output: GeneratedImage
+        self, loaded: LoadedStack, job: BatchJob, i: int, output: GeneratedImage
     ) -> tuple[Image.Image, SampleRecord]:
         """Write an image that is missing, and return it as the run has it, with its record.
 
@@ -143,11 +157,12 @@ class ImageWorker:
             FileError: the image differs from the one in the run, or is missing there while a guard
                 fails now.
         """
+        batch = job.batch
         key, path = batch.keys[i], self.run.folder / batch.files[i]
         trace = json.loads(json.dumps(output.trace.to_json(times=False)))
         image = loaded.display_image(output, self.run.protocol.generation)
         data, new = self._encode(batch, i, image, trace if loaded.stack.guards else None)
-        old = self.records.get(key)
+        old = job.records.get(key)
         if old is None:
             if new.failed or (path.exists() and _was_withheld(path)):
                 path.unlink(missing_ok=True)
@@ -192,37 +207,23 @@ class ImageWorker:
             guards=guards,
         )
 
-    def _generate(self, loaded: LoadedStack, batch: Batch) -> tuple[list[GeneratedImage], int]:
-        """Return the images of a batch and how many were generated at once.
-
-        Where memory runs out, the number is halved. A smaller number changes rounding, so it is
-        recorded first, and used for this batch if it is generated again and for those that follow.
-        """
-        samples, config = batch.samples, self.run.protocol.generation
-        size = self.sizes.get((batch.stack.name, batch.number), self.size)
-        while True:
-            try:
-                return [
-                    output
-                    for start in range(0, len(samples), size)
-                    for output in loaded.generate(samples[start : start + size], config)
-                ], min(size, len(samples))
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if size == 1:
-                    raise ConfigError(
-                        "memory must hold at least one image. Free some, or use another --device."
-                    ) from error
-            self.size = size = (min(size, len(samples)) + 1) // 2
-            self.timings.append(
-                [
-                    TimingRecord(
-                        stage="memory", stack=batch.stack.name, batch=batch.number, size=size
-                    )
-                ]
-            )
-            loaded.free()
+    def _generate(self, loaded: LoadedStack, job: BatchJob) -> list[GeneratedImage]:
+        samples, config = job.batch.samples, self.run.protocol.generation
+        try:
+            return [
+                output
+                for start in range(0, len(samples), job.size)
+                for output in loaded.generate(samples[start : start + job.size], config)
+            ]
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if job.size == 1:
+                raise ConfigError(
+                    "memory must hold at least one image. Free some, or use another --device."
+                ) from error
+        loaded.free()
+        raise BatchTooLargeError
 
     def _open(self, entry: StackEntry) -> LoadedStack:
         if self._loaded is None or self._loaded.stack.name != entry.name:
@@ -238,7 +239,7 @@ class ImageWorker:
         return self._loaded
 
     def __enter__(self) -> Self:
-        """Return the worker."""
+        """Return the generator."""
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,21 +1,18 @@
-"""Scoring of a run's images while the next are generated: detections, change, features."""
+"""Scoring of a run's images in batches, without its journals: detections, change, features."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from safegen.core.errors import ConfigError, FileError
-from safegen.core.progress import ProgressCallback
-from safegen.evaluation.run.folder import CHANGES, DETECTIONS, FEATURES, JUDGES, Run, read_image
-from safegen.evaluation.run.generate import Batch
-from safegen.evaluation.run.journal import Journal
+from safegen.core.errors import ConfigError
+from safegen.evaluation.protocol import Protocol
+from safegen.evaluation.run.folder import Run, read_image
+from safegen.evaluation.run.generate import Batch, BatchJob
 from safegen.evaluation.run.records import (
     ChangeRecord,
     DetectionsRecord,
@@ -24,9 +21,10 @@ from safegen.evaluation.run.records import (
     TimingRecord,
     encode_features,
 )
-from safegen.evaluation.schema import FROM_IMAGES
+from safegen.evaluation.samples import canonical, sha
+from safegen.evaluation.schema import FROM_FEATURES
 from safegen.features.base import Extractor, TextExtractor
-from safegen.judges import Judge
+from safegen.judges import Judge, load_judge
 from safegen.metrics.clip_score import clip_scores
 from safegen.metrics.image import pixel_mae
 
@@ -36,6 +34,9 @@ if TYPE_CHECKING:
 
     from safegen.features.lpips import Lpips
 
+MAX_TEXTS = 16_384
+"""Most embeddings of prompts that are kept in memory for the next stack."""
+
 
 @dataclass(frozen=True)
 class Evaluators:
@@ -43,6 +44,8 @@ class Evaluators:
 
     judge: Judge
     record: JudgeRecord
+    protocol: Protocol
+    """Protocol that names them, from which another process can load them."""
     extractor: Extractor | None = None
     lpips: Lpips | None = None
 
@@ -52,147 +55,91 @@ class Evaluators:
         return self.record.judge
 
 
-@dataclass
-class _Results:
-    """Records of one batch; a list is empty where the batch had all of them."""
+def load_evaluators(protocol: Protocol, *, features: bool = True, lpips: bool = True) -> Evaluators:
+    """Return the judge of a protocol, and the networks that its other metrics need.
 
-    timing: TimingRecord
-    detections: list[DetectionsRecord] = field(default_factory=list)
-    changes: list[ChangeRecord] = field(default_factory=list)
-    features: list[FeatureRecord] = field(default_factory=list)
-
-
-class ScoringWorker:
-    """Judges and measures batches in a background thread, and writes the records in order.
+    Args:
+        protocol: the protocol.
+        features: load the extractor, if a metric needs it.
+        lpips: load LPIPS, if a metric needs it.
 
     Raises:
-        FileError: on entry, if a journal is damaged or in use, or if its features are of another
-            extractor.
-        ConfigError: on entry, if the CLIP score needs prompts that the run does not keep.
+        ConfigError: the CLIP score needs an extractor that reads texts.
+        UserError: the judge, the extractor or weights cannot be loaded.
     """
+    rule, options = protocol.judge, protocol.judge.public_options
+    judge = load_judge(rule.name, labels=rule.labels, threshold=rule.threshold, **rule.options)
+    id_ = judge.id + (f"#{sha(canonical(options))[:8]}" if options else "")
+    record = JudgeRecord(
+        judge=id_, name=rule.name, options=options, label_space=tuple(judge.label_space)
+    )
+    evaluators = Evaluators(judge, record, protocol)
+    metrics = set(protocol.metrics)
+    if protocol.features and features and metrics & set(FROM_FEATURES):
+        from safegen.features.base import TextExtractor, load_extractor
 
-    def __init__(
-        self,
-        run: Run,
-        evaluators: Evaluators,
-        timings: Journal[TimingRecord],
-        batches: Sequence[Batch],
-        progress: ProgressCallback,
-    ) -> None:
-        self.run, self.evaluators, self.timings = run, evaluators, timings
-        self.batches, self.progress = batches, progress
-        self.needs_changes = not set(FROM_IMAGES).isdisjoint(run.protocol.metrics)
+        extractor = load_extractor(protocol.features.extractor, weights=protocol.features.weights)
+        if "clip_score" in metrics and not isinstance(extractor, TextExtractor):
+            raise ConfigError(
+                "the CLIP score needs an extractor that reads texts too, as clip does, "
+                f"got {protocol.features.extractor!r}"
+            )
+        evaluators = replace(evaluators, extractor=extractor)
+    if protocol.lpips and lpips and "lpips" in metrics:
+        from safegen.features.lpips import Lpips
+
+        evaluators = replace(evaluators, lpips=Lpips(**protocol.lpips.model_dump()))
+    return evaluators
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """Records of one batch; a list is empty where the job did not ask for it."""
+
+    timing: TimingRecord
+    detections: Sequence[DetectionsRecord] = ()
+    changes: Sequence[ChangeRecord] = ()
+    features: Sequence[FeatureRecord] = ()
+
+
+class BatchScorer:
+    """Judges and measures whole batches. It writes nothing."""
+
+    def __init__(self, run: Run, evaluators: Evaluators) -> None:
+        self.run, self.evaluators = run, evaluators
         self.needs_clip_score = "clip_score" in run.protocol.metrics
         self._text_features = dict[int, "NDArray[np.float64]"]()
-        self._resources = ExitStack()
-        self._pending: list[Future[_Results]] = []
 
-    def __enter__(self) -> Self:
-        """Open the journals and start the thread."""
-        with ExitStack() as resources:
-            enter, folder = resources.enter_context, self.run.folder
-            self.judges = enter(Journal(folder / JUDGES, JudgeRecord))
-            self.detections = enter(Journal(folder / DETECTIONS, DetectionsRecord))
-            self.judged = {r.key for r in self.detections.records if r.judge == self.evaluators.id}
-            self.changes = (
-                enter(Journal(folder / CHANGES, ChangeRecord)) if self.needs_changes else None
-            )
-            self.changed = {r.key for r in self.changes.records} if self.changes else set[str]()
-            self.features = (
-                enter(Journal(folder / FEATURES, FeatureRecord))
-                if self.evaluators.extractor
-                else None
-            )
-            self.measured = {r.key for r in self.features.records} if self.features else set[str]()
-            self._write_judge()
-            self._check_features()
-            self._pool = enter(ThreadPoolExecutor(1))
-            self._resources = resources.pop_all()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Write the last batch, unless an error occurred: then it is judged again on resuming."""
-        with self._resources:
-            if kind is None:
-                self._collect()
-
-    def submit(self, batch: Batch, images: Sequence[Image.Image] | None) -> None:
-        """Score a batch in the background, once the batch before it is written.
+    def score(self, job: BatchJob, images: Sequence[Image.Image] | None = None) -> BatchScores:
+        """Return the records of a whole batch for every journal that lacks some of them.
 
         Args:
-            batch: the batch.
+            job: the batch, and what is missing.
             images: its images; read from their files if None.
+
+        Raises:
+            FileError: an image is missing or damaged.
         """
-        wanted = (
-            not self.judged.issuperset(batch.keys),
-            bool(self.changes and batch.base_files) and not self.changed.issuperset(batch.keys),
-            bool(self.features) and not self.measured.issuperset(batch.keys),
-        )
-        if any(wanted):
-            self._collect()
-            self._pending.append(self._pool.submit(self._score, batch, images, *wanted))
-
-    def _write_judge(self) -> None:
-        """Write the judge's record before its first detections."""
-        record = self.evaluators.record
-        records = [r for r in self.judges.records if r.judge == record.judge]
-        if not records:
-            self.judges.append([record])
-        elif records != [record]:
-            raise FileError(
-                f"{self.run.folder / JUDGES} describes {record.judge} differently. "
-                "Remove the file and judge again."
-            )
-
-    def _check_features(self) -> None:
-        extractor = self.evaluators.extractor
-        if self.features is None or extractor is None:
-            return
-        others = {r.extractor for r in self.features.records} - {extractor.id}
-        if others:
-            raise FileError(
-                f"{self.run.folder / FEATURES} is by {min(others)}, got the extractor "
-                f"{extractor.id}. Start a new run."
-            )
-        remaining = [b for b in self.batches if not self.measured.issuperset(b.keys)]
-        if self.needs_clip_score and any(not s.prompt for b in remaining for s in b.samples):
-            raise ConfigError(
-                "the CLIP score needs the prompts, which this run does not keep. "
-                "Resume with the command that began it."
-            )
-
-    def _score(
-        self,
-        batch: Batch,
-        images: Sequence[Image.Image] | None,
-        judge: bool,
-        change: bool,
-        features: bool,
-    ) -> _Results:
-        """Return the records of a whole batch for every journal that lacks some of them."""
-        start, stack = time.perf_counter(), batch.stack
-        images = list(images or [read_image(self.run.folder / file) for file in batch.files])
+        start, batch, stack = time.perf_counter(), job.batch, job.batch.stack
+        if images is None:
+            images = [read_image(self.run.folder / file) for file in batch.files]
+        detections = list[DetectionsRecord]()
+        if job.judge:
+            detections = [
+                DetectionsRecord(key=k, stack=stack.name, judge=self.evaluators.id, detections=d)
+                for k, d in zip(batch.keys, self.evaluators.judge.detect(list(images)), strict=True)
+            ]
+        changes = self._change_records(batch, images) if job.change else []
+        features = self._feature_records(batch, images) if job.features else []
         timing = TimingRecord(
             stage="judge",
             stack=stack.name,
             batch=batch.number,
             images=len(batch.keys),
             judge=self.evaluators.id,
+            seconds=round(time.perf_counter() - start, 4),
         )
-        results = _Results(timing)
-        if judge:
-            detections = self.evaluators.judge.detect(images)
-            results.detections = [
-                DetectionsRecord(key=k, stack=stack.name, judge=self.evaluators.id, detections=d)
-                for k, d in zip(batch.keys, detections, strict=True)
-            ]
-        if change:
-            results.changes = self._change_records(batch, images)
-        if features:
-            results.features = self._feature_records(batch, images)
-        seconds = round(time.perf_counter() - start, 4)
-        results.timing = timing.model_copy(update={"seconds": seconds})
-        return results
+        return BatchScores(timing, detections, changes, features)
 
     def _change_records(self, batch: Batch, images: Sequence[Image.Image]) -> list[ChangeRecord]:
         base = [read_image(self.run.folder / file) for file in batch.base_files]
@@ -210,6 +157,15 @@ class ScoringWorker:
             for key, old, new, distance in zip(batch.keys, base, images, distances, strict=True)
         ]
 
+    def _texts(self, batch: Batch, extractor: TextExtractor) -> NDArray[np.float64]:
+        """Return the embeddings of a batch's prompts; they are the same for every stack."""
+        if batch.number in self._text_features:
+            return self._text_features[batch.number]
+        texts = extractor.texts([sample.prompt for sample in batch.samples])
+        if len(self._text_features) * len(texts) < MAX_TEXTS:
+            self._text_features[batch.number] = texts
+        return texts
+
     def _feature_records(self, batch: Batch, images: Sequence[Image.Image]) -> list[FeatureRecord]:
         extractor = self.evaluators.extractor
         assert extractor is not None
@@ -217,10 +173,7 @@ class ScoringWorker:
         scores: list[float | None] = [None] * len(rows)
         if self.needs_clip_score:
             assert isinstance(extractor, TextExtractor)
-            if batch.number not in self._text_features:  # the same prompts for every stack
-                prompts = [sample.prompt for sample in batch.samples]
-                self._text_features[batch.number] = extractor.texts(prompts)
-            texts = self._text_features[batch.number]
+            texts = self._texts(batch, extractor)
             scores = [_clip_score(x, y) for x, y in zip(rows, texts, strict=True)]
         return [
             FeatureRecord(
@@ -232,22 +185,6 @@ class ScoringWorker:
             )
             for key, row, score in zip(batch.keys, rows, scores, strict=True)
         ]
-
-    def _collect(self) -> None:
-        """Write the records of the pending batch."""
-        while self._pending:
-            results = self._pending.pop(0).result()
-            self.detections.append([r for r in results.detections if r.key not in self.judged])
-            self.judged.update(r.key for r in results.detections)
-            if self.changes:
-                self.changes.append([r for r in results.changes if r.key not in self.changed])
-                self.changed.update(r.key for r in results.changes)
-            if self.features:
-                self.features.append([r for r in results.features if r.key not in self.measured])
-                self.measured.update(r.key for r in results.features)
-            self.timings.append([results.timing])
-            total = sum(len(batch.keys) for batch in self.batches)
-            self.progress("judging", len(self.judged), total)
 
 
 def _clip_score(image: NDArray[np.float64], text: NDArray[np.float64]) -> float | None:

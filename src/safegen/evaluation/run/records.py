@@ -23,6 +23,7 @@ from safegen.core.settings import (
     Seed,
     Share,
 )
+from safegen.data.shards import Shard
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.samples import EvalSample, Role
 from safegen.judges.base import Detections
@@ -274,6 +275,8 @@ class RunCard(CardPart):
     """Versions of safegen and of the libraries."""
     device: str
     platform: dict[str, str]
+    shard: Shard | None = Field(default=None, exclude_if=lambda shard: shard is None)
+    """Part of the run that this directory has; None if it is whole."""
     argv: tuple[str, ...] = ()
     """Command line that made the run, with paths reduced to file names."""
 

@@ -36,6 +36,7 @@ from safegen.evaluation.run.records import (
 from safegen.evaluation.run.truth import TruthRecord, own_truth
 from safegen.evaluation.samples import EvalSample
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES
+from safegen.evaluation.shards import check_whole
 from safegen.judges.base import Detections
 from safegen.judges.batching import resolve_labels
 
@@ -102,10 +103,11 @@ def load_results(
         truth: whether images show the concept, by key. Default: what the run's directory holds.
 
     Raises:
-        FileError: the run is incomplete, or a journal is damaged.
+        FileError: the run is incomplete or a shard, or a journal is damaged.
         ConfigError: the threshold is below the stored scores, or another judge has no labels.
         UnknownNameError: the judge has no such label.
     """
+    check_whole(run)
     _check_plan(run)
     rule = run.protocol.judge
     name = (judge or rule.name).partition(":")[0]

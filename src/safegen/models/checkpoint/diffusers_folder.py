@@ -19,6 +19,7 @@ from safegen.core.files import exists, staged_directory
 from safegen.core.quiet import silence_libraries
 from safegen.core.tensor_files import read_header
 from safegen.models.checkpoint import configs
+from safegen.models.checkpoint.component_writer import save_component
 from safegen.models.checkpoint.folder_schema import (
     UNLOADED,
     FolderIndex,
@@ -28,7 +29,7 @@ from safegen.models.checkpoint.folder_schema import (
 )
 from safegen.models.checkpoint.metadata import METADATA_FILE, CheckpointMetadata, parse_metadata
 from safegen.models.checkpoint.weight_files import WeightFiles, find_weights
-from safegen.models.model import Model, Pipeline
+from safegen.models.model import DTYPES, Model, Pipeline
 from safegen.models.patched_weights import hash_stored, patched_encoders
 
 SDXL = "StableDiffusionXLPipeline"
@@ -217,6 +218,7 @@ def save_folder(
     model: Model,
     path: str | Path,
     *,
+    dtype: str | None = None,
     card: str | None = None,
     metadata: CheckpointMetadata | None = None,
 ) -> None:
@@ -229,17 +231,19 @@ def save_folder(
     Args:
         model: the model, with or without patches on it.
         path: the new folder.
+        dtype: type of the weights: fp32, fp16 or bf16. Default: they stay as they are.
         card: text of its README.md. Default: none is written.
         metadata: content of its safegen.json, completed by the hash of the weights. Default: none
             is written.
 
     Raises:
         FileError: `path` exists or cannot be written.
+        ConfigError: the type cannot hold a weight.
     """
     with staged_directory(Path(path)) as tmp:
         try:
             with silence_libraries():
-                _save_pipeline(model, tmp)
+                _save_pipeline(model, tmp, dtype)
         except Exception as error:
             if isinstance(error, SafetensorError) or type(error) is Exception:
                 # tokenizers raises a plain Exception on a full disk
@@ -256,24 +260,24 @@ def save_folder(
         if card is not None:
             (tmp / "README.md").write_text(card, encoding="utf-8")
         if metadata is not None:
-            components = hash_stored(model, patched_encoders(model, metadata))
+            components = hash_stored(
+                model, patched_encoders(model, metadata), DTYPES.get(dtype or "")
+            )
             metadata = metadata.model_copy(
-                update={"weights": model.hash_denoiser(), "components": components}
+                update={"weights": model.hash_denoiser(dtype), "components": components}
             )
             text = json.dumps(metadata.to_json(), indent=1, sort_keys=True)
             (tmp / METADATA_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _save_pipeline(model: Model, folder: Path) -> None:
-    """Write a pipeline's components, the text encoder with the keys that earlier releases read."""
-    model.pipeline.save_pretrained(folder)
-    encoder = model.pipeline.text_encoder
-    state = encoder.state_dict()
-    if not any(key.startswith("text_model.") for key in state):
-        shutil.rmtree(folder / "text_encoder")
-        encoder.save_pretrained(
-            folder / "text_encoder", state_dict={f"text_model.{k}": v for k, v in state.items()}
-        )
+def _save_pipeline(model: Model, folder: Path, dtype: str | None) -> None:
+    """Write a pipeline's components and its model_index.json."""
+    for name, part in model.pipeline.components.items():
+        if name in model.components:
+            save_component(part, folder / name, dtype=dtype)
+        elif part is not None:
+            part.save_pretrained(folder / name)
+    model.pipeline.save_config(folder)
 
 
 def _copy_unloaded(model: Model, target: Path) -> Mapping[str, Any]:

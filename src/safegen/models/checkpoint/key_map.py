@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
+from safegen.core.tensor_files import LazyTensor, Tensors, values_of
 from safegen.models.checkpoint.transformer_map import (
     part_of,
     swap_halves,
@@ -218,33 +221,37 @@ def _groups(architecture: str, component: str, names: Iterable[str]) -> dict[str
     return {original: sorted(group, key=order) for original, group in groups.items()}
 
 
-def pack(architecture: str, component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a component as a one-file checkpoint stores them.
+def pack(architecture: str, component: str, state: Tensors) -> dict[str, LazyTensor]:
+    """Return the weights of a component as a one-file checkpoint stores them, not yet computed.
 
     The autoencoder's attention has 1x1 convolutions; OpenCLIP stores queries, keys and values in
     one tensor, and transposes its text projection. Transformers share tensors too, and their last
     modulations have shift before scale.
     """
     swapped = swapped_names(state) if component == "transformer" else set()
-    packed = {}
-    for original, names in _groups(architecture, component, state).items():
-        is_fused = len(names) > 1 and not _is_tied(names)
-        value = torch.cat([state[name] for name in names]) if is_fused else state[names[0]]
+
+    def pack_tensor(original: str, names: Sequence[str], values: Sequence[Tensor]) -> Tensor:
+        value = values[0] if len(values) == 1 else torch.cat(list(values))
         if component == "vae" and ".mid_block.attentions." in names[0] and value.ndim == 2:
             value = value[:, :, None, None]
         if names[0] in swapped:
             value = swap_halves(value)
-        packed[original] = value.T if _is_transposed(architecture, component, original) else value
+        return value.T if _is_transposed(architecture, component, original) else value
+
+    packed = {}
+    for original, names in _groups(architecture, component, state).items():
+        stored = names[:1] if _is_tied(names) else names
+        sources = [state[name] for name in stored]
+        packed[original] = LazyTensor.of(sources, partial(pack_tensor, original, stored))
     return packed
 
 
 def unpack(
-    architecture: str,
-    component: str,
-    tensors: Mapping[str, Tensor],
-    shapes: Mapping[str, torch.Size],
-) -> dict[str, Tensor]:
+    architecture: str, component: str, tensors: Tensors, shapes: Mapping[str, torch.Size]
+) -> dict[str, LazyTensor]:
     """Return a component's weights from the tensors of a one-file checkpoint: inverse of `pack`.
+
+    Nothing is read yet. A tensor that weights share is read once if they are loaded in order.
 
     Args:
         architecture: key of `PREFIX`.
@@ -254,18 +261,33 @@ def unpack(
             the file does not fit.
     """
     swapped = swapped_names(shapes) if component == "transformer" else set()
+    shared: dict[str, Tensor] = {}  # the fused tensor that was read last
+
+    def load_shared(original: str) -> Tensor:
+        if original not in shared:
+            shared.clear()
+            shared[original] = values_of(tensors[original])
+        return shared[original]
+
+    def unpack_tensor(name: str, place: slice, values: Sequence[Tensor]) -> Tensor:
+        value = values[0] if place.stop is None else values[0][place]
+        if component == "vae" and value.ndim == 4 and len(shapes[name]) == 2:
+            return value[:, :, 0, 0]
+        if name in swapped and value.shape == shapes[name]:
+            return swap_halves(value)
+        return value.T if _is_transposed(architecture, component, name) else value
+
     weights = {}
     for original, names in _groups(architecture, component, shapes).items():
-        value, rows = tensors[original], [shapes[name][0] for name in names]
-        is_fused = len(names) > 1 and not _is_tied(names) and value.ndim > 0
-        parts = value.split(rows) if is_fused and len(value) == sum(rows) else [value] * len(rows)
-        for name, part in zip(names, parts, strict=True):
-            if component == "vae" and part.ndim == 4 and len(shapes[name]) == 2:
-                weights[name] = part[:, :, 0, 0]
-            elif name in swapped and part.shape == shapes[name]:
-                weights[name] = swap_halves(part)
-            else:
-                weights[name] = part.T if _is_transposed(architecture, component, name) else part
+        source, rows = tensors[original], [shapes[name][0] for name in names]
+        if len(names) > 1:
+            load = partial(load_shared, original)
+            source = LazyTensor(tuple(source.shape), source.dtype, load)
+        stops = list(accumulate(rows)) if len(names) > 1 and not _is_tied(names) else []
+        splits = bool(stops) and tuple(source.shape[:1]) == (stops[-1],)
+        for i, name in enumerate(names):
+            place = slice(stops[i] - rows[i], stops[i]) if splits else slice(None)
+            weights[name] = LazyTensor.of([source], partial(unpack_tensor, name, place))
     return weights
 
 

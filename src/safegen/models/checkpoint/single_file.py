@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import FileError, first_line
-from safegen.core.tensor_files import FACTOR_DTYPES, check_pickle, read_tensors
+from safegen.core.tensor_files import FACTOR_DTYPES, LazyTensor, Tensors, check_pickle, open_tensors
 from safegen.models.checkpoint.key_map import PREFIX, original_names, unpack
 
 CONFIGS_KEY = "safegen_configs"
@@ -55,7 +55,7 @@ class SingleFile:
     """Content of a one-file checkpoint."""
 
     path: Path
-    tensors: Mapping[str, Tensor]
+    tensors: Tensors
     header: Mapping[str, str]
 
     @property
@@ -98,13 +98,14 @@ def open_single_file(path: Path, allow_pickle: bool) -> SingleFile:
             check_pickle(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
             content = content.get("state_dict", content)
-            tensors = {
+            tensors: dict[str, Tensor | LazyTensor] = {
                 key: value
                 for key, value in content.items()
                 if isinstance(key, str) and isinstance(value, Tensor)
             }
         else:
-            tensors, header = read_tensors(path)
+            found, header = open_tensors(path)
+            tensors = {**found}
     except FileError:
         raise
     except Exception as error:  # torch's unpickler raises a dozen types
@@ -154,13 +155,14 @@ def load_weights(
             )
     shapes = {name: value.shape for name, value in state.items()}
     for name, value in unpack(architecture, component, tensors, shapes).items():
-        if value.shape != shapes[name]:
+        if value.shape != tuple(shapes[name]):
             raise FileError(
                 f"shape of {names[name]} in {path} must be {tuple(shapes[name])} for {name}, got "
                 f"{tuple(tensors[names[name]].shape)}. {hint}"
             )
-        # a copy, since the alignment of memory-mapped tensors changes how sums are rounded
-        weights[name] = value.to(state[name].dtype, copy=True).contiguous()
+        # a copy, since a view would hold the whole tensor, and one at an odd place is summed up in
+        # another order
+        weights[name] = value.load().to(state[name].dtype, copy=True).contiguous()
     prefix = PREFIX[architecture][component]
     unknown = {
         key

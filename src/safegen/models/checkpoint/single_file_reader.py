@@ -95,7 +95,7 @@ def read_single_file(
                 hint = f"The configuration is that of the published {published}. {NAME_FOLDER}"
         class_name = check_configs(config, title=title).class_name
         try:
-            pipeline = _build_pipeline(checkpoint, config, class_name, hint)
+            pipeline = _build_pipeline(checkpoint, config, class_name, hint, dtype)
         except FileError:
             raise
         except Exception as error:  # diffusers and transformers raise a dozen types
@@ -104,8 +104,6 @@ def read_single_file(
                 f"the configuration files in {title or config} cannot be used: {reason[:300]}"
             ) from error
         _check_scheduler(checkpoint, pipeline.scheduler)
-        with silence_libraries():
-            pipeline.to(dtype=dtype)
     return pipeline, parse_metadata(checkpoint.header.get(METADATA_KEY, ""))
 
 
@@ -138,7 +136,7 @@ def _write_published_configs(checkpoint: SingleFile, folder: Path) -> str:
         if not any(name.startswith(prefix) for name in tensors):
             raise FileError(f"{path} lacks the {component} of {title}. Get a complete file")
     conv_in = tensors.get(PREFIX[architecture]["unet"] + "input_blocks.0.0.weight")
-    channels = None if conv_in is None else conv_in.shape[1] if conv_in.ndim > 1 else 0
+    channels = None if conv_in is None else conv_in.shape[1] if len(conv_in.shape) > 1 else 0
     if channels not in (None, 4):
         raise FileError(
             f"input channels of {path} must be 4, got {channels}. "
@@ -183,14 +181,16 @@ def _check_scheduler(checkpoint: SingleFile, scheduler: Any) -> None:
         )
 
 
-def _build_pipeline(checkpoint: SingleFile, config: Path, class_name: str, hint: str) -> Pipeline:
+def _build_pipeline(
+    checkpoint: SingleFile, config: Path, class_name: str, hint: str, dtype: torch.dtype
+) -> Pipeline:
     """Return a pipeline built from configuration files, with a file's weights in it."""
     with silence_libraries():
         components = _empty_components(config, class_name)
         linear = components["unet"].config.use_linear_projection
         architecture = "sdxl" if class_name == SDXL else "sd2" if linear else "sd1"
         for component, module in components.items():
-            load_weights(checkpoint, architecture, component, module.float(), hint)
+            load_weights(checkpoint, architecture, component, module.to(dtype), hint)
         cls, options = pipeline_class(class_name)
         pipeline: Pipeline = cls.from_pretrained(
             config, **components, **options, local_files_only=True

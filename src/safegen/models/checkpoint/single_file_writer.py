@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from safegen.core.errors import ConfigError
-from safegen.core.hashing import hash_tensors
 from safegen.core.quiet import silence_libraries
-from safegen.core.tensor_files import write_tensors
+from safegen.core.tensor_files import LazyTensor, write_tensors
 from safegen.models.checkpoint import configs
+from safegen.models.checkpoint.component_writer import cast_state
 from safegen.models.checkpoint.diffusers_folder import remove_local_paths
 from safegen.models.checkpoint.key_map import DENOISER_PREFIX, PREFIX, pack
 from safegen.models.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
@@ -70,17 +71,22 @@ def save_single_file(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    architecture, tensors = architecture_of(model.pipeline), _marker_tensors(model)
+    architecture = architecture_of(model.pipeline)
+    tensors: dict[str, Tensor | LazyTensor] = {**_marker_tensors(model)}
     is_flow = model.denoiser_name == "transformer"
     if is_flow:
         _check_text_encoders(model, metadata)
     header = _header(model, architecture, path.stem)
     for component in [model.denoiser_name] if is_flow else PREFIX[architecture]:
-        state = _cast_state(getattr(model.pipeline, component), component, dtype)
+        state = cast_state(getattr(model.pipeline, component).state_dict(), component, dtype)
         if component == model.denoiser_name and metadata is not None:
-            components = hash_stored(model, patched_encoders(model, metadata), DTYPES[dtype])
-            weights = hash_tensors(state, dtype=torch.float32)
-            stored = metadata.model_copy(update={"weights": weights, "components": components})
+            encoders = patched_encoders(model, metadata)
+            stored = metadata.model_copy(
+                update={
+                    "weights": model.hash_denoiser(dtype),
+                    "components": hash_stored(model, encoders, DTYPES[dtype]),
+                }
+            )
             header[METADATA_KEY] = json.dumps(stored.to_json(), sort_keys=True)
         try:
             packed = pack(architecture, component, state)
@@ -111,19 +117,6 @@ def _check_text_encoders(model: Model, metadata: CheckpointMetadata | None) -> N
             f"{model.name!r} cannot be written as one file: a patch changes {min(patched)}, and "
             f"the file would hold the transformer alone. {WRITE_FOLDER}"
         )
-
-
-def _cast_state(module: torch.nn.Module, component: str, dtype: str) -> dict[str, Tensor]:
-    """Return a component's weights in a type, on the CPU."""
-    state = {}
-    for name, value in module.state_dict().items():
-        state[name] = value.detach().cpu().to(DTYPES[dtype])
-        if not bool(state[name].isfinite().all()):
-            raise ConfigError(
-                f"dtype must hold all weights, got {dtype}, which overflows in {component}.{name}. "
-                "Use bf16 or fp32"
-            )
-    return state
 
 
 def _marker_tensors(model: Model) -> dict[str, Tensor]:
@@ -172,7 +165,9 @@ def _config_files(model: Model) -> dict[str, str]:
         pipeline.vae.save_config(folder / "vae")
         for suffix in ("", "_2") if hasattr(pipeline, "text_encoder_2") else ("",):
             encoder, tokenizer = f"text_encoder{suffix}", f"tokenizer{suffix}"
-            getattr(pipeline, encoder).config.save_pretrained(folder / encoder)
+            config = copy.deepcopy(getattr(pipeline, encoder).config)
+            config.dtype = "float32"  # not the type that the model happens to be loaded in
+            config.save_pretrained(folder / encoder)
             getattr(pipeline, tokenizer).save_pretrained(folder / tokenizer)
             if not configs.remove_vocabulary(folder / tokenizer):
                 configs.save_vocabulary(folder / tokenizer)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from safegen.core.generation import GenerationConfig
-from safegen.evaluation.evaluate import Baselines, expand_baselines, load_evaluators
+from safegen.evaluation.evaluate import Baselines, expand_baselines
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.run.judge import Evaluators
+from safegen.evaluation.run.judge import Evaluators, load_evaluators
 from safegen.evaluation.samples import EvalSample
 from safegen.stack import Stack
 from safegen.stack_loader import LoadedStack, StackLoader

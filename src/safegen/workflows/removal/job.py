@@ -18,12 +18,13 @@ from safegen.core.documents import read_json_object, validate
 from safegen.core.errors import ConfigError
 from safegen.core.files import atomic_write, display_name
 from safegen.core.progress import ProgressCallback
-from safegen.core.registry import MODELS
+from safegen.core.registry import EDITS, MODELS, resolve
 from safegen.core.text import short_repr
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import Edit
 from safegen.edits.training.checkpoint import CHECKPOINT_FILE
-from safegen.edits.training.presets import PRESET_NAMES, default_preset
+from safegen.edits.training.latents import latent_storage
+from safegen.edits.training.presets import default_preset, default_presets
 from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.report.model_card import CardSubject, model_card, write_with_card
 from safegen.evaluation.report.page import open_runs, write_report
@@ -117,7 +118,8 @@ class RemovalJob:
             UserError: a setting or an output cannot be used, or the judge cannot be loaded.
         """
         self.files.check_outputs()
-        for name in (self.preset,) if self.preset else PRESET_NAMES:
+        presets = default_presets(resolve(EDITS, self.method, "edit").PRESETS)
+        for name in (self.preset,) if self.preset else presets:
             edit = make_edit(self.method, name, concept=self.concept, **self.changes)
             self.images.check(words=edit.inputs == "words")
             if not edit.erases_concept:
@@ -127,7 +129,7 @@ class RemovalJob:
         load_concept_judge(self.concept)
 
     def plan(self) -> Plan:
-        """Return what the job will cost, from a probe of some seconds; nothing is written."""
+        """Return what the job will cost, from a probe; nothing is written."""
         model, _ = self.loader.model(self.model, self.config)
         with TemporaryDirectory() as folder:
             concept = self._write_captions(Path(folder) / "captions.txt")
@@ -179,16 +181,17 @@ class RemovalJob:
         self.files.publish()
         return result
 
+    def _preset(self, model: Model) -> str:
+        return self.preset or default_preset(model, resolve(EDITS, self.method, "edit").PRESETS)
+
     def _make_edit(self, model: Model, concept: Concept) -> Edit:
-        preset = self.preset or default_preset(model)
-        return make_edit(self.method, preset, concept=concept, **self.changes)
+        return make_edit(self.method, self._preset(model), concept=concept, **self.changes)
 
     def _show_plan(self, model: Model, edit: Edit) -> None:
         """Pass what will be done to `notify`, before anything takes time."""
         if self.notify is None:
             return
-        preset = self.preset or default_preset(model)
-        self.notify(f"{edit.method()}, preset {preset}; {model.describe()}")
+        self.notify(f"{edit.method()}, preset {self._preset(model)}; {model.describe()}")
         if edit.inputs != "words":
             self.notify(self.images.sentence(self.concept))
         if self.files.is_begun:
@@ -221,13 +224,12 @@ class RemovalJob:
             if edit.is_trained
             else {}
         )
-        patch = apply_edit(
-            edit,
-            model,
-            triplets,
-            callback=lambda done, total, _: self.progress("editing", done, total),
-            **training,
-        )
+
+        def follow(done: int, total: int, _: object) -> None:
+            self.progress("editing", done, total)
+
+        with latent_storage(progress=self.progress):
+            patch = apply_edit(edit, model, triplets, callback=follow, **training)
         path.parent.mkdir(exist_ok=True)
         patch.save(path)
         if edit.is_trained:
@@ -326,7 +328,6 @@ class RemovalJob:
 
     def _summary(self, patch: Patch, result: MakeSafeResult) -> dict[str, Any]:
         """Return the summary of the job as plain values, without folders."""
-        metadata = patch.metadata
         return {
             "safegen": __version__,
             "shipped": result.is_shipped,
@@ -334,10 +335,10 @@ class RemovalJob:
             "concept": self.concept.name,
             "judge": self.concept.judge,
             "edit": {
-                "method": metadata.method,
-                "seconds": metadata.seconds,
+                "method": patch.metadata.method,
+                "seconds": patch.metadata.seconds,
                 "patch": patch.hash,
-                "triplets": metadata.data,
+                "triplets": patch.metadata.data,
             },
             "files": {
                 "model": result.model.name,

@@ -1,0 +1,185 @@
+"""Shards of a run: merged, they are the bytes of one process; what is unfinished is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from pydantic import ValidationError
+
+from safegen.core.errors import ConfigError, FileError
+from safegen.data.shards import Shard
+from safegen.evaluation.merge import merge_runs
+from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.folder import CARD, DETECTIONS, SAMPLES, SCORES, TIMINGS, Run
+from safegen.evaluation.scoring.score import score_run
+from safegen.evaluation.verify import verify
+
+
+@pytest.mark.parametrize(("units", "count"), [(0, 3), (2, 3), (3, 1), (10, 3), (12, 4)])
+def test_shards_take_each_unit_once_and_differ_by_one_unit_at_most(units, count):
+    names = [f"unit {i}" for i in range(units)]
+    parts = [Shard(index=i, count=count).select(names) for i in range(1, count + 1)]
+    assert sorted(i for part in parts for i in part) == list(range(units))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_shard_of_a_unit_follows_from_the_names_alone():
+    names = [f"unit {i}" for i in range(9)]
+    shard = Shard.parse("2/3")
+    assert {names[i] for i in shard.select(names)} == {
+        names[::-1][i] for i in shard.select(names[::-1])
+    }
+    assert shard.select(names) != frozenset(range(1, 9, 3))  # a period of the list does not matter
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "a/b", "1/2/3", "-1/2", "1/9999999"])
+def test_a_shard_that_is_none_is_refused_in_one_line(text):
+    with pytest.raises(ConfigError, match=r"^shard must be I/N[^\n]*, got [^\n]*$"):
+        Shard.parse(text)
+    with pytest.raises(ValidationError):
+        Shard.model_validate(text)
+
+
+def test_a_shard_reads_back_as_it_is_written():
+    shard = Shard.parse("3/7")
+    assert (shard.index, shard.count, str(shard)) == (3, 7, "3/7")
+    assert Shard.model_validate_json(shard.model_dump_json()) == shard
+
+
+def contents(folder, timings):
+    """Return every file of a run, its report as it is with given timings."""
+    shutil.copyfile(timings, folder / TIMINGS)
+    write_report(open_runs([folder]), folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="session")
+def parts(go, tmp_path_factory):
+    """Return the folders of a run in two shards, to be read only."""
+    folder = tmp_path_factory.mktemp("shards")
+    return [go(folder / f"part-{i}", shard=Shard(index=i, count=2)).folder for i in (1, 2)]
+
+
+def test_a_shard_has_its_batches_alone_and_no_scores(parts, finished):
+    whole = {r.key for r in Run.open(finished).sample_records()}
+    keys = [{r.key for r in Run.open(part).sample_records()} for part in parts]
+    assert not keys[0] & keys[1]
+    assert keys[0] | keys[1] == whole
+    for part, own in zip(parts, keys, strict=True):
+        run = Run.open(part)
+        assert not (part / SCORES).exists()
+        assert {r.key for r in run.detections_records()} == own
+        for read in (score_run, verify):
+            with pytest.raises(FileError, match=r"must be a whole run, got shard ./2\. Merge"):
+                read(run)
+
+
+def test_a_shard_resumes_as_that_shard_alone(go, parts):
+    before = (parts[0] / CARD).read_bytes()
+    assert json.loads(before)["shard"] == "1/2"
+    for other in (Shard(index=2, count=2), None):
+        with pytest.raises(FileError, match=r"is another run .*: shard: "):
+            go(parts[0], shard=other)
+    assert (parts[0] / CARD).read_bytes() == before
+
+
+def test_merged_shards_are_the_bytes_of_one_process(parts, finished, tmp_path):
+    whole, timings = tmp_path / "one" / "run", finished / TIMINGS
+    shutil.copytree(finished, whole)
+    merged = merge_runs([parts[1], parts[0], parts[1]], tmp_path / "merged" / "run").folder
+    lines = [sorted((p / TIMINGS).read_text().splitlines()) for p in (merged, *parts)]
+    assert lines[0] == sorted(lines[1] + lines[2])
+    assert verify(Run.open(merged)) == []
+    assert contents(merged, timings) == contents(whole, timings)
+
+
+def test_a_merge_that_was_stopped_before_the_scores_goes_on(parts, finished, tmp_path):
+    out = merge_runs(parts, tmp_path / "run").folder
+    (out / SCORES).unlink()
+    merge_runs(parts, out)
+    assert (out / SCORES).read_bytes() == (finished / SCORES).read_bytes()
+
+
+@pytest.fixture
+def part(parts, tmp_path):
+    """Return a copy of the second shard that a test may change."""
+    return shutil.copytree(parts[1], tmp_path / "part-2-copy")
+
+
+def drop_line(path):
+    """Remove the last line of a journal, and return it."""
+    *lines, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines))
+    return last
+
+
+@pytest.mark.parametrize("journal", [SAMPLES, DETECTIONS])
+def test_shards_that_are_missing_or_not_finished_are_named(parts, part, tmp_path, journal):
+    with pytest.raises(FileError, match=r"but not: 2/2 \(not given\)\. Finish"):
+        merge_runs(parts[:1], tmp_path / "run")
+    drop_line(part / journal)
+    message = rf"but not: 2/2 \(part-2-copy lacks 1 records in {journal}\)\. Finish"
+    with pytest.raises(FileError, match=message):
+        merge_runs([parts[0], part], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    merge_runs([parts[0], part, parts[1]], tmp_path / "run")  # the finished twin has it
+
+
+def test_contradictory_parts_are_refused(parts, part, tmp_path):
+    line = drop_line(part / DETECTIONS)
+    with (part / DETECTIONS).open("ab") as file:
+        file.write(line.replace(b'"score":0.', b'"score":0.1'))
+    with pytest.raises(FileError, match=r"parts must agree, got two records of .* that differ"):
+        merge_runs([*parts, part], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_is_not_the_recorded_one_is_refused(parts, part, tmp_path):
+    image = min((part / "images" / "calm").iterdir())
+    image.write_bytes(image.read_bytes()[:-1])
+    with pytest.raises(FileError, match=r"must be the image in samples.jsonl, got another"):
+        merge_runs([parts[0], part], tmp_path / "run")
+    image.unlink()
+    with pytest.raises(FileError, match="does not exist"):
+        merge_runs([parts[0], part], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"versions": {"safegen": "0"}}, "differ in versions.safegen"),
+        ({"device": "cuda, float32"}, "differ in device"),
+        ({"shard": "2/3"}, "one number of shards, got I/2 and I/3"),
+    ],
+)
+def test_shards_of_other_runs_are_refused(parts, part, tmp_path, changes, message):
+    card = json.loads((part / CARD).read_text())
+    (part / CARD).write_text(json.dumps(card | changes))
+    with pytest.raises(ConfigError, match=message):
+        merge_runs([parts[0], part], tmp_path / "run")
+
+
+def test_a_merge_replaces_nothing(parts, tmp_path):
+    with pytest.raises(FileError, match=r"is another run .*: shard: .*Name another directory"):
+        merge_runs(parts, parts[0])
+    (tmp_path / "kept").write_text("mine")
+    for out in (tmp_path, tmp_path / "kept"):
+        with pytest.raises(FileError, match="already exists"):
+            merge_runs(parts, out)
+
+
+def test_more_shards_than_batches_leave_some_empty_and_merge(go, loader, tmp_path):
+    options = {"stacks": ["mini"], "baselines": "none"}
+    folders = [
+        go(tmp_path / f"{i}", shard=Shard(index=i, count=4), until="generate", **options).folder
+        for i in range(1, 5)
+    ]
+    counts = sorted(len(Run.open(folder).sample_records()) for folder in folders)
+    assert counts == [0, 4, 4, 4]
+    run = merge_runs(folders, tmp_path / "run")
+    assert [record.key for record in run.sample_records()] == run.keys(run.stacks[0])
+    assert not (run.folder / SCORES).exists()  # not judged yet
