@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def measure(name: str, precision: str, updates: int, warm_up: int) -> dict[str, 
     before, started, times = resident("VmRSS"), time.process_time(), [time.process_time()]
     run = {"published": run_published, "safegen": run_safegen}[name]
     run(model, triplets, precision, updates, lambda: times.append(time.process_time()))
-    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    seconds = [b - a for a, b in pairwise(times)]
     typical = statistics.median(seconds[warm_up:])
     return {
         "run": name,

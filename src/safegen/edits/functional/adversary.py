@@ -207,8 +207,11 @@ class ReceAdversary(Adversary):
             before: Tensor,
         ) -> Conditioning:
             net = getattr(denoiser, "module", denoiser)
-            modules = [net.get_submodule(name.removesuffix(".weight")) for name in original]
-            edited = [merged_weight(module).to(device) for module in modules]
+            edited = [
+                merged_weight(net.get_submodule(_module(name))) if name in trained else weight
+                for name, weight in original.items()
+            ]
+            edited = [weight.to(device) for weight in edited]
             unedited = [w.to(device) for w in original.values()]
             hidden = text.hidden
             keys = hidden.flatten(0, 1).to(device)

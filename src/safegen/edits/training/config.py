@@ -138,6 +138,11 @@ FULL_SIZE_TRAINING = Training(precision="auto")
 """Published SafeGen schedule in the precision of the device."""
 
 
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of one step's generator: a hash of both, so that steps are independent."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
+
+
 class Objective(Protocol):
     """Batches and losses of one training."""
 

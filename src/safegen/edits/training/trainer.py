@@ -38,6 +38,7 @@ from safegen.edits.training.config import (
     warn_unused,
 )
 from safegen.edits.training.interruption import interruption
+from safegen.edits.training.micro_steps import compute_losses, forward_passes
 from safegen.edits.training.network import prepared_network
 
 
@@ -118,11 +119,14 @@ class Trainer:
             betas=config.betas,
             weight_decay=config.weight_decay,
             eps=1e-8,
+            fused=True,
         )
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         ramp = {} if config.ema_ramp else {"min_decay": config.ema, "update_after_step": -1}
         parameters = list(trained.values())
-        self.ema = EMAModel(parameters, decay=config.ema, **ramp) if config.ema else None
+        self.ema = (
+            EMAModel(parameters, decay=config.ema, foreach=True, **ramp) if config.ema else None
+        )
         self.state = training_state(objective)
         self.update, self.seconds, self.skipped = 0, 0.0, 0
         self.best_loss, self.validations_without_gain = math.inf, 0
@@ -228,12 +232,11 @@ class Trainer:
         self.unwrapped_denoiser.train()
         row: LogRow = {}
         advice = f"Lower lr ({config.lr}) or use precision fp32."
-        for i in range(config.accumulation):
-            micro_step = self.update * config.accumulation + i
-            generator = torch.Generator("cpu").manual_seed(_step_seed(config.seed, micro_step))
-            share = (accelerator.process_index, accelerator.num_processes)
+        share = (accelerator.process_index, accelerator.num_processes)
+        for steps in forward_passes(self.objective, config, self.update):
+            part = len(steps) / config.accumulation
             with accelerator.autocast():
-                terms = self.objective.training_step(self.denoiser, micro_step, generator, share)
+                terms = compute_losses(self.objective, self.denoiser, steps, config.seed, share)
             loss = torch.zeros((), device=accelerator.device)
             for name, value in terms.items():
                 mean = value.float().mean()
@@ -242,8 +245,8 @@ class Trainer:
                         f"the loss {name!r} is {mean.item()} at update {self.update + 1}. {advice}"
                     )
                 loss = loss + self.objective.weights[name] * mean
-                row[name] = row.get(name, 0.0) + mean.item() / config.accumulation
-            accelerator.backward(loss / config.accumulation)
+                row[name] = row.get(name, 0.0) + mean.item() * part
+            accelerator.backward(loss * part)
         norm = accelerator.clip_grad_norm_(list(self.trained.values()), config.clip)
         if not math.isfinite(float(norm)) and accelerator.scaler is None:
             raise DivergedError(f"the gradient is not finite at update {self.update + 1}. {advice}")
@@ -339,8 +342,3 @@ class Trainer:
         self.log = [row for row in rows if row["update"] <= self.update]
         if self.ema:  # its decay rises with its steps, and a skipped update has none
             self.ema.optimization_step = sum("skipped" not in row for row in self.log)
-
-
-def _step_seed(seed: int, step: int) -> int:
-    """Return the seed of one step's generator: a hash of both, so that steps are independent."""
-    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
