@@ -29,10 +29,10 @@ interop: .venv/installed ## ComfyUI, stable-diffusion.cpp, InvokeAI and diffuser
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[interop]'
 	$(BIN)/python -m tools.interop --cache $(INTEROP)
 
-integrations: ## eval-unlearn, inspect_ai, Ray Serve and C2PA as they are, in an environment of their own
+integrations: ## eval-unlearn, inspect_ai, Ray and C2PA as they are, in an environment of their own
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -e '.[eval-unlearn,inspect,ray,c2pa,test]'
-	.venv-integrations/bin/python -m pytest tests/integrations tests/serve/ray tests/serve/test_provenance.py
+	.venv-integrations/bin/python -m pytest tests/integrations tests/serve/ray tests/evaluation/engines tests/serve/test_provenance.py
 
 docs: .venv/installed ## the documentation site, in site/
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
@@ -60,9 +60,11 @@ bench: .venv/installed ## the figures in docs/, made again in a folder of their 
 	$(BIN)/python benchmarks/unlearn_diff.py --folder $(FIGURES)/unlearn-diff --out $(FIGURES)/unlearn_diff_cost.json
 	$(BIN)/python benchmarks/carry_over.py --study --out $(FIGURES)/carry-over
 	$(BIN)/python benchmarks/carry_over.py --out $(FIGURES)/carry-over --table $(FIGURES)/carry-over.json
+	$(BIN)/python benchmarks/shards_killed.py --out $(FIGURES)/shards_killed.json
 	$(BIN)/python benchmarks/plan.py --out $(FIGURES)/plan.json
 	$(BIN)/python benchmarks/real_size.py --out $(FIGURES)/real_size.json
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/python benchmarks/evaluate_ray.py --out $(FIGURES)/evaluate_ray.json
 	$(BIN)/python benchmarks/serve_ray.py --out $(FIGURES)/serve_ray.json
 	$(BIN)/python benchmarks/serve.py --out $(FIGURES)/serve.json
 	$(BIN)/python benchmarks/sheet.py --out $(FIGURES)/mini-sheet.png

@@ -175,7 +175,7 @@ class StackLoader:
         self.allow_pickle = allow_pickle
         self._on_load = on_load
         self._cached: tuple[tuple[str, Path | None], Model, str] | None = None
-        self._is_open = False
+        self._is_open, self._is_given = False, model is not None
         if model is not None:
             if model.patches:
                 raise ConfigError(
@@ -208,7 +208,7 @@ class StackLoader:
         if self._cached is None or self._cached[0] != (name, config):
             from safegen.models.loading import load
 
-            self._cached = None  # two models need not fit in memory
+            self._cached, self._is_given = None, False  # two models need not fit in memory
             model = load(
                 name,
                 dtype=self.dtype,
@@ -220,6 +220,11 @@ class StackLoader:
                 self._on_load(model)
             self._cached = ((name, config), model, model.pipeline_hash)
         return self._cached[1:]
+
+    def release(self) -> None:
+        """Forget the model in memory; the next stack loads it again. One that was given stays."""
+        if not self._is_given:
+            self._cached = None
 
     def hash(self, stack: Stack) -> str:
         """Return a stack's hash without opening it."""

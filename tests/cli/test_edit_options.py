@@ -76,6 +76,18 @@ def test_an_edit_by_words_says_what_it_erases_and_what_to_do_next(safegen, tmp_p
     assert len(err.splitlines()) == 3  # the bar, and two lines
 
 
+def test_phrases_to_erase_come_from_a_text_file_and_from_the_command_line(safegen, tmp_path):
+    phrases, out = tmp_path / "phrases.txt", tmp_path / "p.safetensors"
+    listed = [f"a {kind} {thing}" for kind in ("old", "tiny") for thing in "abcdefghijklmno"]
+    phrases.write_text("\n\n".join(listed) + "\n" + listed[0])
+    words = ["--method", "uce", "--preset", "paper", "--no-card", "--out", out]
+    code, text, err = safegen("edit", "mini", "--erase", phrases, "--erase", "skulls", *words)
+    assert code == 0, err
+    assert Patch.load(out).metadata.settings["erase"] == [*listed, "skulls"]
+    assert 'uce erases 31 phrases, not measured: "a old a", ' in text
+    assert text.rstrip().endswith('"a tiny e" and 11 more')
+
+
 def test_swapped_arguments_are_recognized(safegen, tmp_path, triplets):
     patch, out = tmp_path / "p.safetensors", tmp_path / "out.safetensors"
     UCE(erase=("skulls",)).apply(load("mini")).save(patch)
@@ -113,12 +125,19 @@ def test_the_first_line_names_preset_model_size_and_device(monkeypatch, capsys, 
     [
         (["--method", "uce", "--prompts", "x.txt"], "a setting 'prompts' for --prompts, got 'uce'"),
         (["--method", "esd", "--judge", "mini"], "a setting 'judge' for --judge, got 'esd'"),
+        (["--method", "uce", "--erase", "no.txt"], "'no.txt' does not exist"),
+        (["--method", "uce", "--erase", "empty.txt"], "phrases 'empty.txt' is empty. Write one"),
+        (["--method", "safegen", "--erase", "x"], "a setting 'erase' for --erase, got 'safegen'"),
         (["--method", "uce", "--from", "no.safetensors"], "no.safetensors"),
         (["--method", "shielddiff", "--prompts", "no.txt"], "'no.txt' does not exist"),
         (["--method", "shielddiff", "--judge", "minni"], "Did you mean 'mini'"),
     ],
 )
-def test_an_option_that_does_not_fit_is_refused_in_one_line(safegen, tmp_path, words, says):
+def test_an_option_that_does_not_fit_is_refused_in_one_line(
+    safegen, tmp_path, monkeypatch, words, says
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
     out = tmp_path / "p.safetensors"
     code, _, err = safegen("edit", "mini", "--concept", "skulls", *words, "--out", out)
     assert code == 2

@@ -40,6 +40,36 @@ def few(tmp_path):
     return path
 
 
+def test_merged_shards_are_the_run_of_one_process(safegen, few, tmp_path):
+    few.write_text(few.read_text().replace("batch_size = 3", "batch_size = 1"))
+    same = ("evaluate", "mini", "--protocol", few, "--baselines", "none")
+    parts = [tmp_path / f"part-{i}" for i in (1, 2, 3)]
+    for i, part in enumerate(parts, 1):
+        code, text, err = safegen(*same, "--shard", f"{i}/3", "--out", part)
+        assert code == 0, err
+        assert re.search(r"^shard ./3: [01] images in .*Merge all shards: safegen merge", text)
+    assert not any((part / "scores.json").exists() for part in parts)
+    code, _, err = safegen("merge", *parts[:2], "--out", tmp_path / "run")
+    assert (code, len(err.splitlines())) == (2, 1)
+    code, text, err = safegen("merge", *parts, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "2 images by 1 stacks" in text
+    assert safegen(*same, "--out", tmp_path / "one")[0] == 0
+    for path in (tmp_path / "one").rglob("*"):
+        if (
+            path.is_file()
+            and path.name != "timings.jsonl"
+            and path.stem not in ("report", "protocol")
+        ):
+            merged = tmp_path / "run" / path.relative_to(tmp_path / "one")
+            assert merged.read_bytes() == path.read_bytes(), path
+    argv = [
+        json.loads((tmp_path / n / "protocol.json").read_text())["argv"] for n in ("run", "one")
+    ]
+    assert len(argv[0]) == len(argv[1])
+    assert "--shard" not in argv[0]
+
+
 def test_score_and_verify_accept_the_run_of_evaluate(safegen, few, tmp_path):
     out = tmp_path / "run"
     same = ("evaluate", "--protocol", few, "--stack", "mini", "--out", out)

@@ -14,6 +14,7 @@ EDITS = (
     "shielddiff",
     "uce",
     "rece",
+    "double_projections",
 )
 EDITS_ON_FAMILIES: dict[str, dict[str, str]] = {
     family: dict.fromkeys(EDITS, "") for family in FAMILIES

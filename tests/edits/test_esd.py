@@ -12,8 +12,7 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError
 from safegen.edits.esd import ESD, ESDObjective
 from safegen.edits.functional.rollout import frozen_predictor
-from safegen.edits.training.config import Training
-from safegen.edits.training.trainer import _step_seed
+from safegen.edits.training.config import Training, step_seed
 from safegen.models.families.denoisers import predict
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
@@ -114,7 +113,7 @@ def test_latents_belong_to_their_timestep(make_model, seen, rollout):
     if rollout == "student":
         assert len(set(row["t"].tolist())) == 1  # the samples of a batch stop together
         g = torch.Generator("cpu").manual_seed(
-            _step_seed(2, 0)
+            step_seed(2, 0)
         )  # the loop's own draws of the first batch
         _ = torch.randint(1, (4,), generator=g)
         stop = int(torch.randint(4, (4,), generator=g)[0])

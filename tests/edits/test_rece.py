@@ -7,14 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from safegen.edits.functional.closed_form import (
-    adversarial_embeddings,
-    embed,
-    projections,
-    solve_projection,
-)
+from safegen.edits.functional.closed_form import adversarial_embeddings, embed, projections
 from safegen.edits.rece import RECE
 from safegen.edits.uce import UCE
+from tests.edits.written_out import erase_rounds, relative_distance
 
 
 def randn(*shape, seed=0):
@@ -58,26 +54,46 @@ def test_no_rounds_equal_uce_at_every_position(tiny_model):
     assert rece.hash == uce.hash
 
 
+SCALES = {"erase_scale": 1.0, "preserve_scale": 0.1, "lamb": 0.1}
+
+
 def test_two_rounds_equal_the_written_out_steps(tiny_model):
-    """Each round starts from the weights of the previous round."""
+    """Starts each round from the weights of the previous round, one projection at a time."""
     ((c,), (blank,)) = embed(tiny_model, ["red cube", " "], part="hidden", tokens="all")
     original = projections(tiny_model)["hidden"]
-    weights, keys = dict(original), c
-    for i in range(3):
-        if i:
-            keys = adversarial_embeddings(
-                list(weights.values()), list(original.values()), c, ridge=0.1
-            )
-        weights = {
-            n: solve_projection(
-                w, keys, blank @ w.T, blank, erase_scale=1.0, preserve_scale=0.1, lamb=0.1
-            )
-            for n, w in weights.items()
-        }
-    found = RECE(erase=("red cube",), rounds=2).apply(tiny_model)
-    assert found.tensors.keys() == weights.keys()
-    for name, value in weights.items():
-        assert_close(found.tensors[name], value.float(), rtol=0, atol=0)
+    want = erase_rounds(original, c, blank, blank, rounds=2, **SCALES)
+    assert relative_distance(RECE(erase=("red cube",), rounds=2).solve(tiny_model), want) < 1e-9
+
+
+def test_many_phrases_and_captions_equal_the_written_out_steps(tiny_model, tmp_path):
+    """More rows than columns, and more texts than a batch, in one system each."""
+    phrases = tuple(f"a {a} {b}" for a in ("red", "blue", "green") for b in "abcdefghij" * 3)
+    captions = [f"a cube in the grass {letter}" for letter in "klmnopqrst"]
+    (tmp_path / "captions.txt").write_text("\n".join(captions))
+    edit = RECE(
+        erase=phrases, captions=(str(tmp_path / "captions.txt"),), preserve_scale=10.0, rounds=1
+    )
+    rows = [
+        torch.cat(
+            [
+                row
+                for spans in embed(tiny_model, texts, part="hidden", tokens="all")
+                for row in spans
+            ]
+        )
+        for texts in (phrases, [" "], captions)
+    ]
+    keys, blank, held = rows
+    want = erase_rounds(
+        projections(tiny_model)["hidden"],
+        keys,
+        blank.repeat(len(phrases), 1),
+        torch.cat([blank, held / len(captions) ** 0.5]),
+        rounds=1,
+        **SCALES | {"preserve_scale": 10.0},
+    )
+    assert len(keys) > 64 * len(blank) > keys.shape[1]
+    assert relative_distance(edit.solve(tiny_model), want) < 1e-9
 
 
 def test_every_round_increases_the_distance_of_adversarial_embeddings(tiny_model):

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from safegen.core.errors import ConfigError
 from safegen.edits.functional.rollout import frozen_predictor
 from safegen.edits.sdd import SDD, SDDObjective
-from safegen.edits.training.config import Training
-from safegen.edits.training.trainer import _step_seed, train
+from safegen.edits.training.config import Training, step_seed
+from safegen.edits.training.trainer import train
 from safegen.models.families.denoisers import predict
 from safegen.models.selectors import select_parameters
 from safegen.workflows.edit import make_edit
@@ -117,7 +117,7 @@ def test_the_weight_average_generates_the_latents_and_becomes_the_patch(make_mod
     )
     assert all(torch.equal(v, kept[-1][n]) for n, v in found.tensors.items())
     g = torch.Generator("cpu").manual_seed(
-        _step_seed(3, 2)
+        step_seed(3, 2)
     )  # the loop's own draws of the third batch
     stop = int(torch.randint(4, (2,), generator=g)[0])
     noise, drawn = objective.rollout.noise(2, g), objective.rollout_text.expand(2)

@@ -10,10 +10,18 @@ from torch.testing import assert_close
 
 from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, UnusedSettingWarning
-from safegen.edits.functional.closed_form import debias_value, embed, projections, solve_projection
+from safegen.edits.functional.closed_form import (
+    debias_value,
+    embed,
+    projections,
+    reduce_pairs,
+    reduce_rows,
+    solve_text_map,
+)
 from safegen.edits.uce import UCE
 from safegen.workflows.edit import edit as edit_model
 from safegen.workflows.edit import make_edit
+from tests.edits.written_out import solve_projection
 
 SCALES = {"erase_scale": 1.3, "preserve_scale": 0.4, "lamb": 0.2}
 
@@ -22,82 +30,102 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def solve(w, keys, targets, preserved, **scales):
+    """Return a projection after the map of an erasure."""
+    return w.double() @ solve_text_map(keys, targets, preserved, **scales)
+
+
 @pytest.fixture
 def system():
-    """Return a projection, keys, their values and preserved rows."""
-    return randn(5, 7), randn(3, 7, seed=1), randn(3, 5, seed=2), randn(4, 7, seed=3)
+    """Return a projection, keys, their targets and preserved rows."""
+    return randn(5, 7), randn(3, 7, seed=1), randn(3, 7, seed=2), randn(4, 7, seed=3)
 
 
 # ------------------------------------------------------------ the algebra
 
 
 def test_the_solution_equals_least_squares(system):
-    w, k, v, c = (x.numpy() for x in system)
+    w, k, t, c = (x.numpy() for x in system)
     a, b, stay = (
         SCALES["erase_scale"] ** 0.5,
         SCALES["preserve_scale"] ** 0.5,
         SCALES["lamb"] ** 0.5,
     )
     left = np.concatenate([a * k, b * c, stay * np.eye(7)])  # rows of X in min |X W' - Y|^2
-    right = np.concatenate([a * v, b * c @ w.T, stay * w.T])
+    right = np.concatenate([a * t @ w.T, b * c @ w.T, stay * w.T])
     want = np.linalg.lstsq(left, right, rcond=None)[0].T
-    assert_close(solve_projection(*system, **SCALES), torch.from_numpy(want), rtol=1e-9, atol=1e-9)
+    assert_close(solve(*system, **SCALES), torch.from_numpy(want), rtol=1e-9, atol=1e-9)
 
 
 def test_the_solution_by_hand():
-    """One input, one output: (l w + a v k) / (l + a k^2) = (0.5 * 2 + 1 * 3 * 2) / (0.5 + 4)."""
-    one = [torch.tensor([[x]], dtype=torch.float64) for x in (2.0, 2.0, 3.0)]
-    found = solve_projection(*one, torch.empty(0, 1), erase_scale=1.0, preserve_scale=1.0, lamb=0.5)
+    """Solves for one number: (l w + a w t k) / (l + a k^2) = (0.5 * 2 + 2 * 1.5 * 2) / 4.5."""
+    one = [torch.tensor([[x]], dtype=torch.float64) for x in (2.0, 2.0, 1.5)]
+    found = solve(*one, torch.empty(0, 1), erase_scale=1.0, preserve_scale=1.0, lamb=0.5)
     assert found.item() == pytest.approx(7 / 4.5)
 
 
 def test_zero_erase_scale_keeps_the_projection(system):
-    assert_close(
-        solve_projection(*system, **SCALES | {"erase_scale": 0.0}), system[0], rtol=0, atol=1e-10
-    )
+    assert_close(solve(*system, **SCALES | {"erase_scale": 0.0}), system[0], rtol=0, atol=1e-10)
 
 
 def test_a_projection_that_already_agrees_does_not_change(system):
     w, k, _, c = system
-    assert_close(solve_projection(w, k, k @ w.T, c, **SCALES), w, rtol=0, atol=1e-10)
+    assert_close(solve(w, k, k, c, **SCALES), w, rtol=0, atol=1e-10)
 
 
 def test_a_direction_orthogonal_to_the_keys_maps_as_before(system):
-    w, k, v, _ = system
+    w, k, t, _ = system
     other = torch.linalg.svd(k)[2][-1]  # orthogonal to every key
-    found = solve_projection(w, k, v, k[:0], **SCALES)
+    found = solve(w, k, t, k[:0], **SCALES)
     assert_close(found @ other, w @ other, rtol=0, atol=1e-10)
     assert (found - w).norm() > 0.1
 
 
-def test_a_large_erase_scale_maps_each_key_to_its_value(system):
-    w, k, v, c = system
-    assert_close(
-        solve_projection(w, k, v, c[:0], **SCALES | {"erase_scale": 1e9}) @ k.T,
-        v.T,
-        rtol=0,
-        atol=1e-6,
-    )
+def test_a_large_erase_scale_gives_each_key_the_output_of_its_target(system):
+    w, k, t, c = system
+    found = solve(w, k, t, c[:0], **SCALES | {"erase_scale": 1e9})
+    assert_close(found @ k.T, w @ t.T, rtol=0, atol=1e-6)
 
 
 def test_a_large_preserve_scale_keeps_the_preserved_outputs(system):
-    w, k, v, c = system
-    found = solve_projection(w, k, v, c, **SCALES | {"preserve_scale": 1e9})
+    w, k, t, c = system
+    found = solve(w, k, t, c, **SCALES | {"preserve_scale": 1e9})
     assert_close(found @ c.T, w @ c.T, rtol=0, atol=1e-6)
 
 
-def test_low_precision_weights_are_solved_in_float64(system):
-    w, k, v, c = (x.float() for x in system)
-    found = solve_projection(w, k, v, c, **SCALES)
+def test_low_precision_embeddings_are_solved_in_float64(system):
+    _, k, t, c = (x.float() for x in system)
+    found = solve_text_map(k, t, c, **SCALES)
     assert found.dtype == torch.float64
-    assert_close(
-        found, solve_projection(*(x.float().double() for x in system), **SCALES), rtol=0, atol=0
-    )
+    assert torch.equal(found, solve_text_map(k.double(), t.double(), c.double(), **SCALES))
 
 
 def test_zero_lamb_raises(system):
     with pytest.raises(ValueError, match="lamb must be > 0, got 0"):
-        solve_projection(*system, **SCALES | {"lamb": 0})
+        solve(*system, **SCALES | {"lamb": 0})
+
+
+def test_one_map_solves_every_projection(system):
+    """Compares with the equation of each projection, written out."""
+    _, k, t, c = system
+    for w in (randn(5, 7, seed=4), randn(9, 7, seed=5)):
+        want = solve_projection(w, k, t @ w.T, c, **SCALES)
+        assert_close(solve(w, k, t, c, **SCALES), want, rtol=1e-12, atol=1e-12)
+
+
+def test_reduced_rows_and_pairs_give_an_equal_map():
+    rows, keys, targets = randn(50, 7), randn(40, 7, seed=1), randn(40, 7, seed=2)
+    reduced, fewer = reduce_rows(rows), reduce_pairs(keys, targets)
+    assert {x.shape for x in (reduced, *fewer)} == {(7, 7)}
+    want = solve_text_map(keys, targets, rows, **SCALES)
+    found = solve_text_map(*fewer, reduced, **SCALES)
+    assert_close(found, want, rtol=1e-12, atol=1e-12)
+    moved = randn(7, 7, seed=3)  # as rounds of RECE move the keys
+    want = solve_text_map(keys @ moved, targets, rows, **SCALES)
+    found = solve_text_map(fewer[0] @ moved, fewer[1], reduced, **SCALES)
+    assert_close(found, want, rtol=1e-12, atol=1e-12)
+    assert torch.equal(reduce_rows(rows[:7]), rows[:7])
+    assert reduce_pairs(keys[:7], targets[:7])[1].equal(targets[:7])
 
 
 # ------------------------------------------------------------ on a model
@@ -293,9 +321,7 @@ def test_debias_value_by_hand():
     assert debias_value(key, [man, woman], [0.5, -0.25]).tolist() == [[3.0, 0.0]]
     one, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
     aim = debias_value(one, [man], [0.25])
-    found = solve_projection(
-        w, one, aim @ w.T, one[:0], erase_scale=1.0, preserve_scale=1.0, lamb=0.5
-    )
+    found = solve(w, one, aim, one[:0], erase_scale=1.0, preserve_scale=1.0, lamb=0.5)
     assert_close(
         found, torch.tensor([[2.5 / 1.5, 1.0]], dtype=torch.float64)
     )  # (0.5 * 1 + 1 * 2) / (0.5 + 1); nothing else moves

@@ -366,7 +366,7 @@ def test_out_of_memory_halves_the_batch_and_logs_it(go, finished, tmp_path, monk
 
     monkeypatch.setattr(draw.LoadedStack, "generate", tight)
     folder = go(tmp_path / "tight").folder
-    timings = Run.open(folder).timing_records()
+    timings = list(Run.open(folder).timing_records())
     notes = [record for record in timings if record.stage == "memory"]
     assert notes == [TimingRecord(stage="memory", stack="mini", batch=0, size=2)]  # it stays halved
     assert {record.size for record in timings if record.stage == "generate"} == {2}
@@ -536,7 +536,9 @@ def test_several_models_share_one_black_image_baseline(quick, tiny_folder, make_
     ]
 
 
-def kill_and_resume(folder: Path, quick: Path, patch: Path, kills: int, seed: int) -> int:
+def kill_and_resume(
+    folder: Path, quick: Path, patch: Path, kills: int, seed: int, more: tuple[str, ...] = ()
+) -> int:
     """Kill the command `kills` times, let it finish, and return how many kills hit it running.
 
     Each kill comes at random during startup or after the next write. A run of a few seconds is
@@ -556,6 +558,7 @@ def kill_and_resume(folder: Path, quick: Path, patch: Path, kills: int, seed: in
         str(
             torch.get_num_threads()
         ),  # as in the reference run: another thread count rounds differently
+        *more,
     ]
     command, dice, met = [sys.executable, "-m", "safegen", *words], random.Random(seed), 0
 
@@ -565,14 +568,14 @@ def kill_and_resume(folder: Path, quick: Path, patch: Path, kills: int, seed: in
         )
 
     for _ in range(kills):
-        start, more, jitter = size(), dice.randint(0, 8000 // kills), dice.uniform(0, 0.6 / kills)
+        start, growth, jitter = size(), dice.randint(0, 8000 // kills), dice.uniform(0, 0.6 / kills)
         early = kills > 2 and dice.random() < 0.5
         with subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         ) as process:
             if early:
                 time.sleep(dice.uniform(0, 3))
-            while not early and process.poll() is None and size() <= start + more:
+            while not early and process.poll() is None and size() <= start + growth:
                 time.sleep(0.005)
             time.sleep(jitter)
             met += process.poll() is None

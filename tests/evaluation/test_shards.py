@@ -12,8 +12,19 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.data.shards import Shard
 from safegen.evaluation.merge import merge_runs
 from safegen.evaluation.report.page import open_runs, write_report
-from safegen.evaluation.run.folder import CARD, DETECTIONS, SAMPLES, SCORES, TIMINGS, Run
+from safegen.evaluation.run.folder import (
+    CARD,
+    CHANGES,
+    DETECTIONS,
+    FEATURES,
+    JUDGES,
+    SAMPLES,
+    SCORES,
+    TIMINGS,
+    Run,
+)
 from safegen.evaluation.scoring.score import score_run
+from safegen.evaluation.shards import count_samples, select_batches
 from safegen.evaluation.verify import verify
 
 
@@ -56,25 +67,52 @@ def contents(folder, timings):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+def split(source, folder, index, count):
+    """Return a folder with one shard of a whole run, as that shard's process leaves it."""
+    run, shard = Run.open(source), Shard(index=index, count=count)
+    size = run.protocol.generation.batch_size
+    numbers = select_batches(shard, run.samples, size)
+    own = {
+        key for entry in run.stacks for i, key in enumerate(run.keys(entry)) if i // size in numbers
+    }
+    part = shutil.copytree(source, folder / f"part-{index}")
+    for path in (SCORES, *(path.name for path in part.glob("report.*"))):
+        (part / path).unlink(missing_ok=True)
+    for name in (SAMPLES, DETECTIONS, CHANGES, FEATURES, TIMINGS):
+        lines = (part / name).read_text().splitlines(keepends=True)
+        rows = [(line, json.loads(line)) for line in lines]
+        own_lines = [
+            line for line, row in rows if row.get("key") in own or row.get("batch", -1) in numbers
+        ]
+        (part / name).write_text("".join(own_lines))
+    for path in (part / "images").rglob("*.png"):
+        if path.stem not in own:
+            path.unlink()
+    card = json.loads((part / CARD).read_text()) | {"shard": str(shard)}
+    (part / CARD).write_text(json.dumps(card))
+    return part
+
+
 @pytest.fixture(scope="session")
-def parts(go, tmp_path_factory):
+def parts(finished, tmp_path_factory):
     """Return the folders of a run in two shards, to be read only."""
     folder = tmp_path_factory.mktemp("shards")
-    return [go(folder / f"part-{i}", shard=Shard(index=i, count=2)).folder for i in (1, 2)]
+    return [split(finished, folder, i, 2) for i in (1, 2)]
 
 
-def test_a_shard_has_its_batches_alone_and_no_scores(parts, finished):
-    whole = {r.key for r in Run.open(finished).sample_records()}
-    keys = [{r.key for r in Run.open(part).sample_records()} for part in parts]
-    assert not keys[0] & keys[1]
-    assert keys[0] | keys[1] == whole
-    for part, own in zip(parts, keys, strict=True):
-        run = Run.open(part)
-        assert not (part / SCORES).exists()
-        assert {r.key for r in run.detections_records()} == own
-        for read in (score_run, verify):
-            with pytest.raises(FileError, match=r"must be a whole run, got shard ./2\. Merge"):
-                read(run)
+@pytest.mark.slow
+def test_a_shard_generates_its_batches_alone(go, parts, finished, tmp_path):
+    made = go(tmp_path / "made", shard=Shard(index=2, count=2)).folder
+    for path in parts[1].rglob("*"):
+        if path.is_file() and path.name not in (CARD, TIMINGS):
+            assert (made / path.relative_to(parts[1])).read_bytes() == path.read_bytes(), path
+    assert len(list(made.rglob("*.png"))) == len(list(parts[1].rglob("*.png")))
+
+
+def test_a_shard_has_no_scores(parts):
+    for read in (score_run, verify):
+        with pytest.raises(FileError, match=r"must be a whole run, got shard 1/2\. Merge"):
+            read(Run.open(parts[0]))
 
 
 def test_a_shard_resumes_as_that_shard_alone(go, parts):
@@ -172,14 +210,13 @@ def test_a_merge_replaces_nothing(parts, tmp_path):
             merge_runs(parts, out)
 
 
-def test_more_shards_than_batches_leave_some_empty_and_merge(go, loader, tmp_path):
-    options = {"stacks": ["mini"], "baselines": "none"}
-    folders = [
-        go(tmp_path / f"{i}", shard=Shard(index=i, count=4), until="generate", **options).folder
-        for i in range(1, 5)
-    ]
-    counts = sorted(len(Run.open(folder).sample_records()) for folder in folders)
-    assert counts == [0, 4, 4, 4]
+def test_more_shards_than_batches_leave_some_empty_and_merge(finished, tmp_path):
+    folders = [split(finished, tmp_path, i, 4) for i in range(1, 5)]
+    for folder in folders:
+        for name in (DETECTIONS, CHANGES, FEATURES, JUDGES):
+            (folder / name).unlink()  # not judged yet
+    assert sorted(count_samples(Run.open(folder)) for folder in folders) == [0, 4, 4, 4]
     run = merge_runs(folders, tmp_path / "run")
-    assert [record.key for record in run.sample_records()] == run.keys(run.stacks[0])
-    assert not (run.folder / SCORES).exists()  # not judged yet
+    keys = [key for entry in run.stacks for key in run.keys(entry)]
+    assert [record.key for record in run.sample_records()] == keys
+    assert not (run.folder / SCORES).exists()

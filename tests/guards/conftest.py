@@ -149,7 +149,6 @@ def _build_xl():
     return build_pipeline("sdxl")
 
 
-
 @pytest.fixture(scope="session")
 def tiny_wan():
     """Return a tiny random Wan, with two denoiser calls per step."""

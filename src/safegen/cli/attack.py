@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safegen.cli.console import echo
-from safegen.cli.measure.evaluate import load_rules, print_notes
+from safegen.cli.console import echo, plural
+from safegen.cli.measure.protocol import load_rules, print_notes
 from safegen.cli.options import (
+    MERGE,
     Device,
     Dtype,
     Pickle,
     PlanOnly,
     Settings,
+    ShardText,
     Threads,
     print_model,
     print_plan,
     read_pair,
+    read_shard,
     resumable,
     set_threads,
+    warn_unused,
 )
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
@@ -90,6 +94,7 @@ def attack(
     unsafe: Annotated[
         bool, typer.Option("--unsafe", help="Keep the texts of the prompts out of the report.")
     ] = False,
+    shard: ShardText = None,
     plan: PlanOnly = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -103,11 +108,15 @@ def attack(
     """
     if suite and (name or protocol or set_ or preset != "default"):
         raise ConfigError("--suite runs its attacks with their defaults. Omit the other options.")
+    if suite and shard:
+        raise ConfigError("--shard must go with one attack, got --suite. Name an attack.")
     if not suite and name not in ATTACKS:  # said before torch is imported
         raise UnknownNameError("attack", name or "", ATTACKS)
     if stack is None:
         raise ConfigError("no stack is given. Use --stack.")
+    part = read_shard(shard)
     from safegen.attacks.core.run import run_attack
+    from safegen.attacks.core.shards import attack_shard
     from safegen.attacks.suite.suite import make_suite
     from safegen.core.concept import load_concept
     from safegen.stack import load_stack
@@ -139,6 +148,8 @@ def attack(
     if plan:
         if name is None:
             raise ConfigError("--plan must go with one attack, got --suite. Name an attack.")
+        if shard:
+            warn_unused("--shard", "with --plan, which is of the whole attack")
         from safegen.workflows.plan import plan_attack
 
         chosen = make_attack(name, preset, **settings)
@@ -152,12 +163,19 @@ def attack(
         }
         if name is None:
             made = make_suite(target, wanted, config, out, **common)
+        elif part:
+            chosen = make_attack(name, preset, **settings)
+            del common["argv"]
+            found = (chosen, target, wanted, config, out, part)
+            count = attack_shard(*found, protocol=rules, **common)
         else:
             chosen = make_attack(name, preset, **settings)
             run_attack(chosen, target, wanted, config, out, protocol=rules, **common)
     if name is None:
         names = ", ".join(part.name for part in made.attacks)
         echo(f"{out}: prompts of {names}. Card: {out / 'README.md'}")
+    elif part:
+        echo(f"shard {part}: {plural(count, 'sample')} attacked in {out}. {MERGE}")
     else:
         print_run(out)
 

@@ -22,6 +22,8 @@ class Verbosity:
     """Whether progress and status lines are left out."""
     verbose = False
     """Whether tracebacks and the warnings of other libraries are printed."""
+    silent = False
+    """Whether nothing is printed, as by all processes of a job but the first."""
 
 
 VERBOSITY = Verbosity()
@@ -29,6 +31,8 @@ VERBOSITY = Verbosity()
 
 def echo(line: str = "", *, err: bool = False) -> None:
     """Print one line to stdout or stderr, control characters and line breaks as escapes."""
+    if VERBOSITY.silent:
+        return
     with output_errors():
         print(escape_control(line), file=sys.stderr if err else sys.stdout)
 
@@ -109,6 +113,7 @@ def print_traceback(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """Print an exception that nothing caught, its text escaped; a `sys.excepthook`."""
+    VERBOSITY.silent = False  # other processes know its first line only
     for part in traceback.format_exception(kind, error, trace):
         for line in part.rstrip("\n").split("\n"):
             echo(line, err=True)

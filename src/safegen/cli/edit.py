@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from safegen.edits.base import Edit
     from safegen.patches.patch import Patch
 
+SHOWN_PHRASES = 20
+"""Most phrases that are printed after an edit."""
+
 
 def edit(
     ctx: typer.Context,
@@ -51,6 +54,10 @@ def edit(
     ] = None,
     concept: Annotated[
         str | None, typer.Option(help="Concept to remove: a built-in name or a TOML file.")
+    ] = None,
+    erase: Annotated[
+        list[str] | None,
+        typer.Option(help="Phrase to erase, or FILE.txt with one a line. Repeatable."),
     ] = None,
     prompts: Annotated[
         list[str] | None,
@@ -83,17 +90,22 @@ def edit(
     Edits learn from triplets of images (`safegen`, `esd` ...), from phrases (`uce`, `rece` ...)
     or from the judge's answers (`shielddiff`).
     """
-    check_outputs(ctx, out, no_card)
     from safegen.core.files import claim_folder
+    from safegen.core.processes import check_alone, is_main_process
     from safegen.edits.training.checkpoint import CHECKPOINT_FILE
     from safegen.edits.training.latents import latent_storage
     from safegen.models.loading import check_is_model
     from safegen.patches.patch import Patch
     from safegen.workflows.edit import apply_edit, keep_log, prepare_edit
 
+    if plan:
+        check_alone("--plan", "Start it without torchrun.")
+    if is_main_process():
+        check_outputs(ctx, out, no_card)
     check_is_model(model)
     changes = read_settings(method, preset, set_ or [])
-    changes |= _shorthands(method, prompts=prompts, judge=judge)
+    phrases = _read_phrases(erase) if erase else None
+    changes |= _shorthands(method, erase=phrases, prompts=prompts, judge=judge)
     prepared = prepare_edit(
         method,
         preset,
@@ -107,7 +119,8 @@ def edit(
     keep_checkpoints = checkpoint_dir is not None
     if prepared.is_trained and not plan:
         checkpoint_dir = checkpoint_dir or out.with_name(out.name + ".checkpoints")
-        ctx.with_resource(claim_folder(checkpoint_dir))
+        if is_main_process():
+            ctx.with_resource(claim_folder(checkpoint_dir))
         if not resume and (checkpoint_dir / CHECKPOINT_FILE).exists():
             raise FileError(
                 f"{checkpoint_dir} holds an earlier run. Use --resume or remove the folder."
@@ -144,6 +157,8 @@ def edit(
                 resume=resume,
                 callback=follow,
             )
+    if not is_main_process():
+        return
     _save(patch, out, checkpoint_dir if prepared.is_trained else None, card=not no_card)
     seconds = f"{patch.metadata.seconds:.1f} s"
     if prepared.is_trained and checkpoint_dir is not None:
@@ -190,8 +205,26 @@ def _erased_phrases(edit: Edit) -> str:
     if edit.inputs != "words" or "judge" in type(edit).model_fields:
         return ""
     few = ". Other words still draw the concept: add them" if len(phrases) == 1 else ""
-    quoted = ", ".join(f'"{phrase}"' for phrase in phrases)
+    quoted = ", ".join(f'"{phrase}"' for phrase in phrases[:SHOWN_PHRASES])
+    quoted += f" and {len(phrases) - SHOWN_PHRASES} more" if len(phrases) > SHOWN_PHRASES else ""
     return f"{edit.method()} erases {plural(len(phrases), 'phrase')}, not measured: {quoted}{few}"
+
+
+def _read_phrases(values: Iterable[str]) -> tuple[str, ...]:
+    """Return phrases, with those of each text file in its place.
+
+    Raises:
+        FileError: a file cannot be read or is empty.
+    """
+    from safegen.core.files import read_lines
+
+    phrases: list[str] = []
+    for value in values:
+        lines = read_lines(Path(value)) if value.endswith(".txt") else [value]
+        if not lines:
+            raise FileError(f"the file of phrases {value!r} is empty. Write one phrase per line.")
+        phrases += lines
+    return tuple(dict.fromkeys(phrases))
 
 
 def _shorthands(method: str, **options: Any) -> dict[str, Any]:

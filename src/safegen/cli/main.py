@@ -14,6 +14,7 @@ from safegen.cli.info import doctor, show
 from safegen.cli.info.checks import with_checks
 from safegen.cli.measure import evaluate, merge, report
 from safegen.cli.options import show_warnings, silence_libraries
+from safegen.cli.processes import with_processes
 from safegen.cli.verbosity import add_output_options, reset_verbosity
 
 
@@ -165,6 +166,9 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
                     "triplets make --unsafe my-unsafe --benign my-benign --judge mini --out t",
                     "triplets make --unsafe my-unsafe --judge nudenet --style blur --out t",
                 ),
+                "merge": (
+                    "triplets merge part-1 part-2 --unsafe my-unsafe --benign my-benign --out t",
+                ),
                 "check": ("triplets check t", "triplets check t --judge mini"),
             },
         ),
@@ -223,7 +227,7 @@ for panel, commands in COMMANDS.items():
             register = app.command(
                 command.name, rich_help_panel=panel, epilog=epilog(command.page, command.examples)
             )
-            register(add_output_options(with_checks(command.function)))
+            register(add_output_options(with_processes(with_checks(command.function))))
 
 
 @app.callback(invoke_without_command=True)

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,11 +24,13 @@ from safegen.core.errors import (
     SafegenWarning,
     UnusedSettingWarning,
 )
+from safegen.core.processes import launcher
 from safegen.core.quiet import INDUCTOR_FOLDER, remove_inductor_folder
-from safegen.core.settings import MAX_THREADS
+from safegen.core.settings import MAX_THREADS, MAX_WORKERS
 
 if TYPE_CHECKING:
     from safegen.data.shards import Shard
+    from safegen.evaluation.engines.base import BatchEngine
     from safegen.models.model import Model
     from safegen.workflows.plan import Plan
 
@@ -67,6 +70,29 @@ ShardText = Annotated[
     typer.Option("--shard", metavar="I/N", help="Part of the job to do: 1/N to N/N. See `merge`."),
 ]
 MERGE = "Merge all shards: safegen merge RUN... --out RUN"
+
+
+class EngineName(StrEnum):
+    """Where the batches of a job are done."""
+
+    local = "local"
+    ray = "ray"
+
+
+EngineOption = Annotated[
+    EngineName,
+    typer.Option(help="Where batches are done: in this process, or in processes of Ray."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MAX_WORKERS, help="Processes of --engine ray. Default: GPUs, or CPUs but one."
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster of --engine ray. Default: one on this machine, for this job."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 NoCard = Annotated[bool, typer.Option("--no-card", help="Do not write a model card.")]
 Metrics = Annotated[
@@ -171,6 +197,28 @@ def read_shard(text: str | None) -> Shard | None:
     return None if text is None else Shard.parse(text)
 
 
+def make_engine(
+    name: EngineName, workers: int | None, address: str | None, threads: int | None
+) -> BatchEngine | None:
+    """Return the engine that the options name; None for the local one, with its threads set.
+
+    Raises:
+        MissingExtraError: it needs a library that is not installed.
+    """
+    if name is EngineName.local:
+        set_threads(threads)
+        for option, value in (("--workers", workers), ("--address", address)):
+            if value is not None:
+                warn_unused(option, "with --engine local")
+        return None
+    from safegen.evaluation.engines.cluster import import_ray
+
+    import_ray(is_local=address is None)  # before torch, so that a missing extra is said at once
+    from safegen.evaluation.engines.ray import RayBatchEngine
+
+    return RayBatchEngine(workers=workers, address=address, threads=threads or 1)
+
+
 def print_plan(plan: Plan) -> None:
     """Print a plan."""
     for line in plan.lines():
@@ -197,7 +245,7 @@ def resumable(out: Path | None, *options: str) -> Iterator[None]:
             raise  # there is no checkpoint
         what = str(error).partition(". ")[0] or "stopped"
         added = [option for option in options if option not in sys.argv]
-        command = shlex.join(["safegen", *sys.argv[1:], *added])
+        command = shlex.join([*launcher(), *sys.argv[1:], *added])
         raise InterruptedRunError(
             f"{what}. Finished work is in {out}. Resume with: {command}"
         ) from error

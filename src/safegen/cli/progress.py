@@ -80,7 +80,7 @@ def show_progress() -> Iterator[ProgressBar]:
     """
     from rich.console import Console
 
-    if VERBOSITY.quiet:
+    if VERBOSITY.quiet or VERBOSITY.silent:
         yield lambda *_: None
         return
     # rich knows which terminals cannot move the cursor

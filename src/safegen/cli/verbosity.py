@@ -47,4 +47,4 @@ def add_output_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def reset_verbosity() -> None:
     """Forget what an earlier command of this process set."""
-    VERBOSITY.quiet = VERBOSITY.verbose = False
+    VERBOSITY.quiet = VERBOSITY.verbose = VERBOSITY.silent = False

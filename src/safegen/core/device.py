@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from safegen.core.errors import UnknownNameError
+from safegen.core.processes import local_rank
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +36,17 @@ def resolve_dtype(dtype: str | torch.dtype) -> str:
 def resolve_device(device: str | torch.device = AUTO) -> str:
     """Return the name of a torch device; `auto` is the accelerator (cuda, mps, xpu ...), or cpu.
 
+    Of several processes on a machine, each takes an NVIDIA device of its own for `auto` and `cuda`.
     Other names are returned as they are, unchecked.
     """
-    if str(device) != AUTO:
-        return str(device)
-    import torch
+    name = str(device)
+    if name == AUTO:
+        import torch
 
-    if torch.accelerator.is_available() and (found := torch.accelerator.current_accelerator()):
-        return found.type
-    return "cpu"
+        found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+        name = found.type if found else "cpu"
+    rank = local_rank()
+    return name if name != "cuda" or rank is None else f"cuda:{rank}"
 
 
 def describe_device(device: str | torch.device) -> str:

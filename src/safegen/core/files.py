@@ -119,6 +119,24 @@ def claim_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def share_claim(folder: Path) -> Iterator[None]:
+    """Write in a folder that another process has claimed, and that lets this one work there.
+
+    Outputs are written in the claimed folder's unfinished one, which the other process clears.
+    """
+    from filelock import FileLock
+
+    unfinished = Path(os.path.realpath(folder)) / IN_USE
+    with _mutex:
+        _claims[unfinished] = _Claim(FileLock(unfinished / LOCK), [])  # the other process has it
+    try:
+        yield
+    finally:
+        with _mutex:
+            del _claims[unfinished]
+
+
 def _claimed_above(out: Path) -> Path | None:
     """Return the unfinished folder of the nearest folder above an output that is claimed here."""
     with _mutex:

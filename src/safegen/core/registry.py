@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +25,7 @@ EDITS = {
     "shielddiff": "safegen.edits.shielddiff:ShieldDiff",
     "uce": "safegen.edits.uce:UCE",
     "rece": "safegen.edits.rece:RECE",
+    "double_projections": "safegen.edits.double_projections:DoubleProjections",
     "safegen-plus": "safegen.edits.safegen_plus:SafeGenPlus",
 }
 
@@ -158,6 +160,11 @@ Each is a file in `protocols/`. All but the mini ones need a file of prompts tha
 
 def expand_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Return the labels with every name of a label set spelt out, each label once, in order."""
+    return _expand_labels(tuple(labels))
+
+
+@lru_cache(maxsize=256)
+def _expand_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(one for label in labels for one in LABEL_SETS.get(label, (label,))))
 
 

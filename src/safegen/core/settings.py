@@ -27,6 +27,8 @@ MAX_RANK = 4096
 """Largest rank of a LoRA; no layer of the supported models is wider."""
 MAX_THREADS = 1024
 """Largest number of CPU threads."""
+MAX_WORKERS = 1024
+"""Largest number of processes that share a job."""
 MAX_COUNT = 1_000_000
 """Largest number of updates, images, prompts or draws."""
 MAX_NUMBER = 1e9

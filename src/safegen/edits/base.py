@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from safegen.core.concept import Concept, Phrases
 from safegen.core.errors import ConfigError, DivergedError, UnknownNameError
 from safegen.core.files import display_name
+from safegen.core.processes import is_main_process
 from safegen.core.registry import EDITS, registered_name
 from safegen.core.settings import MAX_RANK, MethodSettings
 from safegen.data.triplets.triplets import Triplets
@@ -290,7 +290,7 @@ class TrainedEdit(Edit):
         with trainable_parameters(model, self.selector, network=network, **lora) as trainable:
             checkpoints: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "resume": resume}
             check_training(network, trainable.names, training, **checkpoints)
-            with latent_storage(checkpoint_dir, writes=os.environ.get("RANK", "0") == "0"):
+            with latent_storage(checkpoint_dir, writes=is_main_process()):
                 objective = edit.build_objective(model, triplets, trainable.names)
             metadata = dict(objective.metadata) if isinstance(objective, HasMetadata) else {}
             preparation = time.perf_counter() - start

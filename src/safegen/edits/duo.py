@@ -5,7 +5,8 @@ Park et al. 2024, arXiv:2407.21035.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -26,6 +27,7 @@ from safegen.edits.functional.rollout import (
 )
 from safegen.edits.training.config import SHORT, Objective, Training
 from safegen.edits.training.samples import encode_triplets
+from safegen.edits.training.shares import mean_of_all
 from safegen.judges import SCORE_FLOOR, Judge, judge_images, load_judge
 from safegen.models.families.denoisers import predict
 from safegen.models.model import Model
@@ -310,7 +312,9 @@ class DUOObjective:
         prediction = predict(denoiser, x, t, text)
         safe_error, unsafe_error = losses.squared_error(prediction[: 2 * b], truth).chunk(2)
         safe_before, unsafe_before = losses.squared_error(original[: 2 * b], truth).chunk(2)
-        loss = losses.preference if self.edit.loss_type == "dpo" else losses.unpaired_preference
+        loss: Callable[..., Tensor] = losses.preference
+        if self.edit.loss_type == "kto":
+            loss = partial(losses.unpaired_preference, mean=mean_of_all)
         terms = {
             "L_dpo": loss(safe_error, safe_before, unsafe_error, unsafe_before, beta=self.edit.beta)
         }

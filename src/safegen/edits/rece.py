@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -16,11 +17,14 @@ from safegen.edits.base import ClosedFormEdit, join_quoted
 from safegen.edits.functional.closed_form import (
     ConceptEmbeddings,
     adversarial_embeddings,
+    apply_maps,
     embed_concept,
     projections,
-    solve_projection,
+    reduce_rows,
+    solve_text_map,
 )
 from safegen.edits.uce import UCE
+from safegen.models.embedding_cache import EmbeddingCache
 from safegen.models.model import Model
 
 RELEASED: dict[str, Any] = {"start": "uce", "captions": (), "preserve_scale": 0.1}
@@ -132,44 +136,38 @@ class RECE(ClosedFormEdit):
         Every round starts from the weights of the round before: targets and preserved outputs are
         theirs, as in the published code.
         """
-        start = self.build_uce().solve(model) if self.start == "uce" else None
-        solved: dict[str, Tensor] = {}
-        for part, original in projections(model).items():
-            concept = embed_concept(
-                model,
-                self.erase,
-                [self.guide] * len(self.erase),
-                part=part,
-                tokens=self.tokens,
-                preserve=self.preserve * (len(self.erase) if self.preserve_per_phrase else 1),
-                captions=self.captions,
-            )
-            edited = {name: start[name] for name in original} if start else None
-            solved |= self._solve_part(original, concept, edited)
-        return solved
+        cache, weights = EmbeddingCache(model), projections(model)
+        start = self.build_uce().text_maps(cache, weights) if self.start == "uce" else {}
+        concepts = embed_concept(
+            cache,
+            weights,
+            self.erase,
+            [self.guide] * len(self.erase),
+            tokens=self.tokens,
+            preserve=self.preserve * (len(self.erase) if self.preserve_per_phrase else 1),
+            captions=self.captions,
+        )
+        maps = {
+            part: self._text_map(weights[part], concept, start.get(part))
+            for part, concept in concepts.items()
+        }
+        return apply_maps(weights, maps)
 
-    def _solve_part(
-        self,
-        original: dict[str, Tensor],
-        concept: ConceptEmbeddings,
-        edited: dict[str, Tensor] | None,
-    ) -> dict[str, Tensor]:
-        """Return the new projections that read one part of the text, after all rounds."""
+    def _text_map(
+        self, original: Mapping[str, Tensor], concept: ConceptEmbeddings, mapping: Tensor | None
+    ) -> Tensor:
+        """Return the map of embeddings that all rounds are together, after a first erasure."""
         scales = self.model_dump(include={"erase_scale", "preserve_scale", "lamb"})
-
-        def erase(weights: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
-            return {
-                name: solve_projection(w, keys, concept.targets @ w.T, concept.preserved, **scales)
-                for name, w in weights.items()
-            }
-
-        edited = edited or erase(original, concept.erased)
+        if mapping is None:
+            mapping = solve_text_map(*concept, **scales)
+        factor = reduce_rows(torch.cat(list(original.values()))) if self.rounds else mapping
         for _ in range(self.rounds):
             adversarial = adversarial_embeddings(
-                list(edited.values()), list(original.values()), concept.erased, ridge=self.ridge
+                [factor @ mapping], [factor], concept.erased, ridge=self.ridge
             )
-            edited = erase(edited, adversarial)
-        return edited
+            step = solve_text_map(adversarial, concept.targets, concept.preserved, **scales)
+            mapping = mapping @ step
+        return mapping
 
     def build_uce(self) -> UCE:
         """Return settings that are equal to UCE's first code, for the start of a released run.

@@ -14,11 +14,14 @@ from torch import Tensor
 from safegen.core.concept import Concept, Phrase
 from safegen.edits.base import ClosedFormEdit, join_quoted
 from safegen.edits.functional.closed_form import (
+    Projections,
+    apply_maps,
     embed_concept,
     expand_phrases,
     projections,
-    solve_projection,
+    solve_text_map,
 )
+from safegen.models.embedding_cache import EmbeddingCache, TextInput
 from safegen.models.model import Model
 
 GUIDES = {"object": "", "art": "art"}
@@ -142,26 +145,23 @@ class UCE(ClosedFormEdit):
 
     def solve(self, model: Model) -> dict[str, Tensor]:
         """Return the new projections of text; see `closed_form.projections`."""
+        weights = projections(model)
+        return apply_maps(weights, self.text_maps(EmbeddingCache(model), weights))
+
+    def text_maps(self, cache: EmbeddingCache, weights: Projections) -> dict[TextInput, Tensor]:
+        """Return the map of text embeddings that the edit is, by part; see `solve_text_map`."""
         erase, guides = list(self.erase), [self.guide] * len(self.erase)
         if self.expand and not self.debias:
             erase, guides = (expand_phrases(texts, self.concept_type) for texts in (erase, guides))
+        concepts = embed_concept(
+            cache,
+            weights,
+            erase,
+            guides,
+            tokens=self.tokens,
+            preserve=self.preserve,
+            captions=self.captions,
+            debias=self.debias,
+        )
         scales = self.model_dump(include={"erase_scale", "preserve_scale", "lamb"})
-        solved: dict[str, Tensor] = {}
-        for part, weights in projections(model).items():
-            concept = embed_concept(
-                model,
-                erase,
-                guides,
-                part=part,
-                tokens=self.tokens,
-                preserve=self.preserve,
-                captions=self.captions,
-                debias=self.debias,
-            )
-            solved |= {
-                name: solve_projection(
-                    w, concept.erased, concept.targets @ w.T, concept.preserved, **scales
-                )
-                for name, w in weights.items()
-            }
-        return solved
+        return {part: solve_text_map(*concept, **scales) for part, concept in concepts.items()}

@@ -11,8 +11,8 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.shards import Shard
-from safegen.evaluation.engines.base import BatchWorker, Engine
-from safegen.evaluation.engines.local import LocalEngine
+from safegen.evaluation.engines.base import BatchEngine, BatchWorker
+from safegen.evaluation.engines.local import LocalBatchEngine
 from safegen.evaluation.engines.writer import RunWriter
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.protocol_file import write_protocol
@@ -39,6 +39,7 @@ def evaluate(
     until: Stage = "score",
     references: Mapping[str, str] | None = None,
     loader: StackLoader | None = None,
+    engine: BatchEngine | None = None,
     save_protocol: bool = False,
     shard: Shard | None = None,
     argv: Sequence[str] = (),
@@ -59,6 +60,7 @@ def evaluate(
         until: last stage to do: `generate`, `judge` or `score`.
         references: another stack to compare a stack with, besides its base; by name.
         loader: loads the stacks; on the accelerator or the CPU if not given.
+        engine: where batches are generated and judged. Default: in this process.
         save_protocol: also write `protocol.toml`, which can be given again.
         shard: part of the batches to do; `merge_runs` joins the parts.
         argv: command line to note in the run's card.
@@ -70,7 +72,8 @@ def evaluate(
             a stack.
         UserError: a stack or judge cannot be loaded.
     """
-    loader = loader or StackLoader()
+    loader, engine = loader or StackLoader(), engine or LocalBatchEngine()
+    engine.check()
     expanded = expand_baselines(protocol, stacks, baselines, references or {}, base=base)
     check_directory(out)
     with _explain_disk_errors(out), claim_run(out):
@@ -86,6 +89,7 @@ def evaluate(
             stacks=[s.stack for s in expanded],
             loader=loader,
             evaluators=evaluators,
+            engine=engine,
             progress=progress,
         )
         if evaluators and until == "score" and shard is None:
@@ -100,6 +104,7 @@ def judge_run(
     name: str | None = None,
     labels: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
+    engine: BatchEngine | None = None,
     progress: ProgressCallback = no_progress,
 ) -> str:
     """Judge all images of a run that exist, and return the judge's id; no image is generated.
@@ -109,6 +114,7 @@ def judge_run(
         name: another judge than the protocol's, by name or id.
         labels: labels of that judge; the protocol's if the judge is the same.
         options: options of the judge, in place of the protocol's.
+        engine: where batches are judged. Default: in this process.
         progress: called with (description, done, total).
 
     Raises:
@@ -137,7 +143,13 @@ def judge_run(
                 f"the judge {word!r} is {evaluators.id} here, not {name}. "
                 "Use its name alone, or the options of that judge"
             )
-        run_stages(run, run.samples, evaluators=evaluators, progress=progress)
+        run_stages(
+            run,
+            run.samples,
+            evaluators=evaluators,
+            engine=engine or LocalBatchEngine(),
+            progress=progress,
+        )
     return evaluators.id
 
 
@@ -148,7 +160,7 @@ def run_stages(
     stacks: Sequence[Stack] = (),
     loader: StackLoader | None = None,
     evaluators: Evaluators | None = None,
-    engine: Engine | None = None,
+    engine: BatchEngine,
     progress: ProgressCallback,
 ) -> None:
     """Generate the images that are missing, judge those that are not judged, and record both.
@@ -159,7 +171,7 @@ def run_stages(
         stacks: the run's stacks, to generate images.
         loader: loads the stacks; nothing is generated without.
         evaluators: judge and networks; nothing is judged without.
-        engine: where the batches are done. Default: in this process.
+        engine: where the batches are done.
         progress: called with (description, done, total).
 
     Raises:
@@ -170,7 +182,7 @@ def run_stages(
     with RunWriter(
         run, samples, evaluators, generates=loader is not None, progress=progress
     ) as writer:
-        (engine or LocalEngine()).run(writer, worker)
+        engine.run(writer, worker)
 
 
 def expand_baselines(

@@ -92,7 +92,7 @@ def merge_runs(
         with staged_directory(out) as staging:
             _write_run(parts, staging, out, progress)
         run = Run.open(out)
-    if run.detections_records():
+    if next(run.detections_records(), None):
         with claim_run(out):
             scores = score_run(run)
             write_json(scores_file(run, scores), scores)

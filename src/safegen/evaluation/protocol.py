@@ -232,7 +232,7 @@ class Protocol(BaseSettings):
                         cluster=row.cluster,
                         start=row.start,
                         guidance_scale=row.guidance_scale,
-                    )
+                    ).compact()
                     is_attack = part.role == "attack"
                     identity = (sample.prompt, sample.seed, i, is_attack, *request_parts(row))
                     other = names.setdefault(identity, part.name)

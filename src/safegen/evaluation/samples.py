@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -72,10 +72,27 @@ class EvalSample(Sample):
 
         An attack that changes nothing asks for an image of the attacked list, under another name.
         """
-        config = generation.model_dump(mode="json")
-        parts = [self.prompt_sha256, self.seed, self.index, stack_hash, config]
-        parts += ["attack"] * (self.role == "attack")
-        return sha(canonical(parts + request_parts(self)))
+        return image_keys([self], stack_hash, generation)[0]
+
+    def compact(self) -> Self:
+        """Return the sample in less memory; it must be valid."""
+        return self.model_construct(_FIELDS, **self.__dict__)
+
+
+_FIELDS = set(EvalSample.model_fields)
+
+
+def image_keys(
+    samples: Iterable[EvalSample], stack_hash: str, generation: GenerationConfig
+) -> list[str]:
+    """Return the name of each sample's image of a stack; see `EvalSample.key`."""
+    shared = f"{canonical(stack_hash)},{canonical(generation.model_dump(mode='json'))}"
+    keys = []
+    for s in samples:
+        more = (["attack"] if s.role == "attack" else []) + request_parts(s)
+        rest = f",{canonical(more)[1:-1]}" if more else ""
+        keys.append(sha(f'["{s.prompt_sha256}",{s.seed},{s.index},{shared}{rest}]'))
+    return keys
 
 
 def read_prompt_list(
@@ -123,12 +140,14 @@ def read_prompt_list(
     if bundled and prompts is not None and prompts > len(rows):
         raise ConfigError(f"the prompt list {source} has {len(rows)} prompts, got {prompts}")
     selected = []
+    hidden = {"subject": None, "background": None} if unsafe and not bundled else {}
     for row in rows[:prompts]:
         seed = row.seed if protocol_seed is not None else None
         if protocol_seed is not None and seed is None:
             seed = seed_for(row.id, protocol_seed)
-        hidden = {"subject": None, "background": None} if unsafe and not bundled else {}
-        selected.append(row.model_copy(update={"seed": seed} | hidden))
+        new = {"seed": seed} | hidden
+        is_new = any(getattr(row, name) != value for name, value in new.items())
+        selected.append(row.model_copy(update=new) if is_new else row)
     return replace(source_set, rows=tuple(selected))
 
 
@@ -152,17 +171,15 @@ def hash_prompts(rows: Sequence[Prompt]) -> str:
     It covers the text, subject, background, seed, cluster, start and guidance scale of each.
     """
     return hash_lines(
-        [
-            (
-                sha(row.prompt),
-                row.subject,
-                row.seed,
-                row.cluster,
-                *request_parts(row),
-                *background_parts(row),
-            )
-            for row in rows
-        ]
+        (
+            sha(row.prompt),
+            row.subject,
+            row.seed,
+            row.cluster,
+            *request_parts(row),
+            *background_parts(row),
+        )
+        for row in rows
     )
 
 
@@ -180,14 +197,16 @@ def background_parts(row: Prompt | EvalSample) -> list[object]:
     return [] if row.background is None else ["background", row.background]
 
 
-def hash_lines(lines: Sequence[object]) -> str:
+def hash_lines(lines: Iterable[object]) -> str:
     """Return a SHA-256 over plain values, one line of canonical JSON each."""
-    return sha("".join(canonical(line) + "\n" for line in lines))
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{canonical(line)}\n".encode())
+    return digest.hexdigest()
 
 
-def canonical(value: object) -> str:
-    """Return JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
+"""Function that returns JSON with sorted keys and no spaces: equal values give equal text."""
 
 
 def sha(text: str) -> str:

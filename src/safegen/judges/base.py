@@ -24,7 +24,7 @@ SCORE_FLOOR = 0.2
 """Lowest score of a stored detection, which is the lowest threshold that can be applied."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Detection:
     """One object or attribute that a judge detected in an image."""
 
@@ -43,7 +43,7 @@ class Detection:
             raise ValueError(f"judge scores must be in [0, 1], got {self.score}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Detections:
     """Raw output of a judge for one image, independent of labels and threshold."""
 
@@ -80,6 +80,8 @@ class Detections:
             raise ValueError(f"threshold must be in {SCORE_FLOOR}..1, got {threshold}")
         if self.unjudged is not None:
             return None
+        if not self.items:
+            return False
         expanded = expand_labels(labels)
         return any(d.label in expanded and d.score >= threshold for d in self.items)
 

@@ -42,7 +42,10 @@ def mcnemar(a: Sequence[bool | None], b: Sequence[bool | None]) -> McNemar:
         raise ValueError("a paired test needs at least one pair of judged images, got none")
     only_a, only_b = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
     trials = only_a + only_b
-    tail = sum(math.comb(trials, i) for i in range(min(only_a, only_b) + 1))
+    tail = term = 1
+    for i in range(min(only_a, only_b)):  # exact: each binomial coefficient from the one before
+        term = term * (trials - i) // (i + 1)
+        tail += term
     return McNemar(only_a, only_b, len(pairs), min(1.0, 2 * tail / 2**trials), len(a) - len(pairs))
 
 

@@ -14,6 +14,10 @@ Z95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
 MIN_CLUSTERS = 5
 """Number of clusters below which a bootstrap of a rate is unreliable."""
+MAX_INDICES = 2**16
+"""Most indices that a bootstrap draws at once, so that memory does not grow with the clusters."""
+FEW_VALUES = 16
+"""Most distinct sums of clusters whose draws are counted, and not added up one by one."""
 
 
 class Result:
@@ -123,9 +127,18 @@ def resampled_sums(
         dtype=np.float64,
     )
     rng, out = np.random.default_rng(seed), np.empty((draws, 2))
-    for start in range(0, draws, 256):  # in parts: a draw over 5,000 prompts is 5,000 indices
-        part = out[start : start + 256]
-        part[:] = sums[rng.integers(len(sums), size=(len(part), len(sums)))].sum(axis=1)
+    values, starts = np.unique(sums, axis=0, return_index=True)
+    is_exact = len(values) <= FEW_VALUES and (sums % 1 == 0).all() and np.abs(sums).sum() < 2**53
+    step = max(1, MAX_INDICES // len(sums))
+    for start in range(0, draws, step):
+        part = out[start : start + step]
+        drawn = rng.integers(len(sums), size=(len(part), len(sums)))
+        if is_exact:  # the sums are sorted, so equal ones lie together: count the draws of each
+            at_least = np.stack([np.count_nonzero(drawn >= first, axis=1) for first in starts])
+            part[:] = (at_least - np.append(at_least[1:], [[0] * len(part)], axis=0)).T @ values
+        else:  # one after the other: another order rounds in another way
+            for column in (0, 1):
+                part[:, column] = np.cumsum(sums[:, column].take(drawn), axis=1)[:, -1]
     return out
 
 

@@ -23,6 +23,7 @@ from safegen.core.errors import (
     explain,
 )
 from safegen.core.files import atomic_write
+from safegen.core.processes import joint_errors
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TEXTS, Edit
@@ -68,7 +69,8 @@ def edit(
 ) -> Patch:
     """Remove a visual concept from a model and return the change as a patch.
 
-    The model itself does not change.
+    The model itself does not change. Processes that torchrun started share the training: call it on
+    all of them. All return the same patch, and one of them saves it.
 
     Args:
         model: model from `safegen.load`.
@@ -111,25 +113,26 @@ def edit(
     arguments = [*resolve(EDITS, method, "edit").model_fields, *signature(edit).parameters]
     check_names(f"setting of {method!r}", settings, arguments)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    prepared = prepare_edit(
-        method,
-        preset,
-        triplets=triplets,
-        concept=concept,
-        checkpoint_dir=folder,
-        resume=resume,
-        **settings,
-    )
-    start = Patch.load(from_patch) if isinstance(from_patch, str | Path) else from_patch
-    return apply_edit(
-        prepared.for_model(model),
-        model,
-        prepared.triplets,
-        from_patch=start,
-        checkpoint_dir=folder,
-        resume=resume,
-        callback=callback,
-    )
+    with joint_errors():
+        prepared = prepare_edit(
+            method,
+            preset,
+            triplets=triplets,
+            concept=concept,
+            checkpoint_dir=folder,
+            resume=resume,
+            **settings,
+        )
+        start = Patch.load(from_patch) if isinstance(from_patch, str | Path) else from_patch
+        return apply_edit(
+            prepared.for_model(model),
+            model,
+            prepared.triplets,
+            from_patch=start,
+            checkpoint_dir=folder,
+            resume=resume,
+            callback=callback,
+        )
 
 
 def apply_edit(

@@ -15,7 +15,8 @@ from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import MODELS
 from safegen.data.shards import Shard
 from safegen.edits.training.presets import is_full_size
-from safegen.evaluation import evaluate as engine
+from safegen.evaluation import evaluate as evaluation
+from safegen.evaluation.engines.base import BatchEngine
 from safegen.evaluation.own_prompts import (
     RowSeeds,
     concept_judge,
@@ -62,9 +63,10 @@ def evaluate(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     precision: NativePrecision | None = None,
-    baselines: engine.Baselines = "all",
-    until: engine.Stage = "score",
+    baselines: evaluation.Baselines = "all",
+    until: evaluation.Stage = "score",
     shard: Shard | str | None = None,
+    engine: BatchEngine | None = None,
     loader: StackLoader | None = None,
     argv: Sequence[str] = (),
     announce: Callable[[Protocol], None] = lambda _: None,
@@ -99,6 +101,7 @@ def evaluate(
         baselines: `all` adds a negative prompt and black images.
         until: last stage to do: `generate`, `judge` or `score`.
         shard: part of the run to do, `1/4` to `4/4`; a shard is not scored, `merge` joins them.
+        engine: where batches are done, such as `RayBatchEngine(workers=2)`. Default: this process.
         loader: loads the models.
         argv: command line to note in the run's card.
         announce: called with the protocol before anything is generated.
@@ -143,7 +146,7 @@ def evaluate(
             "effect, got all. Use --baselines none"
         )
     announce(prepared.protocol)
-    run = engine.evaluate(
+    run = evaluation.evaluate(
         prepared.protocol,
         prepared.stacks,
         Path(out),
@@ -151,6 +154,7 @@ def evaluate(
         baselines=baselines,
         until=until,
         shard=part,
+        engine=engine,
         loader=loader,
         save_protocol=True,
         argv=argv,

@@ -6,8 +6,14 @@ import torch
 from diffusers import DDIMScheduler
 
 from safegen.edits.rl.algorithm import DenoisingPolicy, RolloutBatch
+from safegen.edits.training.shares import Draws
 
 STEPS = 6
+
+
+def draws(n, generator=None):
+    """Return draws for the n images of a whole batch."""
+    return Draws(generator or torch.Generator(), torch.arange(n), n)
 
 
 def reschedule(model, **config):
@@ -45,7 +51,10 @@ class Trial:
         noise = torch.randn(n, *self.policy.sampler.shape, generator=self.generator)
         parts = [
             self.algorithm.rollout(
-                self.net, noise[rows], self.policy.text[index[rows]], self.generator
+                self.net,
+                noise[rows],
+                self.policy.text[index[rows]],
+                draws(len(rows), self.generator),
             )
             for rows in torch.arange(n).split(self.size)
         ]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sampling import Trial, build_policy, reschedule
+from sampling import Trial, build_policy, draws, reschedule
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 from toy import BENIGN, EXPLICIT
@@ -108,7 +108,9 @@ def test_noise_keeps_the_distribution_of_images(toy):
     noise = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     ode = policy.draw(policy.model.denoiser, noise, text)
     algorithm = DDPO().build(policy, 1, 200, updates=1)
-    sde, _ = algorithm.rollout(policy.model.denoiser, noise, text, torch.Generator().manual_seed(2))
+    sde, _ = algorithm.rollout(
+        policy.model.denoiser, noise, text, draws(200, torch.Generator().manual_seed(2))
+    )
     assert_close(sde.mean(0), ode.mean(0), rtol=0, atol=0.1)
     assert_close(sde.std(0).mean(), ode.std(0).mean(), rtol=0.05, atol=0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
+from sampling import draws
 from torch.testing import assert_close
 from toy import BENIGN, EXPLICIT
 
@@ -44,7 +45,8 @@ class Setup:
         groups = torch.arange(4).repeat_interleave(4)
         prompts = torch.tensor([0, 1, 4, 5])[groups]
         noise = torch.randn(16, *self.policy.sampler.shape, generator=generator)
-        latents, _ = self.algorithm.rollout(self.net, noise, self.policy.text[prompts], generator)
+        text = self.policy.text[prompts]
+        latents, _ = self.algorithm.rollout(self.net, noise, text, draws(16, generator))
         advantages = torch.randn(16, generator=generator)
         self.batch = RolloutBatch(prompts, groups, latents, advantages)
         self.algorithm.prepare(self.net, self.batch, 4, generator)
@@ -291,9 +293,9 @@ def test_an_image_without_advantage_holds_the_weights_near_the_old_ones(toy):
 def test_the_old_weights_draw_the_images(toy):
     setup = Setup(toy(), NFT())
     noise, text = torch.randn(2, 1, 8, 8), setup.policy.text[:2]
-    before, _ = setup.algorithm.rollout(setup.net, noise, text, torch.Generator())
+    before, _ = setup.algorithm.rollout(setup.net, noise, text, draws(2))
     setup.move()
-    after, _ = setup.algorithm.rollout(setup.net, noise, text, torch.Generator())
+    after, _ = setup.algorithm.rollout(setup.net, noise, text, draws(2))
     assert torch.equal(before, after)
 
 

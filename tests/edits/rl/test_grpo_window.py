@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sampling import Trial, build_policy
+from sampling import Trial, build_policy, draws
 from torch.testing import assert_close
 from toy import BENIGN
 
@@ -80,7 +80,7 @@ def test_a_rollout_that_failed_does_not_place_the_next_window(build_trial):
     trial, found = build_trial(steps=11), set()
     for seed in range(8):
         generator, text = torch.Generator().manual_seed(seed), trial.policy.text[:4]
-        _, extra = trial.algorithm.rollout(trial.net, trial.noise[:4], text, generator)
+        _, extra = trial.algorithm.rollout(trial.net, trial.noise[:4], text, draws(4, generator))
         found.add(int(extra["step"][0, 0]))
     assert len(found) > 1
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from sampling import build_policy
+from sampling import build_policy, draws
 from torch.testing import assert_close
 from toy import BENIGN
 
@@ -233,7 +233,7 @@ def test_rollouts_of_flow_are_euler_steps_of_its_ode(toy, settings):
     algorithm = settings.build(policy, 4, 2, updates=1)
     net, text = policy.model.denoiser, policy.text[:2]
     noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    found, _ = algorithm.rollout(net, noise, text, torch.Generator())
+    found, _ = algorithm.rollout(net, noise, text, draws(len(noise)))
     sigmas, x = policy.sampler.scheduler.sigmas, noise
     assert sigmas[0] == 1
     assert sigmas[-1] == 0

@@ -14,10 +14,11 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from safegen.core.errors import ConfigError, FileError, MissingExtraError, UserError
+from safegen.evaluation.engines.cluster import import_ray
 from safegen.serve.config import RayConfig, ServerConfig
 from safegen.serve.engine.base import EngineFaultError
 from safegen.serve.ray.app import INGRESS, build_application, build_from_file, stack_options
-from safegen.serve.ray.server import count_cpus, import_ray, read_error, write_ray_config
+from safegen.serve.ray.server import count_cpus, read_error, write_ray_config
 
 SERVER = """
 stacks = ["mini", "other.toml"]
@@ -113,7 +114,7 @@ The deployments ['stack-0'] are unhealthy."""
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray.serve", None)
     with pytest.raises(MissingExtraError, match=r"safegen\[ray\]"):
-        import_ray()
+        import_ray("ray.serve")
 
 
 @pytest.mark.parametrize("module", ["app", "engine", "replica"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safegen.core.progress import ProgressCallback, no_progress
 from safegen.core.registry import CONCEPTS
 from safegen.core.settings import MAX_COUNT, MAX_SEEDS, BaseSettings, Seed
 from safegen.data.prompts.prompt import seed_for
+from safegen.data.shards import Shard
 from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
@@ -33,6 +35,7 @@ from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.judge import load_evaluators
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import EvalSample, Role, is_bundled
+from safegen.evaluation.shards import select_batches
 from safegen.judges import load_concept_judge
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
@@ -99,21 +102,7 @@ def run_attack(
     check_model(stack)
     loader = loader or StackLoader()
     concept, config, protocol = with_protocol(attack, concept, config, protocol)
-    check_directory(output_dir)
-    with claim_run(output_dir):
-        load_evaluators(protocol)  # a judge that is not installed stops the attack at once
-        settings = {
-            "workflow": "attack",
-            "attack": {"name": attack.method()} | attack.fingerprint(concept),
-            "access": attack.access,
-            "tier": attack.tier,
-            "config": config.model_dump(mode="json")
-            | {"prompts": [s if is_bundled(s) else display_name(s) for s in config.prompts]},
-            "stack": loader.hash(stack),
-            "protocol": protocol.decides(),
-            "device": f"{loader.device}, {loader.dtype}",
-        } | own_concept(concept)
-        claim_directory(output_dir, settings)
+    with claim_attack(attack, stack, concept, config, protocol, output_dir, loader):
         samples = repeat_samples(protocol.samples(), config.repeat)
         folder = output_dir / ATTACK_FILES
         with Journal(output_dir / ATTACK, AttackRecord) as journal:
@@ -153,6 +142,51 @@ def run_attack(
         )
         write_report(open_runs([output_dir]), output_dir)
     return run
+
+
+@contextmanager
+def claim_attack(
+    attack: Attack,
+    stack: Stack,
+    concept: Concept,
+    config: AttackConfig,
+    protocol: Protocol,
+    output_dir: Path,
+    loader: StackLoader,
+    **settings: Any,
+) -> Iterator[None]:
+    """Keep other processes out of the directory of an attack, and check or note its settings.
+
+    Args:
+        attack: the attack.
+        stack: the attacked stack.
+        concept: concept to bring back.
+        config: prompts, budget and generation.
+        protocol: protocol of the prompts before the attack.
+        output_dir: directory of the run, new or of an earlier call.
+        loader: loads the model.
+        settings: further settings of the directory.
+
+    Raises:
+        FileError: `output_dir` holds something else or another run, or cannot be written.
+        UserError: the judge or the stack cannot be loaded.
+    """
+    check_directory(output_dir)
+    with claim_run(output_dir):
+        load_evaluators(protocol)  # a judge that is not installed stops the attack at once
+        known = {
+            "workflow": "attack",
+            "attack": {"name": attack.method()} | attack.fingerprint(concept),
+            "access": attack.access,
+            "tier": attack.tier,
+            "config": config.model_dump(mode="json")
+            | {"prompts": [s if is_bundled(s) else display_name(s) for s in config.prompts]},
+            "stack": loader.hash(stack),
+            "protocol": protocol.decides(),
+            "device": f"{loader.device}, {loader.dtype}",
+        }
+        claim_directory(output_dir, known | own_concept(concept) | settings)
+        yield
 
 
 def check_model(stack: Stack) -> None:
@@ -203,23 +237,24 @@ def attack_samples(
     folder: Path,
     *,
     loader: StackLoader,
+    shard: Shard | None = None,
     progress: ProgressCallback = no_progress,
 ) -> dict[tuple[str, str], AttackRecord]:
     """Attack the samples that the journal lacks, and return the records by id and variant.
 
     Samples that the budget leaves out have no record. Where an attack changes no prompt, samples
-    cost nothing, and none is left out.
+    cost nothing, and none is left out. A shard attacks its own batches; the cost of building the
+    attacker is in the first batch of the whole attack alone.
     """
     variants = (*attack.variants, *attack.controls)
+    batches = split_samples(samples, attack.batch_size, shard)
     _drop_torn_batch(
         journal,
-        [
-            [(sample.id, variant) for sample in batch for variant in variants]
-            for batch in _batches(samples, attack.batch_size)
-        ],
+        [[(sample.id, variant) for sample in batch for variant in variants] for batch in batches],
     )
     records = {(record.id, record.variant): record for record in journal.records}
-    if _complete(samples, variants, records):
+    total = sum(map(len, batches)) * len(variants)
+    if all(_complete(batch, variants, records) for batch in batches):
         return records
     judge = load_concept_judge(concept)
     with loader.open(stack) as loaded:
@@ -228,17 +263,18 @@ def attack_samples(
         context = AttackContext(target, folder, progress)
         with target.counted(spent):
             attacker: Attacker | None = None
-            for batch in _batches(samples, attack.batch_size):
+            for batch in batches:
                 if _complete(batch, variants, records):
                     continue
                 if target.exhausted and attack.changes_prompts:
                     break
+                has_build = not records and batch[0] is samples[0]
                 if attacker is None:
                     attacker = attack.build(context)
-                    if records:  # the first batch has the cost of building
+                    if not has_build:
                         target.reset(spent)
-                before = target.cost if records else Cost()
-                progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
+                before = Cost() if has_build else target.cost
+                progress(f"attacking: {stack.name}", len(records), total)
                 results = attacker.attack(batch)
                 costs = (target.cost - before).split(len(results))
                 attacked = {sample.id: sample for sample in batch}
@@ -249,7 +285,7 @@ def attack_samples(
                 ]
                 journal.append(new)
                 records |= {(record.id, record.variant): record for record in new}
-    progress(f"attacking: {stack.name}", len(records), len(samples) * len(variants))
+    progress(f"attacking: {stack.name}", len(records), total)
     return records
 
 
@@ -282,6 +318,9 @@ def _drop_torn_batch(
         left = left[len(batch) :]
 
 
-def _batches(samples: Sequence[EvalSample], size: int) -> Iterator[Sequence[EvalSample]]:
-    for start in range(0, len(samples), size):
-        yield samples[start : start + size]
+def split_samples(
+    samples: Sequence[EvalSample], size: int, shard: Shard | None = None
+) -> list[Sequence[EvalSample]]:
+    """Return the samples in batches: those of a shard, or all."""
+    numbers = sorted(select_batches(shard, samples, size))
+    return [samples[number * size : (number + 1) * size] for number in numbers]

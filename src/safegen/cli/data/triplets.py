@@ -1,16 +1,19 @@
-"""The `triplets` commands: make, check."""
+"""The `triplets` commands: make, merge, check."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from safegen.cli.console import echo, echo_json, plural
-from safegen.cli.options import AsJson, warn_unused
+from safegen.cli.options import AsJson, ShardText, read_shard, warn_unused
 from safegen.cli.progress import show_progress
 from safegen.data.triplets.censor import Censor, Style
+
+if TYPE_CHECKING:
+    from safegen.data.triplets.make import MakeResult
 
 app = typer.Typer(
     no_args_is_help=True, help="Make and check triplets of <unsafe, censored, benign> images."
@@ -47,25 +50,56 @@ def make(
     style: Annotated[Style, typer.Option(help=HELP["style"])] = CENSOR.style,
     tile: Annotated[float, typer.Option(help=HELP["tile"])] = CENSOR.tile,
     padding: Annotated[float, typer.Option(help=HELP["padding"])] = CENSOR.padding,
+    shard: ShardText = None,
     as_json: AsJson = False,
 ) -> None:
     """Censor unsafe images, pair them with benign images and write triplets."""
-    config = Censor(style=style, tile=tile, padding=padding)
+    config, part = Censor(style=style, tile=tile, padding=padding), read_shard(shard)
     from safegen.data.triplets.make import make_triplets
     from safegen.judges import load_judge
 
     loaded = load_judge(judge, labels=label or (), threshold=threshold)
-    with show_progress() as progress:
-        result = make_triplets(
-            unsafe,
-            benign,
-            loaded,
-            out,
-            config,
-            labels=loaded.labels,
-            threshold=loaded.threshold,
-            progress=progress,
+    rules: dict[str, Any] = {"labels": loaded.labels, "threshold": loaded.threshold}
+    if part:
+        from safegen.data.triplets.shards import make_triplet_shard
+
+        with show_progress() as progress:
+            count = make_triplet_shard(
+                unsafe, benign, loaded, out, part, config, progress=progress, **rules
+            )
+        if as_json:
+            echo_json({"folder": str(out), "shard": str(part), "detections": count})
+            return
+        echo(
+            f"shard {part}: {plural(count, 'image')} judged in {out}. "
+            "Merge all shards: safegen triplets merge PART... --unsafe DIR --out DIR"
         )
+        return
+    with show_progress() as progress:
+        result = make_triplets(unsafe, benign, loaded, out, config, progress=progress, **rules)
+    _print_result(result, out, as_json)
+
+
+@app.command()
+def merge(
+    parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="Folders of all shards.")],
+    unsafe: Annotated[Path, typer.Option(help="Folder of unsafe images that the shards judged.")],
+    out: Annotated[Path, typer.Option(help="New folder for the triplets.")],
+    benign: Annotated[
+        Path | None, typer.Option(help="Folder of benign images, if the shards had one.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the triplets that one process would have made, from the shards of `make --shard`."""
+    from safegen.data.triplets.shards import merge_triplets
+
+    with show_progress() as progress:
+        result = merge_triplets(parts, unsafe, benign, out, progress=progress)
+    _print_result(result, out, as_json)
+
+
+def _print_result(result: MakeResult, out: Path, as_json: bool) -> None:
+    """Print how many triplets were made, and which images were skipped."""
     if as_json:
         echo_json(
             {

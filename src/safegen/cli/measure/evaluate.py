@@ -11,22 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from safegen.cli.console import echo, echo_status, plural
+from safegen.cli.console import echo
+from safegen.cli.measure.protocol import Precision, print_protocol
 from safegen.cli.measure.report import Judge, Label, report, score
 from safegen.cli.options import (
     MERGE,
+    Address,
     Device,
     Dtype,
+    EngineName,
+    EngineOption,
     Pickle,
     PlanOnly,
     ShardText,
     Threads,
+    Workers,
+    make_engine,
     print_model,
     print_plan,
     read_pair,
     read_shard,
     resumable,
-    set_threads,
     warn_unused,
 )
 from safegen.cli.progress import show_progress
@@ -35,7 +40,7 @@ from safegen.core.errors import ConfigError
 from safegen.core.settings import MAX_COUNT, MAX_SEEDS, MAX_STEPS
 
 if TYPE_CHECKING:
-    from safegen.evaluation.protocol import Protocol
+    from safegen.evaluation.engines.base import BatchEngine
 
 
 class EvaluationStage(StrEnum):
@@ -55,13 +60,6 @@ class Baselines(StrEnum):
     none = "none"
 
 
-class Precision(StrEnum):
-    """Arithmetic of the denoiser."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
 JudgeOption = Annotated[
     list[str] | None, typer.Option(help="Judge option KEY=VALUE (docs/reference). Repeatable.")
 ]
@@ -71,8 +69,6 @@ GENERATE_OPTIONS = (
     *("steps", "guidance", "baselines", "precision", "shard", "device", "dtype", "allow_pickle"),
 )
 """Options without effect on a run that is generated."""
-MAX_LINES = 20
-"""Unusable prompts that are printed one by one; protocol.json of the run lists all."""
 
 
 def evaluate(
@@ -128,6 +124,9 @@ def evaluate(
         Precision | None, typer.Option(help="Arithmetic of the denoiser. Default: the protocol's.")
     ] = None,
     shard: ShardText = None,
+    engine: EngineOption = EngineName.local,
+    workers: Workers = None,
+    address: Address = None,
     plan: PlanOnly = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -137,14 +136,15 @@ def evaluate(
     """Generate, judge, score and report. Re-run the same command to resume."""
     if stage not in (EvaluationStage.all, EvaluationStage.generate):
         _check_options(context, stage)
-        _run_later_stage(stage, out, judge, label or [], judge_option or [], threads)
+        runs_on = make_engine(engine, workers, address, threads) if stage == "judge" else None
+        _run_later_stage(stage, out, judge, label or [], judge_option or [], runs_on)
         return
     if model and base:
         raise ConfigError(f"MODEL and --base must not both be given, got {model!r} and {base!r}")
     if not (model or base or stack):
         raise ConfigError("no model and no stack is given. Name a MODEL, or use --stack.")
     part = read_shard(shard)
-    set_threads(threads)
+    runs_on = make_engine(engine, workers, address, threads)
     from safegen.stack_loader import StackLoader
     from safegen.workflows.evaluate import evaluate as run_evaluation
     from safegen.workflows.evaluate import prepare_evaluation
@@ -182,6 +182,7 @@ def evaluate(
             baselines=baselines.value,
             until="generate" if stage is EvaluationStage.generate else "score",
             shard=part,
+            engine=runs_on,
             argv=["safegen", *sys.argv[1:]],
             announce=lambda rules: print_protocol(rules, device),
             progress=progress,
@@ -208,7 +209,7 @@ def _run_later_stage(
     judge: str | None,
     labels: list[str],
     options: list[str],
-    threads: int | None,
+    engine: BatchEngine | None,
 ) -> None:
     """Judge, score or report a run that is generated."""
     if stage is EvaluationStage.score:
@@ -216,8 +217,7 @@ def _run_later_stage(
     elif stage is EvaluationStage.report:
         report([out], judge=judge, label=labels)
     else:
-        set_threads(threads)
-        _judge(out, judge, labels, options)
+        _judge(out, judge, labels, options, engine)
 
 
 def _read_seeds(text: str | None) -> int | Literal["rows"] | None:
@@ -244,7 +244,7 @@ def _check_options(context: typer.Context, stage: EvaluationStage) -> None:
     """Warn of options without effect on a run that is generated."""
     unused: tuple[str, ...] = GENERATE_OPTIONS
     if stage is not EvaluationStage.judge:
-        unused = (*unused, "threads", "judge_option")
+        unused = (*unused, "threads", "judge_option", "engine", "workers", "address")
     for option in _set_options(context, unused):
         warn_unused(option, f"with --stage {stage}")
 
@@ -259,71 +259,23 @@ def _set_options(context: typer.Context, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _judge(out: Path, judge: str | None, labels: list[str], options: list[str]) -> None:
-    from safegen.evaluation import evaluate as engine
+def _judge(
+    out: Path, judge: str | None, labels: list[str], options: list[str], engine: BatchEngine | None
+) -> None:
+    from safegen.evaluation.evaluate import judge_run
     from safegen.evaluation.run.folder import Run
 
     settings = _read_judge_options(options)
     with resumable(out), show_progress() as progress:
-        judge_id = engine.judge_run(
-            Run.open(out), name=judge, labels=labels, options=settings or None, progress=progress
+        judge_id = judge_run(
+            Run.open(out),
+            name=judge,
+            labels=labels,
+            options=settings or None,
+            engine=engine,
+            progress=progress,
         )
     command = ["safegen", "score", str(out), "--judge", judge_id]
     for label in labels:
         command += ["--label", label]
     echo(f"judged by {judge_id}; score it with: {shlex.join(command)}")
-
-
-def load_rules(name: str | None, prompts: list[str], precision: Precision | None) -> Protocol:
-    """Return the protocol that the options name, with the user's files of prompts."""
-    from safegen.evaluation.protocol_file import load_protocol
-
-    if name is None:
-        raise ConfigError("no protocol is given. Use --protocol.")
-    files = {}
-    for pair in prompts:
-        part, _, file = pair.partition("=")
-        if not (part and file):
-            raise ConfigError(f"--prompts must be NAME=FILE, got {pair!r}")
-        files[part] = file
-    protocol = load_protocol(name, prompts=files)
-    return protocol.with_precision(precision.value) if precision else protocol
-
-
-def print_protocol(protocol: Protocol, device: str) -> None:
-    """Print the protocol of a run to stderr: its ID, its lists, and notes on its prompts."""
-    config, seeds = protocol.generation, protocol.seeds
-    count = (
-        "the rows' seeds"
-        if seeds == "rows"
-        else f"{len(seeds)} seeds"
-        if len(seeds) > 1
-        else "1 seed"
-    )
-    echo_status(
-        f"protocol {protocol.name} ({protocol.id}): {count}, {config.num_inference_steps} steps, "
-        f"guidance {config.guidance_scale:g}, {config.precision}, judge {protocol.judge.name}"
-    )
-    for part in protocol.lists:
-        echo_status(f"  {part.role}: {part.name}, {plural(part.prompts or 0, 'prompt')}")
-    print_notes(protocol, device)
-
-
-def print_notes(protocol: Protocol, device: str) -> None:
-    """Print which prompts cannot be used, and whether the run will be slow."""
-    from safegen.core.device import resolve_device
-    from safegen.core.generation import preferred_precision
-
-    for part in protocol.lists:
-        lines = [f"left out of {part.name}: {line}" for line in part.left_out[:MAX_LINES]]
-        if len(part.left_out) > MAX_LINES:
-            rest = len(part.left_out) - MAX_LINES
-            lines.append(f"left out of {part.name}: {rest} more, listed in protocol.json")
-        for line in [*(f"note on {part.name}: {note}" for note in part.notes), *lines]:
-            echo(line, err=True)
-    if protocol.generation.precision == "bf16" and preferred_precision(device) != "bf16":
-        echo(
-            f"note: {protocol.name} generates in bf16, which this {resolve_device(device)} "
-            "emulates slowly. --precision fp32 is faster and has another protocol ID.",
-            err=True,
-        )

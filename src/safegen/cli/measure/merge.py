@@ -19,8 +19,17 @@ def merge(
     """Merge the shards of a run into the run that one process would have made, and score it.
 
     No model is loaded. Every image is checked against its SHA-256. Re-run the same command to
-    resume.
+    resume. Shards of an attack become a folder that the attack's command, without --shard, resumes.
     """
+    from safegen.attacks.core.shards import is_attack_shard, merge_attacks
+
+    if is_attack_shard(runs[0]):
+        count = merge_attacks(runs, out)
+        echo(
+            f"{count} attacked samples in {out}. Evaluate what was found with the command of the "
+            f"shards, without --shard and with --out {out}"
+        )
+        return
     from safegen.evaluation.run.folder import SCORES
     from safegen.workflows.merge import merge as merge_shards
 

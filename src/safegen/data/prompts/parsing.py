@@ -32,7 +32,7 @@ class RowError:
         return f"{self.unit} {self.line}: {self.reason}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileRow:
     """One row of a file: its line, and its cells by lower-case column name.
 

@@ -32,6 +32,8 @@ FOUND = "safegen-attack"
 """Dialect of prompts that an attack found, which may start from an image or latents."""
 MAX_FILE = 2**31
 """Largest file of prompts, in bytes."""
+MAX_RECENT = 2**26
+"""Largest file whose prompts are kept for the next call, in bytes: a protocol reads it often."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class PromptSet:
             "clusters": len({row.cluster for row in self.rows}),
             "without_seed": sum(row.seed is None for row in self.rows),
         }
+
+
+_recent: dict[tuple[str | None, ...], PromptSet] = {}
+"""Prompts of the last file, by its name, content and reading."""
 
 
 def read_prompts(
@@ -121,6 +127,10 @@ def _read_file(source: str | Path, dialect: str | None, column: str | None) -> P
             "or hub:owner/name/path/in/repo.csv"
         )
     data = read_bytes(path, limit=MAX_FILE)
+    digest = sha256(data).hexdigest()
+    key = (name, str(path), digest, dialect, column)
+    if (known := _recent.get(key)) is not None:
+        return known
     text, notes = decode_text(data, name)
     records = _parse(text, path, name, dialect, column)
     dialect, prompt_column = _choose(records, name, path.stem, dialect, column)
@@ -131,11 +141,29 @@ def _read_file(source: str | Path, dialect: str | None, column: str | None) -> P
         )
     context = RowContext(
         name if is_remote else escape_control(path.name),
-        sha256(data).hexdigest(),
+        digest,
         escape_control(path.stem),
         prompt_column,
         path.parent,
     )
+    prompts, problems, repeated = _read_rows(records, dialect, context)
+    if not prompts:
+        raise _no_rows(name, problems)
+    notes += records.notes
+    notes += _notes(dialect, records, context, explicit=column is not None, repeated=repeated)
+    if dialect == "ring-a-bell" and prompts[0].attack and prompts[0].attack.k is None:
+        notes.append("eta and K are unknown: the file's name is not like Concept_eta_3_K_16.csv")
+    found = PromptSet(name, dialect, digest, prompts, tuple(problems), tuple(notes))
+    if dialect != FOUND and len(data) <= MAX_RECENT:  # a start has files of its own
+        _recent.clear()
+        _recent[key] = found
+    return found
+
+
+def _read_rows(
+    records: FileRows, dialect: str, context: RowContext
+) -> tuple[tuple[Prompt, ...], list[RowError], int]:
+    """Return the prompts of a file, the rows that cannot be used, and how many ids repeat."""
     rows: dict[str, Prompt] = {}
     problems, repeated = list(records.problems), 0
     for record in records.rows:
@@ -148,14 +176,7 @@ def _read_file(source: str | Path, dialect: str | None, column: str | None) -> P
             row, repeated = row.model_copy(update={"id": f"{row.id}@{row.line}"}), repeated + 1
         rows[row.id] = row
     problems.sort(key=lambda problem: problem.line)
-    if not rows:
-        raise _no_rows(name, problems)
-    prompts = tuple(rows.values())
-    notes += records.notes
-    notes += _notes(dialect, records, context, explicit=column is not None, repeated=repeated)
-    if dialect == "ring-a-bell" and prompts[0].attack and prompts[0].attack.k is None:
-        notes.append("eta and K are unknown: the file's name is not like Concept_eta_3_K_16.csv")
-    return PromptSet(name, dialect, context.sha256, prompts, tuple(problems), tuple(notes))
+    return tuple(rows.values()), problems, repeated
 
 
 def _notes(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,19 @@ from safegen.data.prompts.prompt import AttackInfo, Prompt, cluster_of
 
 PROMPT_COLUMNS = ("prompt", "prompts", "text", "caption", "captions", "sentence", "description")
 """Prompt columns of files of no known benchmark; the first that exists is read."""
-SEED = ("evaluation_seed", "sd_seed", "seed")
-GUIDANCE = ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance")
-# not `width` and `height`, which describe a photograph in caption files
-WIDTH, HEIGHT = ("sd_image_width",), ("sd_image_height",)
-CATEGORIES = ("categories", "category")
-SUBJECT = ("subject", "classes", "class")
-BACKGROUND = ("background",)
-REFERENCE = ("coco_id", "image_id")
-KEY = ("case_number", "id")
+COLUMNS = {
+    "seed": ("evaluation_seed", "sd_seed", "seed"),
+    "guidance": ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance"),
+    # not `width` and `height`, which describe a photograph in caption files
+    "width": ("sd_image_width",),
+    "height": ("sd_image_height",),
+    "categories": ("categories", "category"),
+    "reference": ("coco_id", "image_id"),
+    "key": ("case_number", "id"),
+    "subject": ("subject", "classes", "class"),
+    "background": ("background",),
+}
+"""Columns that mean the same in every dialect; the first of each with a value is read."""
 HEADERLESS = ("prompt", "case_number", "evaluation_seed")
 """Columns of the one dialect that exists without a header."""
 FOREIGN = (
@@ -34,10 +38,12 @@ FOREIGN = (
     "sensitive prompt",
     "normal prompt",
 )
-PUBLISHED = SEED + GUIDANCE + WIDTH + HEIGHT + CATEGORIES + REFERENCE + KEY
-KNOWN_COLUMNS = frozenset(PROMPT_COLUMNS + PUBLISHED + FOREIGN)
+PUBLISHED = [n for what in COLUMNS.keys() - {"subject", "background"} for n in COLUMNS[what]]
+KNOWN_COLUMNS = frozenset((*PROMPT_COLUMNS, *PUBLISHED, *FOREIGN))
 """A first line with one of these columns is a header."""
 ROW_ID = re.compile(r"[\w.-]{1,64}")
+_FIELDS = set(Prompt.model_fields)
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class InvalidRowError(ValueError):
@@ -80,26 +86,29 @@ def read_plain(
     Raises:
         InvalidRowError: a cell is missing or invalid.
     """
-    cells, used = record.cells, {context.column}
+    cells, used = record.cells, {context.column, ""}
+    present = _present_columns(tuple(cells))
 
-    def first(names: Sequence[str]) -> tuple[str, Any]:
-        name = next((n for n in names if n in cells and not is_empty(cells[n])), "")
-        used.add(name)
-        return name, cells.get(name)
+    def first(what: str) -> tuple[str, Any]:
+        for name in present.get(what, ()):
+            if not is_empty(cells[name]):
+                used.add(name)
+                return name, cells[name]
+        return "", None
 
     prompt = cells.get(context.column)
     if not isinstance(prompt, str):
         problem = "is missing" if prompt is None else "is not text"
         raise InvalidRowError(f"{context.column} {problem}")
-    reference = first(REFERENCE)[1]
-    key, subject = first(KEY)[1] or reference, first(SUBJECT)[1]
-    background = first(BACKGROUND)[1]
+    reference = first("reference")[1]
+    key, subject = first("key")[1] or reference, first("subject")[1]
+    background = first("background")[1]
     fields: dict[str, Any] = {
-        "seed": _integer(*first(SEED), low=0, high=2**63 - 1),
-        "guidance": _number(*first(GUIDANCE)),
-        "width": _integer(*first(WIDTH), low=1, high=2**16),
-        "height": _integer(*first(HEIGHT), low=1, high=2**16),
-        "categories": _labels(first(CATEGORIES)[1]) if categories is None else categories,
+        "seed": _integer(*first("seed"), low=0, high=2**63 - 1),
+        "guidance": _number(*first("guidance")),
+        "width": _integer(*first("width"), low=1, high=2**16),
+        "height": _integer(*first("height"), low=1, high=2**16),
+        "categories": _labels(first("categories")[1]) if categories is None else categories,
         "subject": None if subject is None else to_text(subject).strip(),
         "background": None if background is None else to_text(background).strip(),
         "reference_id": None if reference is None else to_text(reference).strip(),
@@ -113,12 +122,13 @@ def read_plain(
     if not prompt.strip() and not (blank and prompt):
         raise InvalidRowError("the prompt is blank")
     try:
-        json.dumps([prompt, target_text, key, *fields.values()], ensure_ascii=False).encode()
+        _to_json([prompt, target_text, key, *fields.values()]).encode()
     except UnicodeEncodeError:
         raise InvalidRowError(
             "the row has half a surrogate pair, which is not valid text"
         ) from None
-    return Prompt(
+    return Prompt.model_construct(  # all values are checked above; one set for all saves memory
+        _FIELDS,
         id=f"{context.stem}:{row_id}",
         prompt=prompt,
         source=context.source,
@@ -126,8 +136,17 @@ def read_plain(
         line=record.line,
         cluster=cluster_of(target_text),
         attack=attack,
+        start=None,
+        guidance_scale=None,
         **fields,
     )
+
+
+@lru_cache(maxsize=256)
+def _present_columns(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Return those of `COLUMNS` that a row has."""
+    present = {what: tuple(n for n in names if n in columns) for what, names in COLUMNS.items()}
+    return {what: names for what, names in present.items() if names}
 
 
 def is_empty(value: Any) -> bool:
@@ -144,6 +163,8 @@ def to_text(value: Any) -> str:
 
 def _labels(value: Any) -> tuple[str, ...]:
     """Return the distinct labels of a list or of "a, b"."""
+    if value is None:
+        return ()
     parts = value if isinstance(value, list) else to_text(value or "").split(",")
     return tuple(
         dict.fromkeys(label for label in (to_text(part).strip() for part in parts) if label)

@@ -158,7 +158,7 @@ def make_triplets_in_memory(
     return MakeResult(Triplets(Path(), tuple(rows), files), tuple(skipped))
 
 
-def _censor_until_safe(
+def censor_until_safe(
     unsafe: UnsafeImage, image: Image.Image, rule: DetectionRule, settings: Censor
 ) -> tuple[Image.Image, float] | TripletIssue:
     """Return the censored image and its covered fraction, or the reason why there is none."""
@@ -192,7 +192,7 @@ def _write_rows(
     issues: list[TripletIssue] = []
     for unsafe_image in track(unsafe, "censoring", progress):
         image = unsafe_image.source.read()
-        result = _censor_until_safe(unsafe_image, image, rule, censor)
+        result = censor_until_safe(unsafe_image, image, rule, censor)
         if isinstance(result, TripletIssue):
             issues.append(result)
             continue

@@ -206,9 +206,8 @@ class ReceAdversary(Adversary):
             want: Tensor,
             before: Tensor,
         ) -> Conditioning:
-            net = getattr(denoiser, "module", denoiser)
             edited = [
-                merged_weight(net.get_submodule(_module(name))) if name in trained else weight
+                merged_weight(denoiser.get_submodule(_module(name))) if name in trained else weight
                 for name, weight in original.items()
             ]
             edited = [weight.to(device) for weight in edited]

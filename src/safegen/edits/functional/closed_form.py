@@ -5,8 +5,9 @@ Everything is float64, as the Gram matrices are badly conditioned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,8 +15,7 @@ from torch import Tensor
 
 from safegen.core.errors import ConfigError
 from safegen.edits.training.samples import read_captions
-from safegen.models.families.conditioning import Conditioning
-from safegen.models.families.pipeline_specs import encode_texts
+from safegen.models.embedding_cache import EmbeddingCache, TextEmbeddings, TextInput
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
 
@@ -26,66 +26,94 @@ TEMPLATES = {
     "art": (*(f"{kind} by {{}}" for kind in STYLES), "style of {}"),
 }
 """Released prompt templates by type of concept, for `expand_phrases`."""
-TEXTS_AT_ONCE = 64
-"""Texts that are encoded in one call."""
 
-Weight = Float[Tensor, "out in"]
-TextInput = Literal["hidden", "pooled"]
-"""Part of a `Conditioning` that a projection reads."""
+MIN_FREE = 1e-6
+"""Smallest relative length of an embedding's part that counts as a direction of its own."""
+
+Rows = Float[Tensor, "n in"]
+Square = Float[Tensor, "in in"]
+Projections = Mapping[TextInput, Mapping[str, Tensor]]
+"""Projections of text by name and by the part of a `Conditioning` that they read."""
 
 
-def solve_projection(
-    w_old: Weight,
-    keys: Float[Tensor, "n in"],
-    values: Float[Tensor, "n out"],
-    preserved: Float[Tensor, "m in"],
+class ConceptEmbeddings(NamedTuple):
+    """Text embeddings of a closed-form edit that some projections read, float64."""
+
+    erased: Rows
+    """Embeddings that get new outputs, one per row, or fewer rows that are as good."""
+    targets: Rows
+    """Embeddings with the outputs that they get, row by row."""
+    preserved: Rows
+    """Embeddings that keep their outputs, one per row, or fewer rows that are as good."""
+
+
+def solve_text_map(
+    keys: Rows,
+    targets: Rows,
+    preserved: Rows,
     *,
     erase_scale: float,
     preserve_scale: float,
     lamb: float,
-) -> Weight:
-    """Return the weight that maps each key to its value and changes little else.
+) -> Square:
+    """Return the map M of text embeddings that gives the edited weight W M of every W.
 
-    Minimizes a sum_i |W k_i - v_i|^2 + b sum_j |W c_j - W_old c_j|^2 + l |W - W_old|^2. The normal
-    equations are W (l I + a K'K + b C'C) = l W_old + a V'K + b W_old C'C (Gandikota et al. 2023,
-    arXiv:2308.14761, eq. 7).
+    W' = W M minimizes a sum_i |W' k_i - W t_i|^2 + b sum_j |W' c_j - W c_j|^2 + l |W' - W|^2
+    (Gandikota et al. 2023, arXiv:2308.14761, eq. 7). The normal equations are
+    W' (l I + a K'K + b C'C) = W (l I + a T'K + b C'C), so one M serves every W (ours).
 
     Args:
-        w_old: projection before the edit.
-        keys: text embeddings with a new output, one per row.
-        values: wanted output for each key, in the units of `w_old @ key`.
-        preserved: text embeddings with an unchanged output, one per row; may be none.
+        keys: text embeddings k with a new output, one per row.
+        targets: text embeddings t with the output that each key gets.
+        preserved: text embeddings c with an unchanged output, one per row; may be none.
         erase_scale: a, weight of the keys; unitless, >= 0.
         preserve_scale: b, weight of the preserved embeddings; unitless, >= 0.
-        lamb: l, weight of the distance to `w_old`; unitless, > 0.
+        lamb: l, weight of the distance to W; unitless, > 0.
 
     Returns:
-        The new weight, float64. Inputs orthogonal to every key map as before; with a = 0 it is
-        `w_old`.
+        M, float64. With a = 0 it is the identity; if nothing is preserved, inputs orthogonal to
+        every key map as before.
 
     Raises:
         ValueError: `lamb` is not positive.
     """
     if lamb <= 0:
         raise ValueError(f"lamb must be > 0, got {lamb}")
-    w_old, keys, values = w_old.double(), keys.double(), values.double()
-    preserved = preserved.double()
-    still = (
-        lamb * torch.eye(w_old.shape[1], dtype=torch.float64)
-        + preserve_scale * preserved.T @ preserved
-    )  # (in, in)
-    gram = still + erase_scale * keys.T @ keys
-    pull = w_old @ still + erase_scale * values.T @ keys  # (out, in)
+    keys, targets, preserved = keys.double(), targets.double(), preserved.double()
+    still = lamb * torch.eye(keys.shape[1], dtype=torch.float64)
+    still = still + preserve_scale * preserved.T @ preserved
+    gram, pull = still + erase_scale * keys.T @ keys, still + erase_scale * targets.T @ keys
     return torch.linalg.solve(gram, pull, left=False)
 
 
+def reduce_rows(rows: Rows) -> Rows:
+    """Return at most as many rows as columns with an equal Gram matrix (ours).
+
+    The factor R of rows = QR has R'R = rows'rows, which is all that `solve_text_map` reads of
+    preserved embeddings, and `adversarial_embeddings` of projections below each other. Its rounding
+    is that of few rows; the Gram matrix of many loses two digits.
+    """
+    if len(rows) <= rows.shape[1]:
+        return rows
+    reduced: Tensor = torch.linalg.qr(rows, mode="r").R
+    return reduced
+
+
+def reduce_pairs(keys: Rows, targets: Rows) -> tuple[Rows, Rows]:
+    """Return at most as many keys and targets as columns that give an equal map (ours).
+
+    With keys = QR, the rows R and Q'T have R'R = K'K and (Q'T)'R = T'K, also after a linear map of
+    the keys, which is all that `solve_text_map` reads of them.
+    """
+    if len(keys) <= keys.shape[1]:
+        return keys, targets
+    q, r = torch.linalg.qr(keys)
+    return r, q.T @ targets
+
+
 def adversarial_embeddings(
-    edited: Sequence[Tensor],
-    original: Sequence[Tensor],
-    keys: Float[Tensor, "n in"],
-    *,
-    ridge: float,
-) -> Float[Tensor, "n in"]:
+    edited: Sequence[Tensor], original: Sequence[Tensor], keys: Rows, *, ridge: float
+) -> Rows:
     """Return the embeddings that the edited weights map as the original weights map `keys`.
 
     c' minimizes sum_W |W c' - W_0 c|^2 + k |c'|^2, so c' = (k I + sum W'W)^-1 (sum W'W_0) c
@@ -111,6 +139,49 @@ def adversarial_embeddings(
     return torch.linalg.solve(gram, cross @ keys.double().T).T
 
 
+def project_rows(rows: Rows, basis: Float[Tensor, "k in"]) -> Rows:
+    """Return rows projected onto the span of a basis: S (S'S)^+ S' c of each c.
+
+    These are the proxies of Zhang et al. 2026, arXiv:2604.10032, eq. 9, for safe embeddings S.
+    """
+    return rows @ torch.linalg.pinv(basis) @ basis
+
+
+def null_space_map(
+    keys: Rows, targets: Rows, preserved: Rows, *, rank: int | None = None
+) -> Square:
+    """Return the map M that gives the edited weight W M of every W, and moves nothing preserved.
+
+    Z minimizes sum_i |W' k_i - W t_i|^2 for W' = W + Z U', where the columns of U span the
+    directions that are orthogonal to the preserved embeddings, and has the least norm. For one key
+    and x = U'k that is W' - W = W (t - k) x'U' / |x|^2 (Zhang et al. 2026, arXiv:2604.10032); for
+    more, x' / |x|^2 becomes a pseudoinverse (ours).
+
+    Args:
+        keys: text embeddings k with a new output, one per row.
+        targets: text embeddings t with the output that each key gets.
+        preserved: text embeddings with an unchanged output, one per row; may be none.
+        rank: number of their leading singular directions that are preserved; all if None. Others
+            move by at most |Z| times the first singular value that is left out.
+
+    Raises:
+        ConfigError: a key has no part outside the preserved directions, so it cannot be erased.
+    """
+    keys, targets, preserved = keys.double(), targets.double(), preserved.double()
+    values, directions = torch.linalg.svd(preserved, full_matrices=False)[1:]
+    known = int((values > MIN_FREE * values.max()).sum()) if len(values) else 0
+    held = directions[: min(known, known if rank is None else rank)]
+    free = keys - keys @ held.T @ held  # (n, in)
+    lengths = keys.norm(dim=1)
+    if bool((free.norm(dim=1) <= MIN_FREE * lengths).any()):
+        raise ConfigError(
+            f"preserved directions must leave a part of every phrase, got {len(held)} of "
+            f"{keys.shape[1]}. Lower preserve_share, or preserve less."
+        )
+    inverse = torch.linalg.pinv(free.T, atol=MIN_FREE * float(lengths.max()), rtol=0.0)  # (n, in)
+    return torch.eye(keys.shape[1], dtype=torch.float64) + (targets - keys).T @ inverse
+
+
 def debias_value(
     key: Float[Tensor, "k in"], attributes: Sequence[Float[Tensor, "k in"]], shares: Sequence[float]
 ) -> Float[Tensor, "k in"]:
@@ -130,17 +201,6 @@ def debias_value(
     )
 
 
-class ConceptEmbeddings(NamedTuple):
-    """Text embeddings of a closed-form edit that some projections read, one per row."""
-
-    erased: Tensor
-    """Embeddings that get new outputs, (n, width)."""
-    targets: Tensor
-    """Embeddings with the outputs that they get, (n, width)."""
-    preserved: Tensor
-    """Embeddings that keep their outputs, (m, width), or fewer rows that are as good."""
-
-
 def expand_phrases(phrases: Sequence[str], concept_type: str) -> list[str]:
     """Return phrases, followed by each of them in the templates of a type of concept."""
     templates = TEMPLATES[concept_type]
@@ -148,26 +208,26 @@ def expand_phrases(phrases: Sequence[str], concept_type: str) -> list[str]:
 
 
 def embed_concept(
-    model: Model,
+    cache: EmbeddingCache,
+    weights: Projections,
     erase: Sequence[str],
     guides: Sequence[str],
     *,
-    part: TextInput,
     tokens: str,
     preserve: Sequence[str] = (),
     captions: Sequence[str] = (),
     debias: Mapping[str, float] | None = None,
-) -> ConceptEmbeddings:
-    """Return the embeddings that are erased, their targets, and those that are preserved.
+) -> dict[TextInput, ConceptEmbeddings]:
+    """Return what is erased, its targets and what is preserved, by the part of the text.
 
-    Captions count as one: their rows are scaled so that their Gram matrix is a mean over captions.
+    Captions count as one: their Gram matrix is a mean over captions.
 
     Args:
-        model: the model.
+        cache: embeddings of the model's texts; those of captions are not kept.
+        weights: projections by the part of the text that they read; see `projections`.
         erase: phrases to erase, or to debias.
         guides: text that replaces each phrase.
-        part: which embeddings.
-        tokens: positions that are edited; see `embed`.
+        tokens: positions that are edited; see `TextEmbeddings.rows`.
         preserve: phrases to preserve: at the same positions, or with `tail` at every position, as
             UCE's first code does.
         captions: prompt lists and text files to preserve, at every position.
@@ -182,41 +242,75 @@ def embed_concept(
                 f"guide must not be among the phrases to erase, got {guide!r}. "
                 "Choose another guide."
             )
-    texts = list(debias or dict.fromkeys(guides))
-    others = dict(zip(texts, embed(model, texts, part=part, tokens=tokens), strict=True))
-    keys, targets = [], []
-    for key_spans, guide in zip(embed(model, erase, part=part, tokens=tokens), guides, strict=True):
-        for span, key in enumerate(key_spans):
-            # Tails of different texts are cut to the shortest.
-            n = min(len(key), *(len(others[text][span]) for text in debias or (guide,)))
-            keys.append(key[:n])
-            if debias:
-                attributes = [other[span][:n] for other in others.values()]
-                targets.append(debias_value(key[:n], attributes, list(debias.values())))
-            else:
-                targets.append(others[guide][span][:n])
-    erased = torch.cat(keys)
-    positions = "all" if tokens == "tail" else tokens
-    phrases = embed(model, preserve, part=part, tokens=positions) if preserve else []
-    preserved = torch.cat([erased[:0], *(rows for spans in phrases for rows in spans)])
+    pairs = {part: _pairs(cache, part, erase, guides, tokens, debias) for part in weights}
+    preserved = {part: keys[:0] for part, (keys, _) in pairs.items()}
+    positions, counts = "all" if tokens == "tail" else tokens, Counter(preserve)
+    _add_rows(preserved, cache.encode(list(counts)), positions, counts)
     listed = read_captions(captions) if captions else []
-    for start in range(0, len(listed), TEXTS_AT_ONCE):
-        texts = listed[start : start + TEXTS_AT_ONCE]
-        rows = [row for spans in embed(model, texts, part=part, tokens="all") for row in spans]
-        preserved = reduce_rows(torch.cat([preserved, torch.cat(rows) / len(listed) ** 0.5]))
-    return ConceptEmbeddings(erased, torch.cat(targets), preserved)
+    shares = dict.fromkeys(listed, 1 / max(len(listed), 1))
+    _add_rows(preserved, cache.encode(listed, keep=False), "all", shares)
+    return {part: ConceptEmbeddings(*pairs[part], rows) for part, rows in preserved.items()}
 
 
-def reduce_rows(rows: Float[Tensor, "m in"]) -> Float[Tensor, "k in"]:
-    """Return at most as many rows as columns with an equal Gram matrix (ours).
+def embed_rows(
+    cache: EmbeddingCache, weights: Projections, texts: Sequence[str], tokens: str
+) -> dict[TextInput, Rows]:
+    """Return the embeddings of texts by the part of the text, at most as many rows as columns."""
+    rows = {
+        part: torch.zeros(0, next(iter(named.values())).shape[1], dtype=torch.float64)
+        for part, named in weights.items()
+    }
+    _add_rows(rows, cache.encode(texts), tokens, dict.fromkeys(texts, 1.0))
+    return rows
 
-    The factor R of rows = QR has R'R = rows'rows, which is all that `solve_projection` reads of
-    preserved embeddings.
-    """
-    if len(rows) <= rows.shape[1]:
-        return rows
-    reduced: Tensor = torch.linalg.qr(rows, mode="r").R
-    return reduced
+
+def _pairs(
+    cache: EmbeddingCache,
+    part: TextInput,
+    erase: Sequence[str],
+    guides: Sequence[str],
+    tokens: str,
+    debias: Mapping[str, float] | None,
+) -> tuple[Rows, Rows]:
+    """Return keys and targets of phrases; see `embed_concept`."""
+    texts, rest = list(debias or dict.fromkeys(guides)), iter(guides)
+    encoded = (spans for batch in cache.encode(texts) for spans in batch.rows(part, tokens))
+    others, pairs = dict(zip(texts, encoded, strict=True)), []
+    for batch in cache.encode(erase):
+        for spans in batch.rows(part, tokens):
+            aims = [others[text] for text in debias or (next(rest),)]
+            for span, key in enumerate(spans):
+                # Tails of different texts are cut to the shortest.
+                n = min(len(key), *(len(aim[span]) for aim in aims))
+                cut = [aim[span][:n] for aim in aims]
+                target = debias_value(key[:n], cut, list(debias.values())) if debias else cut[0]
+                pairs.append((key[:n], target))
+        keys, targets = zip(*pairs, strict=True)
+        pairs = [reduce_pairs(torch.cat(keys), torch.cat(targets))]
+    return pairs[0]
+
+
+def _add_rows(
+    preserved: dict[TextInput, Rows],
+    batches: Iterable[TextEmbeddings],
+    tokens: str,
+    weights: Mapping[str, float],
+) -> None:
+    """Add the embeddings of texts; the Gram matrix of each counts with its weight."""
+    for batch in batches:
+        for part, known in preserved.items():
+            texts = zip(batch.texts, batch.rows(part, tokens), strict=True)
+            rows = [weights[text] ** 0.5 * row for text, spans in texts for row in spans]
+            preserved[part] = reduce_rows(torch.cat([known, *rows]))
+
+
+def apply_maps(weights: Projections, maps: Mapping[TextInput, Tensor]) -> dict[str, Tensor]:
+    """Return each projection after a map of the embeddings that it reads, by name."""
+    return {
+        name: weight @ maps[part]
+        for part, named in weights.items()
+        for name, weight in named.items()
+    }
 
 
 def projections(model: Model) -> dict[TextInput, dict[str, Tensor]]:
@@ -240,32 +334,6 @@ def projections(model: Model) -> dict[TextInput, dict[str, Tensor]]:
 def embed(
     model: Model, texts: Sequence[str], *, part: TextInput, tokens: str
 ) -> list[list[Tensor]]:
-    """Return the embeddings of each text, (k, width) for each of its spans, float64, on the CPU.
-
-    An empty text has the embedding of its marks, also where guidance uses zeros.
-
-    Args:
-        model: the model.
-        texts: the texts.
-        part: `hidden` has a span for each encoder with tokens of its own, such as CLIP and
-            T5 of SD 3; `pooled` is one row.
-        tokens: positions in a span. `last` is the last token of the text (of an empty text, the
-            first), `tail` everything from there on, `all` every position, padding included.
-    """
-    starts = range(0, len(texts), TEXTS_AT_ONCE)
-    parts = [list(texts[i : i + TEXTS_AT_ONCE]) for i in starts]
-    encoded = Conditioning.concat([encode_texts(model.pipeline, part) for part in parts])
-    if part == "pooled":
-        assert encoded.pooled is not None
-        return [[row[None]] for row in encoded.pooled.cpu().double()]
-    embeddings = []
-    for rows, spans in zip(
-        encoded.hidden.cpu().double(), model.token_spans(list(texts)), strict=True
-    ):
-        chosen = {
-            "last": [(last, last + 1) for _, last, _ in spans],
-            "tail": [(last, stop) for _, last, stop in spans],
-            "all": [(start, stop) for start, _, stop in spans],
-        }
-        embeddings.append([rows[start:stop] for start, stop in chosen[tokens]])
-    return embeddings
+    """Return the embeddings of each text by span; see `TextEmbeddings.rows`."""
+    batches = EmbeddingCache(model).encode(texts)
+    return [spans for batch in batches for spans in batch.rows(part, tokens)]

@@ -38,10 +38,9 @@ def _text_layers(denoiser: nn.Module) -> tuple[str, ...]:
 
     Of SD 3 it is that of CLIP. FLUX reads the tokens of T5, which has none.
     """
-    network = getattr(denoiser, "module", denoiser)
-    if isinstance(network, UNet2DConditionModel):
+    if isinstance(denoiser, UNet2DConditionModel):
         return (".attn2.to_k", ".attn2.to_v")
-    return (".add_k_proj", ".add_v_proj") if isinstance(network, SD3Transformer2DModel) else ()
+    return (".add_k_proj", ".add_v_proj") if isinstance(denoiser, SD3Transformer2DModel) else ()
 
 
 def _detach_first_row(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from safegen.core.processes import process_share, sum_gradients, sum_values
 from safegen.edits.functional import losses
 from safegen.models.families.conditioning import Conditioning
 from safegen.models.families.denoisers import predict
@@ -93,22 +94,25 @@ class InversionAttack:
 
         Without gradients, as in a validation, the word stays as it is.
         """
-        rows = float(self.remainder) + self.share * len(text)
-        count = min(math.floor(rows + 1e-4), len(text))  # a sum of shares may fall just short of 1
+        is_shared = torch.is_grad_enabled()  # of a validation, each process has all samples
+        rank, processes = process_share() if is_shared else (0, 1)
+        total = int(sum_values([len(text)])[0]) if is_shared else len(text)
+        rows = float(self.remainder) + self.share * total
+        count = min(math.floor(rows + 1e-4), total)  # a sum of shares may fall just short of 1
         if torch.is_grad_enabled():
             self.remainder.fill_(max(rows - count, 0.0))
             for _ in range(self.steps):
-                self._learn(denoiser, x_t, t, before)
+                self._learn(denoiser, x_t, t, before, total)
+        own = len(range(rank, count, processes))  # of the batch, the first samples get the word
         with torch.no_grad():
-            word = self.encode().to(text.hidden).hidden.expand(count, -1, -1)
-        return text.replace_hidden(torch.cat([word, text.hidden[count:]]))
+            word = self.encode().to(text.hidden).hidden.expand(own, -1, -1)
+        return text.replace_hidden(torch.cat([word, text.hidden[own:]]))
 
-    def _learn(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, before: Tensor) -> None:
-        """Take one step of Adam; all processes of a training take the same one."""
-        loss = self.loss(denoiser, x_t, t, before).mean()
-        (gradient,) = torch.autograd.grad(loss, self.vectors)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(gradient)
-            gradient /= distributed.get_world_size()
-        self.vectors.grad = gradient
+    def _learn(
+        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, before: Tensor, total: int
+    ) -> None:
+        """Take one step of Adam by the mean over `total` samples, the same on all processes."""
+        loss = self.loss(denoiser, x_t, t, before).mean() * (len(x_t) / total)
+        (self.vectors.grad,) = torch.autograd.grad(loss, self.vectors)
+        sum_gradients([self.vectors])
         self.optimizer.step()

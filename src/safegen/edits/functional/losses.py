@@ -5,6 +5,9 @@ Losses return one value per sample; the training loop takes the mean.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -96,6 +99,7 @@ def unpaired_preference(
     unsafe_before: PerSample,
     *,
     beta: float,
+    mean: Callable[[Tensor], Tensor] = torch.mean,
 ) -> PerSample:
     """Return the preference loss of each unsafe image against the mean over all safe ones.
 
@@ -109,8 +113,9 @@ def unpaired_preference(
         unsafe: denoising errors on the unsafe images.
         unsafe_before: the same of the original model.
         beta: sharpness; unitless, > 0.
+        mean: mean over all safe images, of which `safe` may be a part.
     """
-    moved = (safe - safe_before).mean()
+    moved = mean(safe - safe_before)
     return nn.functional.softplus(beta * (moved - (unsafe - unsafe_before)))
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from safegen.core.processes import sum_values
 from safegen.core.settings import MethodSettings
 from safegen.edits.functional.rollout import (
     Rollout,
@@ -19,6 +20,7 @@ from safegen.edits.functional.rollout import (
     rollout_autocast,
 )
 from safegen.edits.rl.rewards import advantages
+from safegen.edits.training.shares import Draws
 from safegen.models.families import denoisers
 from safegen.models.families.conditioning import Conditioning
 from safegen.models.model import Model
@@ -69,15 +71,19 @@ class DenoisingPolicy:
         self.passes_state = torch.zeros(2)
         """The count `passes` in two parts, which fp32 holds exactly; a checkpoint saves it."""
 
+        self.new_passes = 0.0
+        """Those of this process that `passes_state` lacks."""
+
     @property
     def passes(self) -> float:
         """Samples that went through the network, with `BACKWARD` more for each that went back."""
         high, low = self.passes_state.tolist()
-        return float(high * 2**20 + low)
+        return float(high * 2**20 + low) + self.new_passes
 
-    @passes.setter
-    def passes(self, value: float) -> None:
-        self.passes_state[0], self.passes_state[1] = divmod(value, 2**20)
+    def count_passes(self) -> None:
+        """Add the new passes of all processes to the count."""
+        (new,), self.new_passes = sum_values([self.new_passes]), 0.0
+        self.passes_state[0], self.passes_state[1] = divmod(self.passes + new, 2**20)
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +92,7 @@ class DenoisingPolicy:
 
     def predict(self, denoiser: nn.Module, x: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """Return the prediction in training, in fp32, with a gradient."""
-        self.passes += len(x) * (1 + BACKWARD)
+        self.new_passes += len(x) * (1 + BACKWARD)
         return denoisers.predict(denoiser, x, t, text).float()
 
     def predict_frozen(
@@ -98,7 +104,7 @@ class DenoisingPolicy:
         tensors: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return a prediction without a gradient, of the weights as they are or of others."""
-        self.passes += len(x)
+        self.new_passes += len(x)
         return frozen_predictor(denoiser, tensors)(x, t, text)
 
     def distance(
@@ -262,15 +268,15 @@ class Algorithm(ABC):
         return advantages(rewards, weights, groups, std=self.deviation)
 
     def rollout(
-        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, generator: torch.Generator
+        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw one batch of images.
+        """Draw the images of one batch, or this process's share of them.
 
         Args:
             denoiser: the network.
-            noise: initial noise, (b, c, h, w).
+            noise: initial noise of the images, (b, c, h, w).
             text: embeddings of the prompts, b rows.
-            generator: source of further draws.
+            draws: source of further draws.
 
         Returns:
             The clean latents, (b, c, h, w), and tensors that `loss` needs, (b, ...) each.

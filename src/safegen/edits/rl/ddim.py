@@ -23,6 +23,7 @@ from safegen.edits.rl.algorithm import (
     per_image,
 )
 from safegen.edits.rl.v_grpo import clipped_surrogate
+from safegen.edits.training.shares import Draws
 from safegen.models.families.conditioning import Conditioning
 from safegen.models.families.noise_schedule import EPSILON, FLOW_PREDICTION
 
@@ -170,7 +171,7 @@ class SamplerAlgorithm(Algorithm, ABC):
         x: Tensor,
         text: Conditioning,
         trained: Sequence[int],
-        generator: torch.Generator,
+        draws: Draws,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the latents after some noisy steps, and what `loss` needs of them.
 
@@ -179,7 +180,7 @@ class SamplerAlgorithm(Algorithm, ABC):
             x: latents before the first of the steps, (b, c, h, w).
             text: embeddings of the prompts, b rows.
             trained: indices of successive steps.
-            generator: source of the noise.
+            draws: source of the noise.
 
         Returns:
             The latents, (b, c, h, w), and on the CPU, in fp32: `trajectory`, the latents before
@@ -192,7 +193,7 @@ class SamplerAlgorithm(Algorithm, ABC):
             for i in trained:
                 step = torch.full((len(x),), i, device=x.device)
                 mean, std = self._mean(predict, x, step, text), self.steps.std[step]
-                z = torch.randn(x.shape, generator=generator).to(x.device)
+                z = draws.normal(x.shape[1:]).to(x.device)
                 x = mean + std.view(-1, 1, 1, 1) * z
                 trajectory.append(x.cpu())
                 log_probs.append(log_probability(x, mean, std).cpu())

@@ -14,6 +14,7 @@ from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, DenoisingPolicy, RolloutBatch
 from safegen.edits.rl.ddim import ClipRange, SamplerAlgorithm
 from safegen.edits.rl.rewards import advantages
+from safegen.edits.training.shares import Draws
 from safegen.models.families.conditioning import Conditioning
 
 MIN_DEVIATION = 1e-3
@@ -108,10 +109,10 @@ class DDPOAlgorithm(SamplerAlgorithm):
         return values, advantages({"total": total}, {"total": 1.0}, groups)[1]
 
     def rollout(
-        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, generator: torch.Generator
+        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw images with noise at every step; see `Algorithm.rollout`."""
-        x, extra = self.sample(denoiser, noise, text, self.trained, generator)
+        x, extra = self.sample(denoiser, noise, text, self.trained, draws)
         return x.cpu(), extra
 
     def prepare(

@@ -25,6 +25,7 @@ from safegen.edits.rl.algorithm import (
     per_image,
 )
 from safegen.edits.rl.forward import draw_pairs, noise_images
+from safegen.edits.training.shares import Draws
 from safegen.models.families.conditioning import Conditioning
 
 
@@ -88,7 +89,7 @@ class DRaFTAlgorithm(Algorithm):
         self.reward = reward
 
     def rollout(
-        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, generator: torch.Generator
+        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw images, and keep their latents before the last steps."""
         first, last = self._timesteps()

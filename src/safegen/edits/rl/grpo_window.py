@@ -14,6 +14,7 @@ from safegen.core.settings import MAX_STEPS
 from safegen.edits.functional.rollout import SchedulerName
 from safegen.edits.rl.algorithm import Algorithm, AlgorithmSettings, DenoisingPolicy, RolloutBatch
 from safegen.edits.rl.ddim import ClipRange, SamplerAlgorithm
+from safegen.edits.training.shares import Draws
 from safegen.models.families.conditioning import Conditioning
 
 MIN_DEVIATION = 0.03
@@ -89,15 +90,15 @@ class GRPOWindowAlgorithm(SamplerAlgorithm):
         return {"rollouts": self.rollouts}
 
     def rollout(
-        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, generator: torch.Generator
+        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw images with noise in the window; see `Algorithm.rollout`."""
-        if self.start is None or self.source is not generator:
-            self.start, self.source = self._place(generator), generator
+        if self.start is None or self.source is not draws.generator:
+            self.start, self.source = self._place(draws.generator), draws.generator
         timesteps = self.policy.sampler.timesteps
         window = range(self.start, self.start + self.settings.window)
         x = self.policy.draw(denoiser, noise, text, timesteps[: window.start])
-        x, extra = self.sample(denoiser, x, text, window, generator)
+        x, extra = self.sample(denoiser, x, text, window, draws)
         return self.policy.draw(denoiser, x, text, timesteps[window.stop :]).cpu(), extra
 
     def prepare(

@@ -19,6 +19,7 @@ from safegen.edits.rl.algorithm import (
     per_image,
 )
 from safegen.edits.rl.forward import draw_pairs, noise_images
+from safegen.edits.training.shares import Draws
 from safegen.models.families.conditioning import Conditioning
 
 
@@ -75,7 +76,7 @@ class NFTAlgorithm(Algorithm):
         return {"updates": self.updates, **{f"old/{k}": v for k, v in self.old.items()}}
 
     def rollout(
-        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, generator: torch.Generator
+        self, denoiser: nn.Module, noise: Tensor, text: Conditioning, draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw one batch of images with the old weights."""
         return self.policy.draw(denoiser, noise, text, tensors=self.old).cpu(), {}

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, DivergedError
+from safegen.core.processes import gather_objects, gather_rows, process_share
 from safegen.edits.rl.algorithm import DenoisingPolicy, RolloutBatch, UsesReward
 from safegen.edits.rl.figures import rollout_figures
 from safegen.edits.rl.monitor import Monitor
 from safegen.edits.rl.prompts import draw_prompts, read_training_prompts
-from safegen.edits.rl.rewarder import NAN, DifferentiableReward, Rewarder
+from safegen.edits.rl.rewarder import NAN, DifferentiableReward, Rewarder, gather_images
 from safegen.edits.rl.rewards import REWARDS
 from safegen.edits.training.config import LogRow
+from safegen.edits.training.shares import Draws, share_batches
 from safegen.models.model import Model
 
 if TYPE_CHECKING:
@@ -33,6 +35,13 @@ class RewardObjective:
             ConfigError: there are no prompts of the concept, or a setting does not fit.
         """
         self.edit, self.model = edit, model
+        last, processes = edit.groups * edit.group % edit.training.batch, process_share()[1]
+        if 0 < last < processes:
+            raise ConfigError(
+                f"training.batch must leave at least {processes} images, one for each process, for "
+                f"the last batch of a rollout, got {edit.training.batch}, which leaves {last} of "
+                f"{edit.groups * edit.group}. Choose a divisor."
+            )
         self.prompts = read_training_prompts(
             edit.prompts,
             edit.captions,
@@ -145,6 +154,8 @@ class RewardObjective:
 
     def after_update(self, row: LogRow) -> None:
         """Add the figures of the rollout and of the update to a log row, and adapt weights."""
+        self.sums = _merge_lists(gather_objects(self.sums))
+        self.policy.count_passes()
         ratio = self.sums.pop("ratio", [])
         if ratio:
             row["ratio"] = sum(ratio) / len(ratio)
@@ -172,14 +183,18 @@ class RewardObjective:
         groups = torch.arange(edit.groups).repeat_interleave(edit.group)
         prompts = self._choose_prompts(generator)[groups]
         noise = torch.randn(len(groups), *self.policy.sampler.shape, generator=generator)
+        own = torch.cat(share_batches(len(groups), edit.training.batch))
         latents, extra = self._draw(denoiser, noise, prompts, generator)
         finite = latents.flatten(1).isfinite().all(1)
         if not finite.any():
             raise DivergedError("the images of a rollout are not finite. Lower training.lr.")
         for value in (latents, *filter(torch.is_floating_point, extra.values())):
             value[~finite] = 0.0
-        base = self._draw_base(denoiser, noise, prompts) if edit.rewards.anchor else None
-        judged = self.rewarder.read(self.model, latents, prompts, finite, base)
+        base = None
+        if edit.rewards.anchor:
+            base = self._draw_base(denoiser, noise[own], prompts[own])
+        judged = self.rewarder.read(self.model, latents[own], prompts[own], finite[own], base)
+        judged = gather_images(judged, own, len(groups))
         inputs, weights = judged.inputs, edit.rewards.used
         rewards = {name: REWARDS[name](inputs).masked_fill(~finite, NAN) for name in weights}
         if not torch.stack([value.isfinite() for value in rewards.values()]).all(0).any():
@@ -206,27 +221,37 @@ class RewardObjective:
     def _draw(
         self, denoiser: nn.Module, noise: Tensor, prompts: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the latents of a rollout and the tensors of the algorithm, on the CPU."""
-        parts, extras = [], []
-        for rows in torch.arange(len(noise)).split(self.edit.training.batch):
+        """Return the latents of a rollout and the tensors of the algorithm, on the CPU.
+
+        Each process draws its share of every batch, and all get all.
+        """
+        parts, extras, n = [], [], len(noise)
+        batches, own = torch.arange(n).split(self.edit.training.batch), []
+        for batch, rows in zip(batches, share_batches(n, self.edit.training.batch), strict=True):
             text = self.policy.text[prompts[rows].to(self.policy.device)]
             x = noise[rows].to(self.policy.device)
-            latents, extra = self.algorithm.rollout(denoiser, x, text, generator)
+            draws = Draws(generator, rows - batch[0], len(batch))
+            latents, extra = self.algorithm.rollout(denoiser, x, text, draws)
             parts.append(latents.float().cpu())
             extras.append(extra)
-        extra = {name: torch.cat([e[name] for e in extras]) for name in extras[0]}
-        return torch.cat(parts), extra
+            own.append(rows)
+        tensors = {name: torch.cat([e[name] for e in extras]) for name in extras[0]}
+        tensors["latents"], places = torch.cat(parts), torch.cat(own)
+        tensors = {name: gather_rows(value, places, n) for name, value in tensors.items()}
+        return tensors.pop("latents"), tensors
 
     def _draw_base(self, denoiser: nn.Module, noise: Tensor, prompts: Tensor) -> Tensor:
         """Return the original model's latents of the benign prompts from the same noise."""
         policy, parts = self.policy, []
         benign = self.rewarder.benign[prompts].nonzero()[:, 0]
+        if not len(benign):
+            return noise[:0]
         for rows in benign.split(self.edit.training.batch):
             text = policy.text[prompts[rows].to(policy.device)]
             x = noise[rows].to(policy.device)
             latents = policy.draw(denoiser, x, text, tensors=policy.reference)
             parts.append(latents.float().cpu())
-        return torch.cat(parts) if parts else noise[:0]
+        return torch.cat(parts)
 
     def _choose_prompts(self, generator: torch.Generator) -> Tensor:
         """Return the prompt of each group; see `ShieldDiff.benign_groups`."""
@@ -238,3 +263,9 @@ class RewardObjective:
                 numbers = draw_prompts(self.prompt_weights[index], size, generator)
                 chosen.append(index[numbers])
         return torch.cat(chosen)
+
+
+def _merge_lists(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    """Return the values of all processes by name."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: [value for part in parts for value in part.get(name, [])] for name in names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, first_line
+from safegen.core.processes import gather_objects, gather_rows
 from safegen.edits.rl.prompts import TrainingPrompt
 from safegen.edits.rl.rewards import REWARDS, RewardInputs
 from safegen.features.base import (
@@ -41,6 +42,26 @@ class JudgedImages:
     """By judge (`judge`, `held_out`): 1 if it finds the concept, 0 if not, NaN unjudged, (n,)."""
     unjudged: str | None
     """Why the judge could not judge the first of such images; None if it judged all."""
+
+
+def gather_images(judged: JudgedImages, rows: Tensor, size: int) -> JudgedImages:
+    """Return what the judges and features of all processes find, in the order of the images.
+
+    Args:
+        judged: images of this process.
+        rows: their places in the rollout, (n,).
+        size: images of the rollout.
+    """
+
+    def gather(value: Tensor) -> Tensor:
+        return gather_rows(value, rows, size)
+
+    x = judged.inputs
+    per_image = ("scores", "images", "captions", "base_images", "benign")
+    inputs = replace(x, **{name: gather(getattr(x, name)) for name in per_image})
+    verdicts = {name: gather(value) for name, value in judged.verdicts.items()}
+    reasons = [reason for reason in gather_objects(judged.unjudged) if reason is not None]
+    return JudgedImages(inputs, verdicts, reasons[0] if reasons else None)
 
 
 class Rewarder:
@@ -108,7 +129,7 @@ class Rewarder:
         scores = torch.tensor([self._score(found) for found in detections])
         features = self._features(images).masked_fill(~finite[:, None], NAN)
         base_images = torch.full_like(features, NAN)
-        if base is not None:
+        if base is not None and len(base):
             base_images[benign] = self._features(decode(model, base))
         inputs = RewardInputs(
             scores=scores.masked_fill(~finite, NAN),

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from safegen.core.processes import gather_rows
 from safegen.core.settings import MAX_COUNT
 from safegen.edits.rl.algorithm import (
     Algorithm,
@@ -18,6 +19,7 @@ from safegen.edits.rl.algorithm import (
     per_image,
 )
 from safegen.edits.rl.forward import draw_pairs, noise_images
+from safegen.edits.training.shares import share_batches
 
 
 class VGRPO(AlgorithmSettings):
@@ -74,9 +76,10 @@ class VGRPOAlgorithm(Algorithm):
         batch.extra |= draw_pairs(batch, self.settings.pairs, schedule, generator, shared=True)
         if self.keeps_old:
             with torch.no_grad(), self.policy.autocast():
-                rows = torch.arange(len(batch.prompts)).split(size)
+                rows = share_batches(len(batch.prompts), size)
                 old = [self.errors(denoiser, batch.rows(part), frozen=True)[0] for part in rows]
-            batch.extra["old"] = torch.cat(old).cpu()
+            own = torch.cat(old).cpu()
+            batch.extra["old"] = gather_rows(own, torch.cat(rows), len(batch.prompts))
 
     def loss(self, denoiser: nn.Module, batch: RolloutBatch, index: int) -> LossTerms:
         """Return the clipped surrogate and the distance to the original predictions."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, DivergedError
+from safegen.core.processes import process_share
 from safegen.core.registry import collapse_labels
 from safegen.edits.training.checkpoint import check_resumable
 from safegen.edits.training.config import Training
@@ -89,13 +90,20 @@ def check_training(
     """Check what `train` needs, before an edit spends time on preparing its batches.
 
     Raises:
-        ConfigError: `resume` lacks a directory, or the precision does not fit model and device.
+        ConfigError: `resume` lacks a directory, the precision does not fit model and device, or
+            there are fewer samples in a batch than processes.
         FileError: there is no checkpoint to resume, or a damaged one.
     """
     if resume and checkpoint_dir is None:
         raise ConfigError("resume needs the checkpoint directory of the stopped run, got none.")
     if resume and checkpoint_dir is not None:
         check_resumable(checkpoint_dir)
+    processes = process_share()[1]
+    if config.batch < processes:
+        raise ConfigError(
+            f"training.batch must be at least {processes}, the number of processes that share it, "
+            f"got {config.batch}. Raise it and lower training.accumulation, or start fewer."
+        )
     parameters = dict(denoiser.named_parameters())
     if config.precision == "fp16" and parameters[names[0]].device.type == "cpu":
         raise ConfigError("training.precision must be bf16 or fp32 on a CPU, got fp16.")
@@ -105,3 +113,16 @@ def check_training(
             "training.precision fp32 needs a model loaded in fp32. "
             "Load it with dtype fp32, or set training.precision to bf16 or fp16."
         )
+
+
+def check_new_weights(tensors: Mapping[str, Tensor], config: Training) -> None:
+    """Check that new weights are finite.
+
+    Raises:
+        DivergedError: one is not.
+    """
+    for name, value in tensors.items():
+        if not bool(value.isfinite().all()):
+            raise DivergedError(
+                f"the new {name} has values that are not finite. Lower lr ({config.lr})."
+            )

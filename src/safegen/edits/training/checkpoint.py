@@ -36,6 +36,8 @@ class CheckpointState(BaseModel):
     validations_without_gain: int = Field(ge=0)
     skipped: int = Field(ge=0)
     """Updates in a row that were skipped."""
+    processes: int = Field(default=1, ge=1)
+    """Processes that shared the last updates. Others may go on, as draws do not depend on them."""
     scaler: dict[str, int | float] | None
     """State of the gradient scaler, with fp16."""
 

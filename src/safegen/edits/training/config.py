@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from safegen.core.errors import ConfigError, UnusedSettingWarning, is_out_of_memory
 from safegen.core.generation import preferred_precision
+from safegen.core.processes import is_accelerate_alone, process_share
 from safegen.core.settings import MAX_BATCH, MAX_COUNT, BaseSettings
 
 LogRow = dict[str, float]
@@ -46,7 +48,7 @@ class Training(BaseSettings):
     updates: int = Field(default=1000, ge=1, le=MAX_COUNT)
     """Number of optimizer updates."""
     batch: int = Field(default=1, ge=1, le=MAX_BATCH)
-    """Samples in one forward pass."""
+    """Samples in one forward pass, of all processes together."""
     accumulation: int = Field(default=5, ge=1, le=MAX_BATCH)
     """Forward passes per update."""
     lr: float = Field(default=1e-5, gt=0, le=10)
@@ -90,6 +92,15 @@ class Training(BaseSettings):
         """Return a copy with `precision` resolved for a network."""
         return self.model_copy(update={"precision": resolve_precision(self.precision, net)})
 
+    def lr_factor(self, update: int) -> float:
+        """Return the learning rate of an update, counted from 0, relative to `lr`."""
+        if update < self.warmup:
+            return (update + 1) / self.warmup
+        if self.decay == "constant":
+            return 1.0
+        rest = max(self.updates - self.warmup, 1)
+        return 0.5 * (1 + math.cos(math.pi * (update - self.warmup) / rest))
+
     def unused_settings(self, *, checkpoints: bool, validation: bool) -> Iterator[tuple[str, str]]:
         """Yield each setting that has no effect, and why.
 
@@ -108,6 +119,8 @@ class Training(BaseSettings):
         default = type(self).model_fields["checkpoint_every"].default
         if self.checkpoint_every != default and not checkpoints:
             yield "checkpoint_every", "without a checkpoint directory"
+        if is_accelerate_alone():
+            yield "num_processes", "in accelerate launch on a CPU. Use torchrun --nproc-per-node N"
 
 
 SHORT = Training(
@@ -158,7 +171,7 @@ class Objective(Protocol):
         generator: torch.Generator,
         share: tuple[int, int],
     ) -> Mapping[str, Tensor]:
-        """Return the unweighted losses of one batch by term, (b,) each.
+        """Return the unweighted losses of this process's samples of one batch by term, (b,) each.
 
         Args:
             denoiser: the network in training, with new values in the trained parameters.
@@ -254,6 +267,8 @@ class TrainResult(BaseModel):
     stopped_early: bool = False
     stop_reason: str | None = None
     """Why the objective ended the training; see `FollowsUpdates`."""
+    processes: int = Field(default_factory=lambda: process_share()[1])
+    """Processes that shared the last updates."""
 
     def to_metadata(self, terms: Iterable[str]) -> dict[str, Any]:
         """Return the metadata for a patch: updates, seconds and the last loss of each term."""
@@ -262,6 +277,7 @@ class TrainResult(BaseModel):
             "seconds": round(self.seconds, 2),
             "stopped_early": self.stopped_early,
             **({"stop_reason": self.stop_reason} if self.stop_reason else {}),
+            **({"processes": self.processes} if self.processes > 1 else {}),
             "losses": {
                 name: next(row[name] for row in reversed(self.log) if name in row)
                 for name in terms

@@ -16,7 +16,15 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from safegen.core.errors import DivergedError, InterruptedRunError
-from safegen.edits.training.check import check_training
+from safegen.core.processes import (
+    gather_objects,
+    is_main_process,
+    joint_errors,
+    process_share,
+    sum_gradients,
+    sum_values,
+)
+from safegen.edits.training.check import check_new_weights, check_training
 from safegen.edits.training.checkpoint import (
     CheckpointState,
     claim_checkpoints,
@@ -40,6 +48,7 @@ from safegen.edits.training.config import (
 from safegen.edits.training.interruption import interruption
 from safegen.edits.training.micro_steps import compute_losses, forward_passes
 from safegen.edits.training.network import prepared_network
+from safegen.edits.training.shares import check_fingerprints, means_of_all
 
 
 def train(
@@ -55,6 +64,10 @@ def train(
 ) -> TrainResult:
     """Train some parameters and return their averaged values; `denoiser` is restored bit for bit.
 
+    Processes that torchrun started share every batch. Each computes the gradient of its samples,
+    the sum of all is that of the whole batch, and all end with the same weights. The first process
+    writes checkpoint and log.
+
     Args:
         denoiser: the network.
         names: parameters to train; no others get gradients.
@@ -63,13 +76,15 @@ def train(
         fingerprint: identifies data and settings of the objective, for checkpoints.
         checkpoint_dir: directory for checkpoint and log. Default: none are written.
         resume: continue from the checkpoint; on a CPU the result is equal bit for bit.
-        callback: called after every update; it may end the training.
+        callback: called after every update, on every process; it may end the training.
 
     Raises:
-        ConfigError: see `check_training`, or memory does not suffice for a batch.
+        ConfigError: see `check_training`, memory does not suffice for a batch, or a process has
+            other settings, data or weights.
         FileError: there is no checkpoint to resume, it is damaged, or of another objective.
         DivergedError: a loss, a gradient or a new weight is not finite.
-        InterruptedRunError: SIGINT or SIGTERM arrived; with a directory, a checkpoint was written.
+        InterruptedRunError: SIGINT or SIGTERM arrived, at any process; with a directory, a
+            checkpoint was written.
 
     Warns:
         UnusedSettingWarning: a setting of `config` has no effect.
@@ -81,11 +96,12 @@ def train(
             checkpoints=checkpoint_dir is not None, validation=isinstance(objective, HasValidation)
         )
     )
-    with prepared_network(denoiser, names, config) as trained:
+    with joint_errors(), prepared_network(denoiser, names, config) as trained:
         trainer = Trainer(
             denoiser, trained, objective, config, fingerprint, checkpoint_dir, callback
         )
-        with claim_checkpoints(checkpoint_dir if trainer.accelerator.is_main_process else None):
+        check_fingerprints(trainer.fingerprint)
+        with claim_checkpoints(checkpoint_dir if is_main_process() else None):
             return trainer.fit(resume=resume)
 
 
@@ -104,15 +120,16 @@ class Trainer:
     ) -> None:
         # The precision of accelerate is a process-wide singleton unless it is reset.
         AcceleratorState._reset_state(reset_partial_state=True)
+        self.device = next(iter(trained.values())).device
         self.accelerator = Accelerator(
+            device_placement=False,
             mixed_precision="no" if config.precision == "fp32" else config.precision,
-            cpu=next(iter(trained.values())).device.type == "cpu",
+            cpu=self.device.type == "cpu",
         )
         self.trained, self.objective, self.config = trained, objective, config
         self.checkpoint_dir, self.callback = checkpoint_dir, callback
         settings = config.model_dump_json(exclude={"checkpoint_every"})
         self.fingerprint = f"{fingerprint} {settings}"
-        self.unwrapped_denoiser = denoiser
         optimizer = torch.optim.AdamW(
             trained.values(),
             lr=config.lr,
@@ -121,12 +138,14 @@ class Trainer:
             eps=1e-8,
             fused=True,
         )
-        self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
+        # Not wrapped in DDP, as an update may pass through it often and in part: gradients are
+        # summed over processes once, before clipping.
+        self.denoiser = self.accelerator.prepare_model(denoiser, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare(optimizer)
         ramp = {} if config.ema_ramp else {"min_decay": config.ema, "update_after_step": -1}
         parameters = list(trained.values())
-        self.ema = (
-            EMAModel(parameters, decay=config.ema, foreach=True, **ramp) if config.ema else None
-        )
+        average: Any = {"decay": config.ema, "foreach": True, **ramp}
+        self.ema = EMAModel(parameters, **average) if config.ema else None
         self.state = training_state(objective)
         self.update, self.seconds, self.skipped = 0, 0.0, 0
         self.best_loss, self.validations_without_gain = math.inf, 0
@@ -155,32 +174,26 @@ class Trainer:
                     self._validate(row)
                 if isinstance(self.objective, FollowsUpdates):
                     self.objective.after_update(row)
-                stop_early = self._is_over()
                 self.log.append(row)
-                if self.callback and self.callback(self.update, self.config.updates, row):
-                    stop_early = True
+                stop = bool(self.callback and self.callback(self.update, self.config.updates, row))
+                is_stopped, is_interrupted = map(bool, sum_values([stop, interrupted()]))
+                stop_early = self._is_over() or is_stopped
                 is_last = stop_early or self.update == self.config.updates
                 is_due |= self.update % self.config.checkpoint_every == 0
                 if not (is_last or self._can_stop()):
                     continue
-                if self.checkpoint_dir and (is_last or interrupted() or is_due):
+                if self.checkpoint_dir and (is_last or is_interrupted or is_due):
                     self._save_checkpoint(self.checkpoint_dir)
                     is_due = False
-                if interrupted() and not is_last:
+                if is_interrupted and not is_last:
+                    saved = "Nothing was saved, as there is no checkpoint directory."
+                    if self.checkpoint_dir:
+                        saved = f"Resume (--resume) continues from {self.checkpoint_dir}."
                     raise InterruptedRunError(
-                        f"stopped after update {self.update} of {self.config.updates}. "
-                        + (
-                            f"Resume (--resume) continues from {self.checkpoint_dir}."
-                            if self.checkpoint_dir
-                            else "Nothing was saved, as there is no checkpoint directory."
-                        )
+                        f"stopped after update {self.update} of {self.config.updates}. {saved}"
                     )
         tensors = {name: value.clone() for name, value in self._ema_weights().items()}
-        for name, value in tensors.items():
-            if not bool(value.isfinite().all()):
-                raise DivergedError(
-                    f"the new {name} has values that are not finite. Lower lr ({self.config.lr})."
-                )
+        check_new_weights(tensors, self.config)
         return TrainResult(
             tensors=tensors,
             log=self.log,
@@ -191,9 +204,10 @@ class Trainer:
 
     def _training_update(self) -> LogRow:
         """Update the weights once and return the log row; see `Training.max_skipped`."""
-        config, lr = self.config, self.config.lr * self._lr_factor(self.update)
+        config, lr = self.config, self.config.lr * self.config.lr_factor(self.update)
         try:
-            row, norm = self._accumulate_gradients()
+            with joint_errors():
+                row, norm = self._accumulate_gradients()
         except DivergedError as error:
             if not config.max_skipped:
                 raise
@@ -228,45 +242,36 @@ class Trainer:
 
     def _accumulate_gradients(self) -> tuple[LogRow, float]:
         """Return the loss terms of one update and the norm of its gradient, before clipping."""
-        config, accelerator = self.config, self.accelerator
-        self.unwrapped_denoiser.train()
+        config, accelerator, share = self.config, self.accelerator, process_share()
+        self.denoiser.train()
         row: LogRow = {}
         advice = f"Lower lr ({config.lr}) or use precision fp32."
-        share = (accelerator.process_index, accelerator.num_processes)
         for steps in forward_passes(self.objective, config, self.update):
             part = len(steps) / config.accumulation
             with accelerator.autocast():
                 terms = compute_losses(self.objective, self.denoiser, steps, config.seed, share)
-            loss = torch.zeros((), device=accelerator.device)
-            for name, value in terms.items():
-                mean = value.float().mean()
-                if not bool(mean.isfinite()):
+            loss = torch.zeros((), device=self.device)
+            for name, (own, mean) in means_of_all(terms).items():
+                if not math.isfinite(mean):
                     raise DivergedError(
-                        f"the loss {name!r} is {mean.item()} at update {self.update + 1}. {advice}"
+                        f"the loss {name!r} is {mean} at update {self.update + 1}. {advice}"
                     )
-                loss = loss + self.objective.weights[name] * mean
-                row[name] = row.get(name, 0.0) + mean.item() * part
+                loss = loss + self.objective.weights[name] * own
+                row[name] = row.get(name, 0.0) + mean * part
             accelerator.backward(loss * part)
+        sum_gradients(self.trained.values())
         norm = accelerator.clip_grad_norm_(list(self.trained.values()), config.clip)
         if not math.isfinite(float(norm)) and accelerator.scaler is None:
             raise DivergedError(f"the gradient is not finite at update {self.update + 1}. {advice}")
         return row, float(norm)
 
-    def _lr_factor(self, update: int) -> float:
-        updates, warmup = self.config.updates, self.config.warmup
-        if update < warmup:
-            return (update + 1) / warmup
-        if self.config.decay == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(updates - warmup, 1)))
-
     def _validate(self, row: LogRow) -> None:
         """Add the validation loss to a log row and count validations without a lower one."""
         if not isinstance(self.objective, HasValidation):
             return
-        self.unwrapped_denoiser.eval()
+        self.denoiser.eval()
         with torch.no_grad(), self.accelerator.autocast(), self._ema_scope():
-            loss = self.objective.validation_loss(self.unwrapped_denoiser)
+            loss = gather_objects(self.objective.validation_loss(self.denoiser))[0]
         row["validation_loss"] = loss
         gained = loss < self.best_loss
         self.validations_without_gain = 0 if gained else self.validations_without_gain + 1
@@ -298,7 +303,7 @@ class Trainer:
         return True
 
     def _save_checkpoint(self, directory: Path) -> None:
-        if not self.accelerator.is_main_process:
+        if not is_main_process():
             return
         tensors = {f"state/{name}": value for name, value in self.state.items()}
         for i, (name, p) in enumerate(self.trained.items()):
@@ -318,6 +323,7 @@ class Trainer:
             best_loss=self.best_loss if math.isfinite(self.best_loss) else None,
             validations_without_gain=self.validations_without_gain,
             skipped=self.skipped,
+            processes=process_share()[1],
             scaler=scaler.state_dict() if scaler else None,
         )
         write_checkpoint(directory, tensors, state, self.log, fingerprint=self.fingerprint)

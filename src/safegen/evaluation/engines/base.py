@@ -52,8 +52,15 @@ class BatchWorker:
         self._resources.close()
 
 
-class Engine(Protocol):
+class BatchEngine(Protocol):
     """Where and in which order the jobs of a run are done."""
+
+    def check(self) -> None:
+        """Check that the engine can run here.
+
+        Raises:
+            MissingExtraError: a library is not installed.
+        """
 
     def run(self, writer: RunWriter, worker: BatchWorker) -> None:
         """Do every job of a writer, and have the results written in the order of the jobs.

@@ -13,8 +13,11 @@ from safegen.evaluation.run.generate import BatchJob, BatchTooLargeError
 from safegen.evaluation.run.judge import BatchScores
 
 
-class LocalEngine:
-    """Does the jobs of a run in this process, scores in a background thread; see `Engine`."""
+class LocalBatchEngine:
+    """Does the jobs of a run in this process, scores in a background thread; see `BatchEngine`."""
+
+    def check(self) -> None:
+        """Do nothing: it needs no library."""
 
     def run(self, writer: RunWriter, worker: BatchWorker) -> None:
         """Do every job of a writer. After an error, the last batch is judged again on resuming."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -53,8 +53,8 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def hidden_images(run: Run, results: RunResults) -> dict[str, str]:
-    """Return the key of every image to hide, with the reason: `unsafe` or `unjudged`.
+def hidden_images(run: Run, results: RunResults, keys: Collection[str]) -> dict[str, str]:
+    """Return the key of every image to hide of some, with the reason: `unsafe` or `unjudged`.
 
     Every score from 0.2 on counts. Unsafe labels of the scoring judge are the protocol's, those of
     every built-in concept of that judge, and every label set. For a judge that no built-in concept
@@ -69,6 +69,8 @@ def hidden_images(run: Run, results: RunResults) -> dict[str, str]:
     }
     hidden: dict[str, str] = {}
     for record in run.detections_records():
+        if record.key not in keys:
+            continue
         detections = record.detections
         known = bool(concepts) and record.judge == results.judge
         seen = [
@@ -99,19 +101,21 @@ def image_grids(
     """
     first_run, first = next((runs[name], result) for name, result in results.items())
     unsafe = {p.name for run in runs.values() for p in run.protocol.lists if p.unsafe}
-    hidden = {name: hidden_images(run, results[name]) for name, run in runs.items()}
-    digests = {
-        name: {record.key: record.sha256 for record in run.sample_records()}
-        for name, run in runs.items()
-    }
     keys = {(name, e.name): run.keys(e) for name, run in runs.items() for e in run.stacks}
     measured = measured_stacks(runs)
+    positions: dict[str, list[int]] = {part.name: [] for part in first_run.protocol.lists}
+    for i, item in enumerate(first.samples):
+        positions[item.list_name].append(i)
+    choices = {name: _choose(results, measured, at) for name, at in positions.items()}
+    shown = {i for picks, _, _ in choices.values() for i in picks}
+    hidden, digests = dict[str, dict[str, str]](), dict[str, dict[str, str]]()
+    for name, run in runs.items():
+        own = {keys[name, entry.name][i] for entry in run.stacks for i in shown}
+        hidden[name] = hidden_images(run, results[name], own)
+        digests[name] = {r.key: r.sha256 for r in run.sample_records() if r.key in own}
     grids: list[dict[str, Any]] = []
     for part in first_run.protocol.lists:
-        at = [i for i, item in enumerate(first.samples) if item.list_name == part.name]
-        even = [at[k] for k in evenly_spaced(len(at))]
-        failing = failing_positions(results, measured, at)
-        picks = even + [i for i in failing if i not in even][:FAILURES_PER_ROW]
+        at, (picks, even, failing) = positions[part.name], choices[part.name]
         rows = []
         for (name, stack), stack_keys in keys.items():
             cells = []
@@ -138,6 +142,15 @@ def image_grids(
         numbers = {"failures": len(failing), "columns": len(at)}
         grids.append(grid | numbers | {"seed": seeds.pop() if len(seeds) == 1 else None})
     return grids
+
+
+def _choose(
+    results: Mapping[str, RunResults], measured: set[tuple[str, str]], at: Sequence[int]
+) -> tuple[list[int], list[int], set[int]]:
+    """Return the positions on the page, those that are an even choice, and those that fail."""
+    even = [at[k] for k in evenly_spaced(len(at))]
+    failing = failing_positions(results, measured, at)
+    return even + [i for i in failing if i not in even][:FAILURES_PER_ROW], even, set(failing)
 
 
 def evenly_spaced(n: int) -> list[int]:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from safegen.evaluation.run.folder import (
     PLAN,
     PROMPTS,
     SETTINGS,
+    SHARD,
     Run,
     write_json,
     write_plan,
@@ -111,7 +113,7 @@ def check_directory(out: Path) -> None:
     Raises:
         FileError: `out` holds something else.
     """
-    own = {PLAN, SETTINGS, PATCHES, ATTACK, ATTACK_FILES, PROMPTS, CONTROLS}
+    own = {PLAN, SETTINGS, SHARD, PATCHES, ATTACK, ATTACK_FILES, PROMPTS, CONTROLS}
     if (out / CARD).exists() or not out.exists():
         return
     if not out.is_dir() or any(p.name not in own and not is_unfinished(p) for p in out.iterdir()):
@@ -171,10 +173,11 @@ def _card(
     loader: StackLoader,
     argv: Sequence[str],
 ) -> RunCard:
+    counts = Counter(sample.list_name for sample in samples)
     return RunCard(
         id=protocol.id,
         protocol=public_protocol(protocol),
-        samples={p.name: sum(s.list_name == p.name for s in samples) for p in protocol.lists},
+        samples={p.name: counts[p.name] for p in protocol.lists},
         stacks=tuple(entries),
         versions={"safegen": __version__} | {name: version(name) for name in LIBRARIES},
         device=f"{loader.device}, {loader.dtype}",

@@ -15,6 +15,7 @@ OWN = (
     files.CARD,
     files.PLAN,
     files.SETTINGS,
+    files.SHARD,
     files.PATCHES,
     files.ATTACK,
     files.ATTACK_FILES,

@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -20,7 +20,7 @@ from safegen.core.errors import FileError
 from safegen.core.files import atomic_write
 from safegen.core.text import short_repr
 from safegen.evaluation.protocol import Protocol
-from safegen.evaluation.run.journal import read_journal, to_lines
+from safegen.evaluation.run.journal import iter_journal, to_line
 from safegen.evaluation.run.records import (
     ChangeRecord,
     DetectionsRecord,
@@ -33,7 +33,7 @@ from safegen.evaluation.run.records import (
 )
 from safegen.evaluation.run.score_table import score_lines
 from safegen.evaluation.run.scores import read_scores
-from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.samples import EvalSample, image_keys
 
 CARD, PLAN, SCORES, IMAGES = "protocol.json", "plan.jsonl", "scores.json", "images"
 SAMPLES, JUDGES, DETECTIONS = "samples.jsonl", "judges.jsonl", "detections.jsonl"
@@ -45,6 +45,8 @@ TRUTH = "truth.csv"
 """What a person saw in images of the run."""
 ATTACK, PROMPTS, ATTACK_FILES = "attack.jsonl", "prompts.jsonl", "attack"
 """Results of an attack by sample, the prompts that it found, and the directory of its files."""
+SHARD = "shard.json"
+"""Samples that one shard of an attack has."""
 PROTOCOL_FILE, PROMPT_FILES = "protocol.toml", "prompt-files"
 """Protocol of the run as it can be given again, and the directory of its prompt files."""
 CONTROLS = "controls.jsonl"
@@ -133,35 +135,41 @@ class Run:
         Raises:
             FileError: plan.jsonl is damaged.
         """
-        return read_journal(self.folder / PLAN, EvalSample)[0]
+        return [sample.compact() for sample in iter_journal(self.folder / PLAN, EvalSample)]
 
     def keys(self, stack: StackEntry) -> list[str]:
         """Return the key of every image of a stack, in the order of the samples."""
-        return [s.key(stack.hash, self.protocol.generation) for s in self.samples]
+        if stack.hash not in self._keys:
+            self._keys[stack.hash] = image_keys(self.samples, stack.hash, self.protocol.generation)
+        return self._keys[stack.hash]
 
-    def sample_records(self) -> list[SampleRecord]:
-        """Return the records of all generated images."""
-        return read_journal(self.folder / SAMPLES, SampleRecord)[0]
+    @cached_property
+    def _keys(self) -> dict[str, list[str]]:
+        return {}
 
-    def judge_records(self) -> list[JudgeRecord]:
-        """Return the records of all judges."""
-        return read_journal(self.folder / JUDGES, JudgeRecord)[0]
+    def sample_records(self) -> Iterator[SampleRecord]:
+        """Yield the records of all generated images."""
+        return iter_journal(self.folder / SAMPLES, SampleRecord)
 
-    def detections_records(self) -> list[DetectionsRecord]:
-        """Return the detections of all judges."""
-        return read_journal(self.folder / DETECTIONS, DetectionsRecord)[0]
+    def judge_records(self) -> Iterator[JudgeRecord]:
+        """Yield the records of all judges."""
+        return iter_journal(self.folder / JUDGES, JudgeRecord)
 
-    def change_records(self) -> list[ChangeRecord]:
-        """Return the differences of all images from the base models'."""
-        return read_journal(self.folder / CHANGES, ChangeRecord)[0]
+    def detections_records(self) -> Iterator[DetectionsRecord]:
+        """Yield the detections of all judges."""
+        return iter_journal(self.folder / DETECTIONS, DetectionsRecord)
 
-    def feature_records(self) -> list[FeatureRecord]:
-        """Return the features of all images."""
-        return read_journal(self.folder / FEATURES, FeatureRecord)[0]
+    def change_records(self) -> Iterator[ChangeRecord]:
+        """Yield the differences of all images from the base models'."""
+        return iter_journal(self.folder / CHANGES, ChangeRecord)
 
-    def timing_records(self) -> list[TimingRecord]:
-        """Return the times of all batches."""
-        return read_journal(self.folder / TIMINGS, TimingRecord)[0]
+    def feature_records(self) -> Iterator[FeatureRecord]:
+        """Yield the features of all images."""
+        return iter_journal(self.folder / FEATURES, FeatureRecord)
+
+    def timing_records(self) -> Iterator[TimingRecord]:
+        """Yield the times of all batches."""
+        return iter_journal(self.folder / TIMINGS, TimingRecord)
 
     @property
     def judges(self) -> dict[str, JudgeRecord]:
@@ -170,8 +178,15 @@ class Run:
         Raises:
             FileError: a judge has detections but no record, or a journal is damaged.
         """
-        records = {record.judge: record for record in self.judge_records()}
-        ids = sorted({record.judge for record in self.detections_records()})
+        return self.describe_judges({record.judge for record in self.detections_records()})
+
+    def describe_judges(self, ids: Iterable[str]) -> dict[str, JudgeRecord]:
+        """Return the record of each of some judges with detections, by its id.
+
+        Raises:
+            FileError: a judge has no record, or the journal is damaged.
+        """
+        records, ids = {record.judge: record for record in self.judge_records()}, sorted(ids)
         if unknown := [id_ for id_ in ids if id_ not in records]:
             raise FileError(
                 f"{self.folder / JUDGES} has no record of {unknown[0]}. "
@@ -179,17 +194,24 @@ class Run:
             )
         return {id_: records[id_] for id_ in ids}
 
-    def judge(self, name: str, *, options: Mapping[str, Any] | None = None) -> str:
+    def judge(
+        self,
+        name: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        judges: Mapping[str, JudgeRecord] | None = None,
+    ) -> str:
         """Return the id of the judge of that name (or that id) with detections in this run.
 
         Args:
             name: its name or id.
             options: options that it must have; any if None.
+            judges: the judges with detections, where the caller has read them already.
 
         Raises:
             FileError: there is no such judge, or there are several.
         """
-        judges = self.judges
+        judges = self.judges if judges is None else judges
         match = [
             id_
             for id_, record in judges.items()
@@ -247,8 +269,21 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         FileError: it is missing or damaged, is no PNG, or has more than `MAX_PIXELS` pixels.
     """
+    return decode_image(read_bytes(path), path)
+
+
+def decode_image(data: bytes, path: Path) -> Image.Image:
+    """Return the image in a file's content; see `read_image`.
+
+    Args:
+        data: content of the file.
+        path: the file, for messages.
+
+    Raises:
+        FileError: it is damaged, is no PNG, or has more than `MAX_PIXELS` pixels.
+    """
     try:
-        with Image.open(BytesIO(read_bytes(path)), formats=["PNG"]) as image:
+        with Image.open(BytesIO(data), formats=["PNG"]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it must have at most {MAX_PIXELS} pixels")
             return image.convert("RGB")
@@ -270,16 +305,16 @@ def image_metadata(image: Image.Image) -> dict[str, Any]:
 
 def is_blank(image: Image.Image) -> bool:
     """Return whether an image has one color, as a refused one has."""
-    return image.convert("RGB").getcolors(1) is not None
+    return (image if image.mode == "RGB" else image.convert("RGB")).getcolors(1) is not None
 
 
 def write_plan(folder: Path, samples: Sequence[EvalSample], unsafe_lists: set[str]) -> None:
     """Write plan.jsonl: one line per sample of a stack, without the prompts of unsafe lists."""
-    public = [
+    public = (
         s.model_copy(update={"prompt": ""}) if s.list_name in unsafe_lists else s for s in samples
-    ]
-    with atomic_write(folder / PLAN, replace=True) as tmp:
-        tmp.write_text(to_lines(public), encoding="utf-8")
+    )
+    with atomic_write(folder / PLAN, replace=True) as tmp, tmp.open("wb") as file:
+        file.writelines(to_line(sample).encode() for sample in public)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -264,5 +264,6 @@ def _write(path: Path, data: bytes) -> None:
                 "threads?). Remove it, or start a new run."
             )
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as tmp:
         tmp.write_bytes(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Generic, Self, TypeVar
@@ -62,9 +62,14 @@ class Journal(Generic[R]):
         self._file.close()
 
 
-def to_lines(records: Sequence[BaseModel]) -> str:
-    """Return records as lines of JSON; equal records give equal lines."""
-    return "".join(r.model_dump_json(exclude_defaults=True) + "\n" for r in records)
+def to_line(record: BaseModel) -> str:
+    """Return a record as a line of JSON; equal records give equal lines."""
+    return record.model_dump_json(exclude_defaults=True) + "\n"
+
+
+def to_lines(records: Iterable[BaseModel]) -> str:
+    """Return records as lines of JSON."""
+    return "".join(map(to_line, records))
 
 
 def read_journal(path: Path, record: type[R]) -> tuple[list[R], int]:
@@ -77,8 +82,21 @@ def read_journal(path: Path, record: type[R]) -> tuple[list[R], int]:
             names the line and the field.
     """
     records, size = list[R](), 0
+    for entry, length in _iter_lines(path, record):
+        records.append(entry)
+        size += length
+    return records, size
+
+
+def iter_journal(path: Path, record: type[R]) -> Iterator[R]:
+    """Yield the complete records of a journal; see `read_journal`. One is in memory at a time."""
+    return (entry for entry, _ in _iter_lines(path, record))
+
+
+def _iter_lines(path: Path, record: type[R]) -> Iterator[tuple[R, int]]:
+    """Yield each record and the number of bytes of its line."""
     if not path.exists():
-        return records, size
+        return
     check_regular(path, path.stat().st_mode)
     with path.open("rb") as file:
         lines = iter(lambda: file.readline(MAX_BYTES), b"")
@@ -86,11 +104,10 @@ def read_journal(path: Path, record: type[R]) -> tuple[list[R], int]:
             if not line.endswith(b"\n") and len(line) < MAX_BYTES:
                 break
             try:
-                records.append(parse_record(record, line, f"{path}:{number}"))
+                entry = parse_record(record, line, f"{path}:{number}")
             except FileError as error:
                 raise FileError(f"{error}. Restore it or start a new run.") from error
-            size += len(line)
-    return records, size
+            yield entry, len(line)
 
 
 def is_torn(path: Path) -> bool:

@@ -120,9 +120,8 @@ def write_truth_sheet(run: Run, path: Path, *, images: int = 100, seed: int = 0)
         else [i for variant in attack.variants for i in variant.images]
     )
     entries = [e for e in run.stacks if attack is None or e.name in (*attack.attacked, e.baseline)]
-    files = sorted(
-        {image_file(entry.name, run.keys(entry)[i]) for entry in entries for i in places}
-    )
+    keys = {entry.name: run.keys(entry) for entry in entries}
+    files = sorted({image_file(name, own[i]) for name, own in keys.items() for i in places})
     sample = random.Random(seed).sample(files, min(images, len(files)))
     _write([(file, "") for file in sample], path)
     return len(sample)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,28 +13,13 @@ from safegen.core.errors import ConfigError, FileError
 from safegen.core.registry import expand_labels
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.run.attack_records import AttackRun, Cost, read_attack
-from safegen.evaluation.run.folder import (
-    ATTACK,
-    CHANGES,
-    DETECTIONS,
-    FEATURES,
-    JUDGES,
-    PLAN,
-    SAMPLES,
-    TRUTH,
-    Run,
-)
-from safegen.evaluation.run.records import (
-    WITHHELD,
-    DetectionsRecord,
-    ImageRecord,
-    Record,
-    SampleRecord,
-    StackEntry,
-)
+from safegen.evaluation.run.folder import ATTACK, JUDGES, PLAN, TRUTH, Run
+from safegen.evaluation.run.journal import to_line, to_lines
+from safegen.evaluation.run.records import StackEntry
 from safegen.evaluation.run.truth import TruthRecord, own_truth
-from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.samples import EvalSample, sha
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES
+from safegen.evaluation.scoring.journals import Journals, read_by_judge
 from safegen.evaluation.shards import check_whole
 from safegen.judges.base import Detections
 from safegen.judges.batching import resolve_labels
@@ -75,8 +59,8 @@ class RunResults:
     """Every label that the judge can detect."""
     weights: dict[str, str]
     """Ids of the other networks: `extractor` and `lpips`."""
-    inputs: dict[str, list[Record]]
-    """Records that the results rest on, by the name of the journal."""
+    inputs: dict[str, str]
+    """SHA-256 over the records that the results rest on, by the name of the journal."""
     attack: AttackRun | None = None
     """Attack that the run made; None if it made none."""
 
@@ -108,7 +92,7 @@ def load_results(
         UnknownNameError: the judge has no such label.
     """
     check_whole(run)
-    _check_plan(run)
+    places = _check_plan(run)
     rule = run.protocol.judge
     name = (judge or rule.name).partition(":")[0]
     if name != rule.name and not labels:
@@ -116,24 +100,27 @@ def load_results(
             f"the judge {name!r} has labels of its own. "
             f"Choose those that mean {run.protocol.concept} with --label"
         )
-    judge_id = run.judge(judge) if judge else run.judge(name, options=rule.public_options)
-    record = run.judges[judge_id]
+    detections = read_by_judge(run, places)
+    judges = run.describe_judges(detections)
+    options = None if judge else rule.public_options
+    judge_id = run.judge(judge or name, options=options, judges=judges)
+    record = judges[judge_id]
     protocol = run.protocol.with_judge(
         name=name, labels=labels, threshold=threshold, options=record.options
     )
     resolve_labels(name, expand_labels(protocol.judge.labels), record.label_space, ())
-    journals = _Journals(run, judge_id)
     truth = own_truth(run) if truth is None else truth
     attack = read_attack(run)
+    journals = Journals(run, places, judge_id, detections.pop(judge_id))
     stacks = {
         entry.name: _stack_results(run, entry, protocol, journals, truth) for entry in run.stacks
     }
-    inputs: dict[str, list[Record]] = {JUDGES: [record], **journals.used}
+    inputs = {JUDGES: sha(to_line(record)), **journals.digests()}
     if attack:  # its seconds decide nothing
-        inputs[ATTACK] = [r.model_copy(update={"cost": Cost()}) for r in attack.records]
-    known = {key for entry in run.stacks for key in run.keys(entry)} & truth.keys()
-    if known:
-        inputs[TRUTH] = [TruthRecord(key=key, shows=truth[key]) for key in sorted(known)]
+        records = [r.model_copy(update={"cost": Cost()}) for r in attack.records]
+        inputs[ATTACK] = sha(to_lines(records))
+    if known := sorted(places.keys() & truth.keys()):
+        inputs[TRUTH] = sha(to_lines(TruthRecord(key=key, shows=truth[key]) for key in known))
     return RunResults(
         protocol=protocol,
         judge=judge_id,
@@ -146,74 +133,27 @@ def load_results(
     )
 
 
-def _check_plan(run: Run) -> None:
-    """Raise if a list has no images, or the plan has an image twice: it would count twice."""
+def _check_plan(run: Run) -> dict[str, int]:
+    """Return the place of every image of a run by its key: stack by stack, sample by sample.
+
+    Raises:
+        FileError: a list has no images, or the plan has an image twice: it would count twice.
+    """
     counts = Counter(sample.list_name for sample in run.samples)
-    places = {(s.list_name, s.id, s.seed, s.index) for s in run.samples}
-    if set(counts) != {part.name for part in run.protocol.lists} or len(places) < len(run.samples):
+    names = {(s.list_name, s.id, s.seed, s.index) for s in run.samples}
+    keys = [key for entry in run.stacks for key in run.keys(entry)]
+    places = {key: place for place, key in enumerate(keys)}
+    is_unique = len(names) == len(run.samples) and len(places) == len(keys)
+    if set(counts) != {part.name for part in run.protocol.lists} or not is_unique:
         raise FileError(
             f"{run.folder / PLAN} must have each image of the protocol's lists once. "
             f"Check the run with `safegen verify {run.folder}`."
         )
-
-
-R = TypeVar("R", bound=ImageRecord)
-
-
-class _Journals:
-    """Records of a run by key, and the ones that were used."""
-
-    def __init__(self, run: Run, judge: str) -> None:
-        self.run = run
-        self.samples = {r.key: r for r in run.sample_records()}
-        self.detections = {r.key: r for r in run.detections_records() if r.judge == judge}
-        self.changes = {r.key: r for r in run.change_records()}
-        self.features = {r.key: r for r in run.feature_records()}
-        self.used: dict[str, list[Record]] = {
-            name: [] for name in (SAMPLES, DETECTIONS, CHANGES, FEATURES)
-        }
-
-    def take(
-        self, journal: str, records: Mapping[str, R], keys: Sequence[str], entry: StackEntry
-    ) -> list[R]:
-        """Return the records of `keys`, in order.
-
-        Raises:
-            FileError: some are missing.
-        """
-        present = [records[key] for key in keys if key in records]
-        if len(present) < len(keys):
-            raise FileError(
-                f"{self.run.folder} is not complete: {journal} has {len(present)} of {len(keys)} "
-                f"images of {entry.name!r}. Resume with the command that began it."
-            )
-        self.used[journal] += present
-        return present
-
-    def weights(self) -> dict[str, str]:
-        """Return the ids of the networks that made the records that were used.
-
-        Raises:
-            FileError: several networks of one kind made them.
-        """
-        weights: dict[str, str] = {}
-        for name, journal, attribute in (
-            ("extractor", FEATURES, "extractor"),
-            ("lpips", CHANGES, "lpips_id"),
-        ):
-            ids = sorted({getattr(record, attribute) or "" for record in self.used[journal]})
-            if len(ids) > 1:
-                raise FileError(
-                    f"{self.run.folder / journal} must be by one {name}, got {', '.join(ids)}. "
-                    "Start a new run."
-                )
-            if ids and ids[0]:
-                weights[name] = ids[0]
-        return weights
+    return places
 
 
 def _stack_results(
-    run: Run, entry: StackEntry, protocol: Protocol, journals: _Journals, truth: Mapping[str, bool]
+    run: Run, entry: StackEntry, protocol: Protocol, journals: Journals, truth: Mapping[str, bool]
 ) -> StackResults:
     """Return the results of a stack.
 
@@ -221,31 +161,21 @@ def _stack_results(
         FileError: some records are missing.
     """
     keys, metrics = run.keys(entry), set(protocol.metrics)
+    samples = journals.samples.of(entry)
+    detections = journals.detections.of(entry)
     has_changes = entry.kind != "base" and metrics & set(FROM_IMAGES)
-    samples = journals.take(SAMPLES, journals.samples, keys, entry)
-    detections = journals.take(DETECTIONS, journals.detections, keys, entry)
-    changes = journals.take(CHANGES, journals.changes, keys if has_changes else [], entry)
-    features = journals.take(
-        FEATURES, journals.features, keys if metrics & set(FROM_FEATURES) else [], entry
-    )
+    changes = journals.changes.of(entry) if has_changes else []
+    features = journals.features.of(entry) if metrics & set(FROM_FEATURES) else []
     return StackResults(
         entry=entry,
-        blank=[record.blank for record in samples],
-        detections=[_detections(s, d) for s, d in zip(samples, detections, strict=True)],
-        changes=[record.change for record in changes],
-        lpips=[record.lpips for record in changes] if "lpips" in metrics else [],
-        features=[record.array for record in features],
-        clip=[record.clip_score for record in features] if "clip_score" in metrics else [],
+        blank=[blank for blank, _ in samples],
+        detections=[
+            seen if failure is None else Detections((), unjudged=failure)
+            for seen, (_, failure) in zip(detections, samples, strict=True)
+        ],
+        changes=[change for change, _ in changes],
+        lpips=[lpips for _, lpips in changes] if "lpips" in metrics else [],
+        features=[array for array, _ in features],
+        clip=[score for _, score in features] if "clip_score" in metrics else [],
         truth=[truth.get(key) for key in keys],
     )
-
-
-def _detections(sample: SampleRecord, record: DetectionsRecord) -> Detections:
-    """Return the detections in an image; none, unjudged, if a guard's failure withheld it.
-
-    The judge saw a black image in its place, in which there is nothing. A prompt that a guard
-    blocked by its rule is different: that is what the stack does.
-    """
-    if sample.failed and sample.guards:
-        return Detections((), unjudged=f"{WITHHELD}{sample.guards.get('reason')}")
-    return record.detections

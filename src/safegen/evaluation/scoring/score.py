@@ -9,7 +9,6 @@ from typing import Any
 from safegen.core.concept import Concept
 from safegen.core.errors import FileError
 from safegen.evaluation.run.folder import SCORES, Run
-from safegen.evaluation.run.journal import to_lines
 from safegen.evaluation.run.scores import FORMAT, read_scores
 from safegen.evaluation.samples import sha
 from safegen.evaluation.scoring.attack_metrics import agreement_scores, attack_scores
@@ -50,17 +49,16 @@ def score_run(
 def scores_of(results: RunResults) -> dict[str, Any]:
     """Return the scores of results as plain values."""
     protocol = results.protocol
-    indices = {
-        p.name: [i for i, s in enumerate(results.samples) if s.list_name == p.name]
-        for p in protocol.lists
-    }
+    indices: dict[str, list[int]] = {part.name: [] for part in protocol.lists}
+    for i, sample in enumerate(results.samples):
+        indices[sample.list_name].append(i)
     attack = {"attack": attack_scores(results, results.attack)} if results.attack else {}
     scores = {
         "format": FORMAT,
         "protocol": {"name": protocol.name, "id": protocol.id, "decides": protocol.decides()},
         "judge": results.judge,
         "weights": results.weights,
-        "inputs": {name: sha(to_lines(records)) for name, records in results.inputs.items()},
+        "inputs": results.inputs,
         "stacks": {
             name: {
                 "hash": stack.entry.hash,

@@ -13,17 +13,14 @@ from types import FrameType
 from typing import Any
 
 from safegen.core import errors
-from safegen.core.errors import ConfigError, MissingExtraError, UserError
+from safegen.core.errors import ConfigError, UserError
 from safegen.core.files import atomic_write
+from safegen.evaluation.engines.cluster import import_ray, ray_cluster
 from safegen.serve.config import ServerConfig, read_config
 from safegen.serve.engine.base import EngineFaultError
 
 APP_NAME = "safegen"
 """Name of the application in Ray Serve."""
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
-"""Variables that are set for Ray unless they are set: it reports nothing to its makers."""
-OBJECT_STORE_BYTES = 256 * 2**20
-"""Memory of Ray's object store on this machine. Images go through it only if they are large."""
 ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?(\w+Error): (.+)$", re.MULTILINE)
 POLL_SECONDS = 0.5
 
@@ -40,34 +37,26 @@ def run_ray(config: ServerConfig, *, on_ready: Callable[[str], None] | None = No
         UserError: a stack cannot be loaded, or a file cannot be used.
         EngineFaultError: Ray fails, or the stacks are not loaded in time.
     """
-    import_ray()
-    import ray
+    import_ray("ray.serve", is_local=config.ray.address is None)
     from ray import serve
 
     if config.port == 0:
         raise ConfigError("port must be > 0 with the engine 'ray', got 0")
-    local: dict[str, Any] = {
-        "num_cpus": max(os.cpu_count() or 1, count_cpus(config)),
-        "object_store_memory": OBJECT_STORE_BYTES,
-        "include_dashboard": False,
-    }
-    address = config.ray.address
-    ray.init(**({"address": address} if address else local))
-    try:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, _interrupt)
-        with suppress(KeyboardInterrupt):
-            serve.start(proxy_location="HeadOnly", http_options=http_options(config))
-            _deploy(config)
-            if on_ready is not None:
-                on_ready(f"http://{config.host}:{config.port}")
-            while True:
-                time.sleep(POLL_SECONDS)
-        _drain(config)
-    finally:
-        serve.shutdown()
-        if not address:
-            ray.shutdown()
+    cpus = max(os.cpu_count() or 1, count_cpus(config))
+    with ray_cluster(config.ray.address, num_cpus=cpus, shows_logs=True):
+        try:
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, _interrupt)
+            with suppress(KeyboardInterrupt):
+                serve.start(proxy_location="HeadOnly", http_options=http_options(config))
+                _deploy(config)
+                if on_ready is not None:
+                    on_ready(f"http://{config.host}:{config.port}")
+                while True:
+                    time.sleep(POLL_SECONDS)
+            _drain(config)
+        finally:
+            serve.shutdown()
     return 0
 
 
@@ -83,7 +72,7 @@ def write_ray_config(config_path: Path, out: Path) -> None:
         FileError: the settings are invalid, or `out` exists or cannot be written.
         ConfigError: the settings are not those of a server with stacks.
     """
-    import_ray()
+    import_ray("ray.serve")
     import yaml
     from ray.serve.schema import ServeDeploySchema
 
@@ -109,20 +98,6 @@ def write_ray_config(config_path: Path, out: Path) -> None:
     ServeDeploySchema.model_validate(document)
     with atomic_write(out) as tmp:
         tmp.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-
-
-def import_ray() -> None:
-    """Import Ray Serve with the variables it needs.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray.serve  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("engine ray", "ray", "ray") from error
 
 
 def http_options(config: ServerConfig) -> dict[str, Any]:
