@@ -23,7 +23,7 @@ def reduce_activations(denoiser: nn.Module) -> Iterator[None]:
     activations of a transformer block.
 
     Args:
-        denoiser: the network, whose trained parameters require gradients.
+        denoiser: the network; its trained parameters require gradients.
     """
     changed = []
     for layer in denoiser.modules():
