@@ -136,7 +136,7 @@ class Trainer:
             betas=config.betas,
             weight_decay=config.weight_decay,
             eps=1e-8,
-            fused=True,
+            fused=config.precision != "fp16",
         )
         # Not wrapped in DDP, as an update may pass through it often and in part: gradients are
         # summed over processes once, before clipping.
@@ -335,7 +335,7 @@ class Trainer:
             with torch.no_grad():
                 p.copy_(tensors[f"weight/{name}"])
             moments = {k: tensors[f"{k}/{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {"step": tensors[f"step/{name}"][0], **moments}
+            self.optimizer.state[p] = {"step": tensors[f"step/{name}"][0].to(p.device), **moments}
             if self.ema:
                 self.ema.shadow_params[i] = tensors[f"ema/{name}"].to(p.device)
         for name, value in self.state.items():
