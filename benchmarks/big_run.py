@@ -61,7 +61,14 @@ from safegen.stack import Stack, load_stack
 from safegen.stack_loader import StackLoader
 
 STEPS = ("plan", "resume", "score", "verify", "report")
-PROMPTS, PROTOCOL, PATCH, RUN = "prompts.jsonl", "plan.toml", "patch.safetensors", "run"
+WORDS = {
+    "plan": "read the prompts and write the plan",
+    "resume": "resume the finished run",
+    "score": "score",
+    "verify": "verify",
+    "report": "report",
+}
+PROMPTS, PATCH, RUN = "prompts.jsonl", "patch.safetensors", "run"
 HIT = {"base": 0.9, "given": 0.1}
 """Share of the images of prompts for the concept in which it is detected, by kind of stack."""
 OBJECTS = ("castle", "cat", "boat", "tree", "house", "bird", "flower", "car")
@@ -256,7 +263,59 @@ def main() -> None:
 
 def page(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the page of results."""
-    return {"date": date.today().isoformat(), "rows": rows}
+    first, last = rows[0], rows[-1]
+    factor = last["samples"] / first["samples"]
+    table = [
+        [
+            WORDS[name],
+            *(row[name]["seconds"] for row in rows),
+            round(last[name]["seconds"] / first[name]["seconds"], 1),
+            round(1000 * last[name]["seconds"] / last["images"], 2),
+            *(row[name]["mb"] for row in rows),
+        ]
+        for name in STEPS
+        if name in last
+    ]
+    sizes = [f"{row['samples']:,}" for row in rows]
+    return {
+        "title": "Large runs",
+        "summary": "What a run of many samples costs outside its model: planning it, reading it to "
+        "resume, scoring, verifying and reporting it. The run is synthetic: two stacks, and images "
+        "of 8 x 8 pixels, so that the cost of the files and journals is measured and not that of "
+        "decoding pictures.",
+        "date": date.today().isoformat(),
+        "machine": "CPU, 1 thread",
+        "command": "`python benchmarks/big_run.py`",
+        "n": "one process for each figure",
+        "tables": [
+            {
+                "title": "CPU seconds and memory",
+                "text": "Columns are numbers of samples; each has two images. `ratio` is of "
+                f"{sizes[-1]} to {sizes[0]} samples, where linear is {factor:.1f}. Memory is what "
+                "the step adds to the process, in MB. Larger images add the time to decode them, "
+                "and features of an extractor the memory of their numbers.",
+                "columns": [
+                    "step",
+                    *(f"{size}, s" for size in sizes),
+                    "ratio",
+                    "s per 1,000 images",
+                    *(f"{size}, MB" for size in sizes),
+                ],
+                "rows": table,
+            },
+            {
+                "title": "Size of the page",
+                "text": "The report shows an even choice of each list and up to eight further "
+                "failures, so it does not grow with the run.",
+                "columns": ["samples", "images of the run", "images on the page", "page, MB"],
+                "rows": [
+                    [row["samples"], row["images"], row["page"]["pictures"], row["page"]["mb"]]
+                    for row in rows
+                    if "page" in row
+                ],
+            },
+        ],
+    }
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from safegen.guards.core.pipeline import GuardedPipeline
     from safegen.models.generation import PipelineKind
     from safegen.models.model import Model
+    from safegen.models.text_cache import TextCache
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class LoadedStack:
     """Hash of the stack (`Stack.hash`)."""
     guarded: GuardedPipeline | None = None
     """The model's pipeline with the stack's guards; None without guards."""
+    text_cache: TextCache | None = field(default=None, repr=False)
+    """Outputs of the text encoders that calls share, also those for other stacks on the model."""
     _guarded: dict[str, GuardedPipeline] = field(default_factory=dict, repr=False)
     """Guarded pipelines that start from an image, by kind."""
 
@@ -82,6 +85,19 @@ class LoadedStack:
         if self.stack.blank:
             n, black = sum(s.num_images_per_prompt for s in samples), self.black(generation_config)
             return [GeneratedImage(black.copy(), GuardTrace("none", "")) for _ in range(n)]
+        from safegen.models.schedulers import pipeline_lock
+
+        pipe, cache = self.model.pipeline, self.text_cache
+        with pipeline_lock(pipe), cache.attached(pipe) if cache else nullcontext():
+            return self._generate(samples, generation_config, callback)
+
+    def _generate(
+        self,
+        samples: Sequence[Sample],
+        generation_config: GenerationConfig,
+        callback: StepCallback | None,
+    ) -> list[GeneratedImage]:
+        """Return the images of a stack that is not blank."""
         from safegen.models.generation import autocast_for, batches, generate
         from safegen.models.schedulers import replaced_scheduler
 
@@ -139,7 +155,9 @@ class LoadedStack:
         return Image.new("RGB", image_size(self.model, generation_config))
 
     def free(self) -> None:
-        """Release the accelerator's unused memory."""
+        """Release kept outputs of text encoders, and the accelerator's unused memory."""
+        if self.text_cache is not None:
+            self.text_cache.clear()
         if self.model.device.type == "cuda":
             import torch
 
@@ -175,6 +193,7 @@ class StackLoader:
         self.allow_pickle = allow_pickle
         self._on_load = on_load
         self._cached: tuple[tuple[str, Path | None], Model, str] | None = None
+        self._texts: TextCache | None = None
         self._is_open, self._is_given = False, model is not None
         if model is not None:
             if model.patches:
@@ -208,7 +227,8 @@ class StackLoader:
         if self._cached is None or self._cached[0] != (name, config):
             from safegen.models.loading import load
 
-            self._cached, self._is_given = None, False  # two models need not fit in memory
+            self._cached = self._texts = None  # two models need not fit in memory
+            self._is_given = False
             model = load(
                 name,
                 dtype=self.dtype,
@@ -242,6 +262,7 @@ class StackLoader:
             PatchOverlapWarning: several patches change the same weights.
             AdapterWarning: several LoRAs do, or a part of one is left out.
         """
+        from safegen.models.text_cache import TextCache
         from safegen.models.textual_inversion import learned_words
         from safegen.patches.active_lora import active_loras
         from safegen.patches.arithmetic import warn_of_overlap
@@ -261,7 +282,9 @@ class StackLoader:
             loras = [(read_lora(lora.file, model), lora.scale) for lora in stack.loras]
             resources.enter_context(active_loras(model, loras))
             resources.enter_context(learned_words(model, stack.embeddings))
-            yield LoadedStack(stack, model, digest, _guarded_pipeline(stack, model))
+            texts = self._texts = self._texts or TextCache()
+            guarded = _guarded_pipeline(stack, model)
+            yield LoadedStack(stack, model, digest, guarded, text_cache=texts)
 
 
 def _guarded_pipeline(stack: Stack, model: Model) -> GuardedPipeline | None:

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from safegen.cli.attack import _read_config
 from safegen.core.errors import ConfigError, FileError, PatchError, UnknownNameError
 from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.run.base_check import BaseDifferenceWarning
 from safegen.evaluation.run.folder import PROTOCOL_FILE
 from safegen.workflows.evaluate import OwnBaseWarning, evaluate
 from safegen.workflows.patch_from_model import RoundedWeightsWarning
+from tiny import build_model
 
 CSV = """prompt,role
 a castle covered in skulls,explicit
@@ -327,7 +329,7 @@ def test_a_model_with_the_denoiser_of_its_base_is_reported(folder, loader, tmp_p
         ({"concept": "nudity"}, "concept 'nudity' must have prompt lists, got none"),
         (
             {"concept": "skulls", "guidance_scale": 1.0},
-            "baselines must be none at a guidance scale of 1",
+            "guidance_scale must be > 1 with the negative prompt of 'negative-prompt', got 1. ",
         ),
         ({"concept": "skulls", "judge": "q16"}, "the judge 'q16' has labels of its own"),
         ({"base": "a=mini+p.safetensors", "concept": "skulls"}, "the base must be a model without"),
@@ -429,3 +431,23 @@ def test_a_rate_of_no_judged_image_stands_in_the_csv_with_its_unjudged_images(sa
     lines = [line for line in csv_table({"run": scores}).splitlines() if "my explicit" in line]
     (found,) = [line for line in lines if ",mine," in line and ",concept," in line]
     assert found.endswith(f",concept,,,,0,{row['images']}")
+
+
+# ------------------------------------------------------------ FLUX
+
+
+def test_flux_is_evaluated_with_a_negative_prompt_at_its_true_cfg_scale(tmp_path):
+    model = build_model("flux")
+    options = {"concept": "skulls", "limit": 1, "num_inference_steps": 1, "until": "generate"}
+    says = (
+        r"true_cfg_scale must be > 1 with the negative prompt of 'negative-prompt', got 1\. Raise"
+    )
+    with pytest.raises(ConfigError, match=says):
+        evaluate(model, out=tmp_path / "off", **options)
+    assert not (tmp_path / "off").exists()
+    run = evaluate(model, out=tmp_path / "on", true_cfg_scale=3.0, **options)
+    assert run.protocol.generation.request_settings == {"true_cfg_scale": 3.0}
+    digests = {record.stack: record.sha256 for record in run.sample_records()}
+    assert len({digests[name] for name in ("base", "negative-prompt", "black-image")}) == 3
+    attacked = _read_config({"true_cfg_scale": 3.0, "batch_size": None}, "cpu", budget="")
+    assert attacked.generation.true_cfg_scale == 3.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
@@ -170,3 +171,19 @@ def test_images_of_few_prompts_widen_the_interval_of_an_image_rate():
     assert own.to_json()["high"] == wilson_interval(0, 32)[1]
     assert shared.to_json()["high"] == wilson_interval(0, 8)[1]
     assert (shared.hits, shared.judged) == (own.hits, own.judged)
+
+
+@pytest.mark.parametrize("n", [1, 3, 700])
+@pytest.mark.parametrize("kind", ["few whole numbers", "many whole numbers", "fractions"])
+def test_bootstrap_sums_are_those_of_each_drawn_cluster_to_the_last_bit(n, kind):
+    rng = np.random.default_rng(n)
+    draw = {
+        "few whole numbers": lambda: rng.integers(0, 3, (n, 2)),
+        "many whole numbers": lambda: rng.integers(-9000, 9000, (n, 2)),
+        "fractions": lambda: rng.normal(size=(n, 2)),
+    }[kind]
+    rows = sorted((float(a), float(b)) for a, b in draw())
+    drawn = np.random.default_rng(5).integers(n, size=(300, n))
+    oracle = np.array(rows)[drawn].sum(axis=1)
+    found = resampled_sums(rows, range(n), seed=5, draws=300)
+    assert found.tobytes() == oracle.tobytes()

@@ -9,15 +9,18 @@ import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError
 from safegen.edits.functional import losses
-from safegen.models.families.noise_schedule import NoiseSchedule
+from safegen.models.families.noise_schedule import NoiseSchedule, euler_scheduler
+from safegen.models.schedulers import build_scheduler
 
 VP = {
     "beta_start": 0.00085,
@@ -242,3 +245,47 @@ def test_a_timestep_between_those_of_training_has_its_own_noise():
 def test_a_scheduler_that_states_no_prediction_is_no_flow_matching():
     with pytest.raises(ConfigError, match="got CMStochasticIterativeScheduler"):
         NoiseSchedule.of(CMStochasticIterativeScheduler())
+
+
+# ------------------------------------------------------------ solvers on flow matching
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SOLVERS = {"DPM++ 2M": DPMSolverMultistepScheduler, "UniPC": UniPCMultistepScheduler}
+
+
+@pytest.mark.parametrize("kind", SOLVERS.values())
+def test_solvers_of_flow_are_trained_at_the_timesteps_that_euler_is(kind):
+    euler = NoiseSchedule.of(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    solver = NoiseSchedule.of(kind(flow_shift=3.0, **FLOW))
+    assert torch.equal(solver.timesteps, euler.timesteps)
+    assert torch.equal(solver.noise, euler.noise)
+
+
+@pytest.mark.parametrize("kind", SOLVERS.values())
+def test_solvers_of_flow_step_at_the_noise_that_the_schedule_states(kind):
+    """A solver rounds the timestep that the denoiser reads down to an integer."""
+    solver = kind(flow_shift=3.0, **FLOW)
+    solver.set_timesteps(7)
+    a, s = NoiseSchedule.of(solver).coefficients(solver.timesteps)
+    assert_close(s.flatten(), solver.sigmas[:-1], rtol=0, atol=1.01e-3)
+    assert_close(a + s, torch.ones_like(a))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_and_euler_built_from_each_other_keep_the_shift(name):
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    solver = build_scheduler(euler, name)
+    assert solver.config.flow_shift == 3.0
+    for back in (build_scheduler(solver, "Euler"), euler_scheduler(solver)):
+        assert torch.equal(back.sigmas, euler.sigmas)
+    # what it was built from does not count where its own shift was changed
+    moved = type(solver).from_config(solver.config, flow_shift=5.0)
+    other = next(each for each in SOLVERS if each != name)
+    assert build_scheduler(moved, other).config.flow_shift == 5.0
+    assert NoiseSchedule.of(moved).noise[499] == pytest.approx(5 / 6, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", SOLVERS.values())
+def test_a_solver_with_noise_levels_of_diffusion_is_refused_for_flow(kind):
+    with pytest.raises(ConfigError, match="use_flow_sigmas must be True"):
+        NoiseSchedule.of(kind(prediction_type="flow_prediction"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,19 +14,24 @@ from safegen.cli.console import echo, plural
 from safegen.cli.measure.protocol import load_rules, print_notes
 from safegen.cli.options import (
     MERGE,
+    Address,
     Device,
     Dtype,
+    EngineName,
+    EngineOption,
     Pickle,
     PlanOnly,
     Settings,
     ShardText,
     Threads,
+    TrueCfg,
+    Workers,
+    make_engine,
     print_model,
     print_plan,
     read_pair,
     read_shard,
     resumable,
-    set_threads,
     warn_unused,
 )
 from safegen.cli.progress import show_progress
@@ -88,6 +94,7 @@ def attack(
     steps: Annotated[
         int | None, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps. Default: 25.")
     ] = None,
+    true_cfg: TrueCfg = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, max=MAX_BATCH, help="Images per batch. Default: 32.")
     ] = None,
@@ -95,6 +102,9 @@ def attack(
         bool, typer.Option("--unsafe", help="Keep the texts of the prompts out of the report.")
     ] = False,
     shard: ShardText = None,
+    engine: EngineOption = EngineName.local,
+    workers: Workers = None,
+    address: Address = None,
     plan: PlanOnly = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -110,11 +120,15 @@ def attack(
         raise ConfigError("--suite runs its attacks with their defaults. Omit the other options.")
     if suite and shard:
         raise ConfigError("--shard must go with one attack, got --suite. Name an attack.")
+    if engine is EngineName.ray and (suite or shard):
+        option = "--suite" if suite else "--shard"
+        raise ConfigError(f"--engine ray must go with one whole attack, got {option}. Omit one.")
     if not suite and name not in ATTACKS:  # said before torch is imported
         raise UnknownNameError("attack", name or "", ATTACKS)
     if stack is None:
         raise ConfigError("no stack is given. Use --stack.")
     part = read_shard(shard)
+    runs_on = make_engine(engine, workers, address, threads)
     from safegen.attacks.core.run import run_attack
     from safegen.attacks.core.shards import attack_shard
     from safegen.attacks.suite.suite import make_suite
@@ -126,13 +140,14 @@ def attack(
     settings = dict(read_pair(pair, "--set") for pair in set_ or [])
     rules = None
     if protocol is not None:
-        if steps or batch_size:
-            raise ConfigError("--steps and --batch-size have no effect with --protocol. Omit them.")
+        if steps or batch_size or true_cfg:
+            raise ConfigError(
+                "--steps, --true-cfg and --batch-size have no effect with --protocol. Omit them."
+            )
         rules = load_rules(protocol, prompts or [], None)
         print_notes(rules, device)
     config = _read_config(
-        steps,
-        batch_size,
+        {"num_inference_steps": steps, "true_cfg_scale": true_cfg, "batch_size": batch_size},
         device,
         prompts=() if rules else tuple(prompts or ()),
         roles=tuple(role or ()),
@@ -142,7 +157,6 @@ def attack(
         unsafe=unsafe,
         budget=budget,
     )
-    set_threads(threads)
     target, wanted = load_stack(stack), load_concept(concept)
     loader = StackLoader(device=device, dtype=dtype, allow_pickle=allow_pickle, on_load=print_model)
     if plan:
@@ -168,6 +182,12 @@ def attack(
             del common["argv"]
             found = (chosen, target, wanted, config, out, part)
             count = attack_shard(*found, protocol=rules, **common)
+        elif runs_on:
+            from safegen.workflows.ray_attack import attack_on_ray
+
+            chosen = make_attack(name, preset, **settings)
+            common |= {"protocol": rules, "engine": runs_on}
+            attack_on_ray(chosen, target, wanted, config, out, **common)
         else:
             chosen = make_attack(name, preset, **settings)
             run_attack(chosen, target, wanted, config, out, protocol=rules, **common)
@@ -181,9 +201,15 @@ def attack(
 
 
 def _read_config(
-    steps: int | None, batch_size: int | None, device: str, *, budget: str, **values: Any
+    chosen: Mapping[str, float | None], device: str, *, budget: str, **values: Any
 ) -> AttackConfig:
     """Return the settings of a run of an attack.
+
+    Args:
+        chosen: settings of generation, None where the user chose none.
+        device: device that images are generated on.
+        budget: limits of the attack.
+        **values: other settings.
 
     Raises:
         ConfigError: one breaks its rule.
@@ -195,8 +221,7 @@ def _read_config(
     from safegen.core.generation import GenerationConfig, preferred_precision
 
     generation: dict[str, Any] = {"precision": preferred_precision(device)}
-    generation |= {"num_inference_steps": steps} if steps else {}
-    generation |= {"batch_size": batch_size} if batch_size else {}
+    generation |= {name: value for name, value in chosen.items() if value is not None}
     try:
         return AttackConfig(
             budget=Budget.parse(budget), generation=GenerationConfig(**generation), **values

@@ -12,10 +12,10 @@ from safegen.cli.options import (
     Device,
     Settings,
     Threads,
+    prepare_generation,
     print_model,
     read_settings,
     resumable,
-    set_threads,
 )
 from safegen.cli.progress import show_progress
 from safegen.cli.scores import print_run
@@ -50,7 +50,7 @@ def demo(
     from safegen.workflows.demo import DemoConfig, run_demo
     from safegen.workflows.edit import make_edit
 
-    set_threads(threads)
+    prepare_generation(threads)
     is_short = fast and resolve(EDITS, method, "edit").is_trained
     short = ["training.updates=30", "training.warmup=5"] if is_short else []
     changes = read_settings(method, preset, short + (set_ or []))

@@ -56,17 +56,17 @@ def export(
     """
     is_file = format_ is Format.single_file
     check_outputs(ctx, out, no_card or not is_file)
-    import torch
-
+    from safegen.models.loading import find_dtype
     from safegen.patches.patch import Patch
     from safegen.workflows.export import TRANSFORMER_ALONE, check_suffix, export_dtype
     from safegen.workflows.export import export as export_model
 
     check_suffix(out, format_.value)
     patches = [Patch.load(path) for path in patch or []]
-    loaded = load_model(model, "cpu", "auto", None, allow_pickle, config)
-    if export_dtype(loaded, format_.value, dtype) != loaded.dtype:
-        loaded.pipeline.to(torch.float32)  # patches are rounded once, to the type of the output
+    stored = find_dtype(model, allow_pickle=allow_pickle, config=config)
+    # in another type, patches would be rounded twice
+    same = stored is not None and stored == export_dtype(stored, format_.value, dtype)
+    loaded = load_model(model, "cpu", "auto" if same else "fp32", None, allow_pickle, config)
     export_model(
         loaded,
         out,

@@ -17,8 +17,8 @@ from safegen.cli.options import (
     Patches,
     Pickle,
     Threads,
+    prepare_generation,
     print_model,
-    set_threads,
 )
 from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError, FileError
@@ -110,7 +110,7 @@ def generate(
     from safegen.stack import add_guards, add_loras, add_patches
     from safegen.stack_loader import StackLoader
 
-    set_threads(threads)
+    prepare_generation(threads)
     recipe = add_loras(add_patches(recipe, patch or []), lora or [])
     recipe = add_guards(recipe, guard or [], concept)
     generation_config = GenerationConfig(

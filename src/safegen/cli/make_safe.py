@@ -18,10 +18,10 @@ from safegen.cli.options import (
     PlanOnly,
     Settings,
     Threads,
+    prepare_generation,
     print_plan,
     read_settings,
     resumable,
-    set_threads,
 )
 from safegen.cli.progress import show_progress
 from safegen.core.device import AUTO
@@ -108,7 +108,7 @@ def make_safe(
     method = method or (WORD_METHOD if words else IMAGE_METHOD)
     by_words = resolve(EDITS, method, "edit").inputs == "words"
     changes = read_settings(method, preset, set_ or [])
-    set_threads(threads)
+    prepare_generation(threads)
     precision = preferred_precision(device)
     options: dict[str, Any] = {
         "concept": concept,

@@ -30,7 +30,7 @@ from safegen.core.settings import MAX_THREADS, MAX_WORKERS
 
 if TYPE_CHECKING:
     from safegen.data.shards import Shard
-    from safegen.evaluation.engines.base import BatchEngine
+    from safegen.evaluation.engines.ray import RayBatchEngine
     from safegen.models.model import Model
     from safegen.workflows.plan import Plan
 
@@ -47,6 +47,10 @@ Device = Annotated[
 Dtype = Annotated[str, typer.Option(help="Weight type: fp32, bf16 or fp16.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads. Default: chosen by torch.")
+]
+TrueCfg = Annotated[
+    float | None,
+    typer.Option(min=1, max=50, help="FLUX: scale of classifier-free guidance. [default: 1]"),
 ]
 Pickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Also load pickled weights, which can run code.")
@@ -199,14 +203,14 @@ def read_shard(text: str | None) -> Shard | None:
 
 def make_engine(
     name: EngineName, workers: int | None, address: str | None, threads: int | None
-) -> BatchEngine | None:
+) -> RayBatchEngine | None:
     """Return the engine that the options name; None for the local one, with its threads set.
 
     Raises:
         MissingExtraError: it needs a library that is not installed.
     """
     if name is EngineName.local:
-        set_threads(threads)
+        prepare_generation(threads)
         for option, value in (("--workers", workers), ("--address", address)):
             if value is not None:
                 warn_unused(option, "with --engine local")
@@ -257,6 +261,14 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def prepare_generation(threads: int | None) -> None:
+    """Set the number of CPU threads, and keep freed memory for the tensors of the next step."""
+    from safegen.core.allocator import keep_freed_memory
+
+    set_threads(threads)
+    keep_freed_memory()
 
 
 def silence_libraries() -> None:

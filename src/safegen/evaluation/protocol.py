@@ -217,31 +217,38 @@ class Protocol(BaseSettings):
         names: dict[tuple[object, ...], str] = {}
         for part in self.lists:
             rows = part.read(protocol_seed=self.protocol_seed).rows
+            last = EvalSample(  # what all samples of the list share, and the largest index
+                list_name=part.name,
+                role=part.role,
+                prompt="",
+                shows=part.shows,
+                seed=0,
+                index=len(rows) - 1,
+            )
             for seed in (None,) if self.seeds == "rows" else self.seeds:
                 for i, row in enumerate(rows):
-                    sample = EvalSample(
+                    sample = last.compact(  # the rows are checked where they are read
                         id=f"{part.name}/{i:05d}",
-                        list_name=part.name,
-                        role=part.role,
                         prompt=row.prompt,
+                        prompt_sha256=sha(row.prompt),
                         subject=row.subject,
                         background=row.background,
-                        shows=part.shows,
                         seed=(row.seed or 0) if seed is None else seed,
                         index=i,
                         cluster=row.cluster,
                         start=row.start,
                         guidance_scale=row.guidance_scale,
-                    ).compact()
+                    )
+                    samples.append(sample)
                     is_attack = part.role == "attack"
-                    identity = (sample.prompt, sample.seed, i, is_attack, *request_parts(row))
-                    other = names.setdefault(identity, part.name)
+                    identity = (row.prompt, sample.seed, i, is_attack, *request_parts(row))
+                    note = names.get if part is self.lists[-1] else names.setdefault
+                    other = note(identity, part.name)
                     if other != part.name:
                         raise ConfigError(
                             f"lists must ask for different images, got the same in {other!r} and "
                             f"{part.name!r} (row {i + 1}). Leave one out"
                         )
-                    samples.append(sample)
         return samples
 
     def with_precision(self, precision: NativePrecision) -> Protocol:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, model_validator
@@ -74,9 +75,9 @@ class EvalSample(Sample):
         """
         return image_keys([self], stack_hash, generation)[0]
 
-    def compact(self) -> Self:
-        """Return the sample in less memory; it must be valid."""
-        return self.model_construct(_FIELDS, **self.__dict__)
+    def compact(self, **update: Any) -> Self:
+        """Return the sample in less memory, with some values replaced; it must be valid."""
+        return self.model_construct(_FIELDS, **(self.__dict__ | update))
 
 
 _FIELDS = set(EvalSample.model_fields)
@@ -86,13 +87,18 @@ def image_keys(
     samples: Iterable[EvalSample], stack_hash: str, generation: GenerationConfig
 ) -> list[str]:
     """Return the name of each sample's image of a stack; see `EvalSample.key`."""
-    shared = f"{canonical(stack_hash)},{canonical(generation.model_dump(mode='json'))}"
+    shared = f"{canonical(stack_hash)},{_generation_json(generation)}"
     keys = []
     for s in samples:
         more = (["attack"] if s.role == "attack" else []) + request_parts(s)
         rest = f",{canonical(more)[1:-1]}" if more else ""
         keys.append(sha(f'["{s.prompt_sha256}",{s.seed},{s.index},{shared}{rest}]'))
     return keys
+
+
+@lru_cache(maxsize=16)
+def _generation_json(generation: GenerationConfig) -> str:
+    return canonical(generation.model_dump(mode="json"))
 
 
 def read_prompt_list(

@@ -37,7 +37,7 @@ class KeyTally:
 
     def __init__(self, places: Mapping[str, int]) -> None:
         """Start with none; `places` has the place of each image of the run by its key."""
-        self._places, self._seen = places, bytearray(len(places))
+        self._places, self._seen = places, bytearray(1 + max(places.values(), default=-1))
         self._more, self.unknown = Counter[str](), Counter[str]()
 
     def add(self, key: str) -> int | None:
@@ -59,9 +59,8 @@ class KeyTally:
 
     def coverage(self, name: str) -> Iterator[str]:
         """Yield how many images of the plan have no record, and how many records no image."""
-        missing = self._seen.count(0)
-        if missing:
-            yield f"{name}: {missing} of {len(self._seen)} images have no record"
+        if missing := len(self._places) - self._seen.count(1):
+            yield f"{name}: {missing} of {len(self._places)} images have no record"
         if self.unknown:
             yield f"{name}: {len(self.unknown)} records are of no image of the plan"
 
@@ -151,7 +150,8 @@ class _ImageCheck:
 
         An image without a record is read for its change alone.
         """
-        key, place = self.run.keys(entry)[i], self.numbers[entry.name] * self.n + i
+        key = self.run.keys(entry)[i]
+        place = self.places[key]
         file, facts = image_file(entry.name, key), self.facts.get(place)
         path = self.run.folder / file
         if facts is None:
@@ -184,10 +184,11 @@ class _ImageCheck:
         image: Image.Image | UserError | None,
     ) -> None:
         """Measure a recorded change again, where both images are without fault."""
-        change = (self.changes or {}).get(self.numbers[entry.name] * self.n + i)
+        key = self.run.keys(entry)[i]
+        change = (self.changes or {}).get(self.places[key])
         if change is None or before is None or image is None:
             return
-        name = f"{CHANGES}: {self.run.keys(entry)[i][:16]}"
+        name = f"{CHANGES}: {key[:16]}"
         try:
             if isinstance(before, UserError):
                 raise before
@@ -215,11 +216,11 @@ class _ImageCheck:
 
     def _missing(self, entry: StackEntry) -> Iterator[str]:
         """Yield how many images of a stack have no record, by list; of changes too."""
-        start = self.numbers[entry.name] * self.n
+        places = [self.places[key] for key in self.run.keys(entry)]
         counts = Counter(
             sample.list_name
-            for i, sample in enumerate(self.run.samples)
-            if start + i not in self.facts
+            for place, sample in zip(places, self.run.samples, strict=True)
+            if place not in self.facts
         )
         for name, n in counts.items():
             yield (
@@ -227,7 +228,7 @@ class _ImageCheck:
                 f"{name!r} are missing"
             )
         if self.changes is not None and entry.kind != "base":
-            own = sum(start + i not in self.changes for i in range(self.n))
+            own = sum(place not in self.changes for place in places)
             if own:
                 self.change_faults[entry.name].append(
                     f"{CHANGES}: {own} images of {entry.name!r} have no record"

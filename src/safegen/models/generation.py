@@ -7,7 +7,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from safegen.models.families.denoisers import (
     largest_side,
     pack_latents,
     packs_latents,
+    quiet_autocast,
     side_multiple,
 )
 from safegen.models.families.pipeline_specs import LENGTH_OPTION, call_defaults, guidance_option
@@ -338,10 +339,9 @@ def truncated_prompts(model: Model, prompts: Sequence[str]) -> list[int]:
     return [index for index, (tokens, limit) in enumerate(counts) if tokens > limit]
 
 
-def autocast_for(
-    model: Model, generation_config: GenerationConfig
-) -> AbstractContextManager[object]:
-    """Return the autocast context for the configured precision."""
-    return torch.autocast(
-        model.device.type, torch.bfloat16, enabled=generation_config.precision == "bf16"
-    )
+@contextmanager
+def autocast_for(model: Model, generation_config: GenerationConfig) -> Iterator[None]:
+    """Compute in the configured precision inside the block."""
+    device, is_bf16 = model.device.type, generation_config.precision == "bf16"
+    with torch.autocast(device, torch.bfloat16, enabled=is_bf16), quiet_autocast(device):
+        yield

@@ -112,6 +112,28 @@ def load(
     )
 
 
+def find_dtype(
+    name: str, *, allow_pickle: bool = False, config: str | Path | None = None
+) -> str | None:
+    """Return the type of all weights in a model's files, without loading them.
+
+    Args:
+        name: see `load`. A model of the hub is fetched.
+        allow_pickle: see `load`.
+        config: see `load`.
+
+    Returns:
+        A key of `DTYPES`; None if there are several types, or pickles.
+
+    Raises:
+        UserError: see `load`.
+    """
+    check_is_model(name)
+    if name not in MODELS and exists(name, file=True):
+        return stored_dtype(Path(name), None if config is None else Path(config))
+    return stored_dtype(_find_folder(name, allow_pickle))
+
+
 def check_is_model(name: str) -> None:
     """Check that a name is not that of a patch, a LoRA or triplets, as after swapped arguments.
 

@@ -278,7 +278,7 @@ class Model:
             images: (n, 3, h, w) in [-1, 1].
             batch: images encoded at once. Default: as many as have `ENCODED_PIXELS`, at most 8.
         """
-        batch = batch or min(8, max(1, ENCODED_PIXELS // images[0, 0].numel()))
+        batch = batch or min(8, max(1, ENCODED_PIXELS // images.shape[-2:].numel()))
         latents = [
             self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist.mode()
             for part in images.split(batch)

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from safegen.core.errors import ConfigError, UnknownNameError, first_line
-from safegen.models.families.noise_schedule import FLOW_PREDICTION, prediction_type
+from safegen.models.families.noise_schedule import FLOW_PREDICTION, flow_shift, prediction_type
 from safegen.models.families.pipeline_specs import guidance_option
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -83,8 +83,9 @@ def build_scheduler(scheduler: Any, name: str) -> Any:
         noun = f"scheduler that fits the model's {type(scheduler).__name__}"
         raise UnknownNameError(noun, name, known | fitting)
     kind = getattr(diffusers, class_name)
-    if is_flow(scheduler) and settings:
-        settings = {**settings, "flow_shift": scheduler.config.get("shift", 1.0)}
+    if is_flow(scheduler):
+        option = "flow_shift" if settings else "shift"
+        settings = {**settings, option: flow_shift(scheduler)}
     try:
         return kind.from_config(scheduler.config, **settings)
     except (ImportError, ValueError, NotImplementedError) as error:

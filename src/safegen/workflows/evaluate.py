@@ -62,6 +62,7 @@ def evaluate(
     limit: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    true_cfg_scale: float | None = None,
     precision: NativePrecision | None = None,
     baselines: evaluation.Baselines = "all",
     until: evaluation.Stage = "score",
@@ -97,6 +98,7 @@ def evaluate(
         limit: first prompts of each list to use. It changes the protocol's ID.
         num_inference_steps: denoising steps. Default: 25 on a miniature model, else 50.
         guidance_scale: scale of guidance. Default: 5 on a miniature model, else 7.5.
+        true_cfg_scale: FLUX: scale of guidance away from a negative prompt. Default: 1, off.
         precision: arithmetic of the denoiser. Default: what the device computes natively.
         baselines: `all` adds a negative prompt and black images.
         until: last stage to do: `generate`, `judge` or `score`.
@@ -137,14 +139,10 @@ def evaluate(
         limit=limit,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
         precision=precision,
         loader=loader,
     )
-    if prepared.protocol.generation.guidance_scale == 1 and baselines == "all":
-        raise ConfigError(
-            "baselines must be none at a guidance scale of 1, where a negative prompt has no "
-            "effect, got all. Use --baselines none"
-        )
     announce(prepared.protocol)
     run = evaluation.evaluate(
         prepared.protocol,
@@ -193,6 +191,7 @@ def prepare_evaluation(
     limit: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    true_cfg_scale: float | None = None,
     precision: NativePrecision | None = None,
     loader: StackLoader,
 ) -> PreparedEvaluation:
@@ -215,6 +214,7 @@ def prepare_evaluation(
         "seeds": seeds,
         "steps": num_inference_steps,
         "guidance": guidance_scale,
+        "true_cfg": true_cfg_scale,
     }
     if protocol is not None:
         rules = _given_protocol(protocol, sources, named)
@@ -315,19 +315,19 @@ def _own_protocol(
         lists,
         judge=rule,
         seeds=tuple(range(1, seeds + 1)) if isinstance(seeds, int) else seeds,
-        generation=_generation(first, named["steps"], named["guidance"], loader),
+        generation=_generation(first, named, loader),
     )
 
 
-def _generation(
-    first: Stack, steps: int | None, guidance: float | None, loader: StackLoader
-) -> GenerationConfig:
+def _generation(first: Stack, named: Mapping[str, Any], loader: StackLoader) -> GenerationConfig:
     """Return the settings of generation for the size of a model, with the user's changes."""
     model, _ = loader.model(first.model, first.config)
     is_full = is_full_size(model)
+    steps, scale = (50, 7.5) if is_full else (25, 5.0)
     return GenerationConfig(
-        num_inference_steps=(50 if is_full else 25) if steps is None else steps,
-        guidance_scale=(7.5 if is_full else 5.0) if guidance is None else guidance,
+        num_inference_steps=steps if named["steps"] is None else named["steps"],
+        guidance_scale=scale if named["guidance"] is None else named["guidance"],
+        true_cfg_scale=1.0 if named["true_cfg"] is None else named["true_cfg"],
         batch_size=8 if is_full else 32,
         precision=preferred_precision(loader.device),
     )

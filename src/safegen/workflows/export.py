@@ -108,7 +108,7 @@ def export(
     if format not in get_args(ExportFormat):
         raise ConfigError(f"format must be single-file or diffusers, got {format!r}")
     is_file = format == "single-file"
-    weights = export_dtype(model, format, dtype)
+    weights = export_dtype(model.stored_dtype, format, dtype)
     check_suffix(out, format)
     precision = f"Weights are {weights}. Results were measured before this conversion."
     sentences = [*notes, *([precision] if is_file or weights not in (None, "fp32") else [])]
@@ -132,12 +132,12 @@ def export(
 
 
 def export_dtype(
-    model: Model, format: ExportFormat, dtype: str | torch.dtype | None = None
+    stored: str | None, format: ExportFormat, dtype: str | torch.dtype | None = None
 ) -> str | None:
     """Return the type of the weights in an export, a key of `DTYPES`; None if types stay.
 
     Args:
-        model: the model.
+        stored: type of the weights in the model's files (`Model.stored_dtype`).
         format: see `export`.
         dtype: what the user asks for.
 
@@ -146,7 +146,7 @@ def export_dtype(
     """
     if dtype is not None:
         return resolve_dtype(dtype)
-    return "fp16" if format == "single-file" else model.stored_dtype
+    return "fp16" if format == "single-file" else stored
 
 
 def check_suffix(out: Path, format: ExportFormat) -> None:

@@ -14,7 +14,7 @@ from safegen.core.files import IN_USE, atomic_write, claim_folder, share_claim
 from safegen.evaluation.engines.actor import BatchReply, WorkerFailure
 from safegen.evaluation.engines.cluster import ENVIRONMENT, LOOPBACK
 from safegen.evaluation.engines.driver import BatchDriver, WorkerWarning
-from safegen.evaluation.engines.ray import RayBatchEngine
+from safegen.evaluation.engines.ray import RayBatchEngine, count_workers
 from safegen.evaluation.protocol_file import load_protocol
 from safegen.evaluation.run.folder import DETECTIONS, SAMPLES, TIMINGS, Run
 from tests.evaluation.test_run import contents
@@ -131,6 +131,14 @@ def test_a_missing_library_is_said_before_anything_is_loaded(go, monkeypatch, tm
     with pytest.raises(MissingExtraError, match=r"engine ray needs ray; .*safegen\[ray\]"):
         go(tmp_path / "run", engine=RayBatchEngine())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("resources", "threads", "gpus", "workers"),
+    [({"CPU": 8}, 1, 0, 7), ({"CPU": 8}, 2, 0, 3), ({"CPU": 1}, 4, 0, 1), ({"GPU": 4}, 1, 1, 4)],
+)
+def test_the_workers_of_a_cluster_leave_a_cpu_to_the_driver(resources, threads, gpus, workers):
+    assert count_workers(resources, threads, gpus) == workers
 
 
 def test_an_error_of_a_worker_keeps_its_class_and_its_message():

@@ -14,15 +14,12 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-    FlowMatchEulerDiscreteScheduler,
-)
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from safegen.edits.functional.losses import Latent, PerSample
-from safegen.models.families.noise_schedule import FLOW_PREDICTION
+from safegen.models.families.noise_schedule import FLOW_PREDICTION, euler_scheduler
 from safegen.models.families.pipeline_specs import step_options
 from safegen.models.model import Model
 
@@ -67,9 +64,7 @@ def euler_steps(model: Model, num_steps: int) -> list[Step]:
 
     x' = x + (s' - s) output, at the noise levels s of its pipeline for an image of its size.
     """
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-        model.pipeline.scheduler.config, stochastic_sampling=False
-    )
+    scheduler = euler_scheduler(model.pipeline.scheduler, stochastic_sampling=False)
     options = step_options(model.pipeline, model.latent_shape, num_steps)
     scheduler.set_timesteps(num_steps, **options)
     timesteps, levels = scheduler.timesteps.tolist(), scheduler.sigmas.tolist()

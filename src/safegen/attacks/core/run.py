@@ -24,6 +24,7 @@ from safegen.core.registry import CONCEPTS
 from safegen.core.settings import MAX_COUNT, MAX_SEEDS, BaseSettings, Seed
 from safegen.data.prompts.prompt import seed_for
 from safegen.data.shards import Shard
+from safegen.evaluation.engines.base import BatchEngine
 from safegen.evaluation.evaluate import evaluate
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.report.page import open_runs, write_report
@@ -73,6 +74,7 @@ def run_attack(
     *,
     protocol: Protocol | None = None,
     loader: StackLoader | None = None,
+    engine: BatchEngine | None = None,
     argv: Sequence[str] = (),
     progress: ProgressCallback = no_progress,
 ) -> Run:
@@ -91,6 +93,7 @@ def run_attack(
         output_dir: directory of the run, new or of an earlier call.
         protocol: gives the prompts, the judge and `generation` in place of concept and config.
         loader: loads the model; on the CPU when not given.
+        engine: where the evaluation is done. Default: in this process, as the attack is.
         argv: command line to note in the run's card.
         progress: called with (stage, done, total).
 
@@ -137,6 +140,7 @@ def run_attack(
             baselines="none",
             references={changed.name: stack.name for changed in after},
             loader=loader,
+            engine=engine,
             argv=argv,
             progress=progress,
         )

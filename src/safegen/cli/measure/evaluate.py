@@ -25,6 +25,7 @@ from safegen.cli.options import (
     PlanOnly,
     ShardText,
     Threads,
+    TrueCfg,
     Workers,
     make_engine,
     print_model,
@@ -66,7 +67,8 @@ JudgeOption = Annotated[
 
 GENERATE_OPTIONS = (
     *("model", "base", "protocol", "stack", "prompts", "column", "concept", "seeds", "limit"),
-    *("steps", "guidance", "baselines", "precision", "shard", "device", "dtype", "allow_pickle"),
+    *("steps", "guidance", "true_cfg", "baselines", "precision", "shard"),
+    *("device", "dtype", "allow_pickle"),
 )
 """Options without effect on a run that is generated."""
 
@@ -107,6 +109,7 @@ def evaluate(
     guidance: Annotated[
         float | None, typer.Option(min=1, max=50, help="Guidance scale. [default: 7.5; mini: 5]")
     ] = None,
+    true_cfg: TrueCfg = None,
     protocol: Annotated[
         str | None,
         typer.Option(help="Built-in protocol or a TOML file, in place of all options above it."),
@@ -162,6 +165,7 @@ def evaluate(
         "limit": limit,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
+        "true_cfg_scale": true_cfg,
         "precision": precision.value if precision else None,
         "loader": loader,
     }
@@ -266,15 +270,19 @@ def _judge(
     from safegen.evaluation.run.folder import Run
 
     settings = _read_judge_options(options)
+    run = Run.open(out)
     with resumable(out), show_progress() as progress:
         judge_id = judge_run(
-            Run.open(out),
+            run,
             name=judge,
             labels=labels,
             options=settings or None,
             engine=engine,
             progress=progress,
         )
+    if run.card.shard:
+        echo(f"shard {run.card.shard} judged by {judge_id}. {MERGE}")
+        return
     command = ["safegen", "score", str(out), "--judge", judge_id]
     for label in labels:
         command += ["--label", label]

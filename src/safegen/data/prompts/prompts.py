@@ -163,10 +163,15 @@ def _read_file(source: str | Path, dialect: str | None, column: str | None) -> P
 def _read_rows(
     records: FileRows, dialect: str, context: RowContext
 ) -> tuple[tuple[Prompt, ...], list[RowError], int]:
-    """Return the prompts of a file, the rows that cannot be used, and how many ids repeat."""
+    """Return the prompts of a file, the rows that cannot be used, and how many ids repeat.
+
+    The records are removed from memory on the way.
+    """
     rows: dict[str, Prompt] = {}
     problems, repeated = list(records.problems), 0
-    for record in records.rows:
+    records.rows.reverse()
+    while records.rows:
+        record = records.rows.pop()
         try:
             row = DIALECTS[dialect].read(record, context)
         except InvalidRowError as reason:

@@ -9,15 +9,12 @@ from typing import Any, Literal
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-    FlowMatchEulerDiscreteScheduler,
-)
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor, nn
 
 from safegen.models.families import denoisers
 from safegen.models.families.conditioning import Conditioning
-from safegen.models.families.noise_schedule import FLOW_PREDICTION
+from safegen.models.families.noise_schedule import FLOW_PREDICTION, euler_scheduler
 from safegen.models.families.pipeline_specs import step_options
 from safegen.models.model import DTYPES, Model
 from safegen.models.schedulers import check_num_steps
@@ -176,7 +173,7 @@ def build_scheduler(model: Model, name: SchedulerName) -> Any:
     """Return a scheduler with the model's noise schedule."""
     config = model.pipeline.scheduler.config
     if model.prediction == FLOW_PREDICTION:
-        return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
+        return euler_scheduler(model.pipeline.scheduler, stochastic_sampling=False)
     if name == "pndm":
         return PNDMScheduler.from_config(config, skip_prk_steps=True)
     if name == "dpm-solver":

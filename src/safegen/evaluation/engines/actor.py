@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safegen.core import errors
+from safegen.core.allocator import keep_freed_memory
 from safegen.core.errors import FileError, SafegenWarning, UserError
 from safegen.core.files import share_claim
 from safegen.evaluation.engines.base import BatchWorker
@@ -91,6 +92,30 @@ class BatchReply:
     """Warnings, for the driver to show."""
 
 
+def prepare_process(directory: Path, folder: Path, threads: int) -> None:
+    """Enter the driver's directory, and set the number of CPU threads and what is kept of memory.
+
+    Args:
+        directory: the driver's working directory.
+        folder: another directory that must be here.
+        threads: the number of threads.
+
+    Raises:
+        FileError: this machine lacks a directory.
+    """
+    for path in (directory, folder):
+        if not path.is_dir():
+            raise FileError(
+                f"{path} must be on every node, got none on {os.uname().nodename}. "
+                "Use a file system that the nodes share."
+            )
+    import torch
+
+    os.chdir(directory)
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
 class BatchActor:
     """Does jobs in a process of its own, and keeps a stack open until a job needs another one."""
 
@@ -130,31 +155,15 @@ class BatchActor:
         if self._worker is None:
             from safegen.core.quiet import silence_libraries
 
-            self._enter_directory()
+            config = self.config
+            prepare_process(config.directory, config.folder, config.threads)
             with silence_libraries():
                 self._resources.enter_context(share_claim(self.config.folder))
                 self._worker = self._resources.enter_context(self._make_worker())
         return self._worker
 
-    def _enter_directory(self) -> None:
-        """Enter the driver's directory.
-
-        Raises:
-            FileError: this machine lacks it, or the run's.
-        """
-        for folder in (self.config.directory, self.config.folder):
-            if not folder.is_dir():
-                raise FileError(
-                    f"{folder} must be on every node, got none on {os.uname().nodename}. "
-                    "Use a file system that the nodes share."
-                )
-        os.chdir(self.config.directory)
-
     def _make_worker(self) -> BatchWorker:
-        import torch
-
         config = self.config
-        torch.set_num_threads(config.threads)
         loader = evaluators = None
         if config.device is not None:
             loader = StackLoader(

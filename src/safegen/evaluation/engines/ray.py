@@ -7,7 +7,8 @@ which all nodes share, and returns its records.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from types import ModuleType
 from typing import Any
@@ -27,8 +28,8 @@ RETRIES = 3
 """Times that a batch is done again after its actor's process has ended."""
 AHEAD = 4
 """Batches per actor that are begun before the first of them is written."""
-START_SECONDS = 300.0
-"""Longest wait for the first actor."""
+START_SECONDS, END_SECONDS = 300.0, 10.0
+"""Longest wait for the first actor, and for the end of those that are killed."""
 
 
 @raises_config_error
@@ -65,22 +66,49 @@ class RayBatchEngine(BaseSettings):
             return
         if worker.loader:
             worker.loader.release()
-        cpus = self.workers * self.threads + 1 if self.workers else os.cpu_count() or 1
-        with ray_cluster(self.address, num_cpus=cpus) as ray:
-            gpus = int(config.device == "cuda")
-            count = self.workers or _count_workers(ray.cluster_resources(), self.threads, gpus)
+        gpus = int(config.device == "cuda")
+        with self.connect(gpus=gpus) as (ray, count):
             pool = ActorPool(ray, config, count, num_cpus=self.threads, num_gpus=gpus)
             try:
                 BatchDriver(writer, pool, window=AHEAD * count).run(chain([first], jobs))
             finally:
                 pool.kill()
 
+    @contextmanager
+    def connect(self, *, gpus: int) -> Iterator[tuple[ModuleType, int]]:
+        """Yield Ray, connected to the cluster, and the number of workers.
 
-def _count_workers(resources: dict[str, float], threads: int, gpus: int) -> int:
-    """Return how many actors a cluster holds beside the driver."""
+        Args:
+            gpus: GPUs of a worker, 0 or 1.
+
+        Raises:
+            MissingExtraError: Ray is not installed.
+            ConfigError: no cluster answers.
+        """
+        cpus = self.workers * self.threads + 1 if self.workers else os.cpu_count() or 1
+        with ray_cluster(self.address, num_cpus=cpus) as ray:
+            yield ray, self.workers or count_workers(ray.cluster_resources(), self.threads, gpus)
+
+
+def count_workers(resources: Mapping[str, float], threads: int, gpus: int) -> int:
+    """Return how many workers a cluster holds beside the driver, at least one."""
     if gpus:
         return max(1, int(resources.get("GPU", 0)))
     return max(1, int(resources.get("CPU", 1) - 1) // threads)
+
+
+def death_error(place: str, error: Exception) -> ConfigError:
+    """Return the error of a worker that ended again and again.
+
+    Args:
+        place: what it did.
+        error: the error of Ray.
+    """
+    return ConfigError(
+        f"a worker must live through {place}, it ended {RETRIES + 1} times "
+        f"({type(error).__name__}). Use fewer --workers if memory is short, and run the same "
+        "command again to resume."
+    )
 
 
 class ActorPool:
@@ -121,9 +149,12 @@ class ActorPool:
         return [self._receive(reference) for reference in ready]
 
     def kill(self) -> None:
-        """End the actors."""
+        """End the actors, and wait until those with a job have: they write into the run."""
         for actor in self.actors:
             self.ray.kill(actor)
+        if self._running:
+            running = list(self._running)
+            self.ray.wait(running, num_returns=len(running), timeout=END_SECONDS)
 
     def _receive(self, reference: Any) -> tuple[Any, int | None, BatchReply | None]:
         """Return the actor, position and reply of a call.
@@ -142,8 +173,4 @@ class ActorPool:
         except RayTaskError:
             raise  # a fault of ours, with the actor's traceback
         except RayError as error:
-            raise ConfigError(
-                f"an actor must live through {place}, it ended {RETRIES + 1} times "
-                f"({type(error).__name__}). Use fewer --workers if memory is short, and run the "
-                "same command again to resume."
-            ) from error
+            raise death_error(place, error) from error

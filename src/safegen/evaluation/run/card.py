@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from safegen._version import __version__
 from safegen.core.errors import ConfigError, FileError, explain
 from safegen.core.files import display_name, is_unfinished
+from safegen.core.generation import GenerationConfig
 from safegen.data.shards import Shard
 from safegen.evaluation.compare import differences, join_gaps
 from safegen.evaluation.protocol import Protocol
@@ -38,6 +39,7 @@ from safegen.evaluation.run.folder import (
 from safegen.evaluation.run.records import Kind, LoraEntry, PatchEntry, RunCard, StackEntry
 from safegen.evaluation.run.training_log import LOG, find_training_log
 from safegen.evaluation.samples import EvalSample
+from safegen.models.families.pipeline_specs import guidance_option
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 
@@ -136,7 +138,8 @@ def make_card(
     """Return the card of a run, with paths reduced to file names.
 
     Raises:
-        ConfigError: two stacks are the same, or a name or metadata of a patch breaks its rule.
+        ConfigError: two stacks are the same, a name or metadata of a patch breaks its rule, or a
+            negative prompt has no effect.
     """
     names = dict[str, str]()
     check = BaseCheck((stack, baseline) for stack, _, baseline, _ in stacks)
@@ -153,10 +156,31 @@ def make_card(
                 )
             names[digest] = stack.name
             check.check(stack, baseline, loader)
+            check_guidance(stack, kind, protocol.generation, loader)
             entries.append(_entry(stack, kind, baseline, reference, digest, loader))
         return _card(protocol, samples, entries, loader, argv)
     except ValidationError as error:
         raise ConfigError(f"the run's card: {explain(error, RunCard)}") from error
+
+
+def check_guidance(
+    stack: Stack, kind: Kind, generation: GenerationConfig, loader: StackLoader
+) -> None:
+    """Check that the negative prompt of a stack acts, before any image is generated.
+
+    Raises:
+        ConfigError: the model guides by a scale that is 1.
+    """
+    if stack.negative_prompt is None:
+        return
+    model, _ = loader.model(stack.model, stack.config)
+    option = guidance_option(model.pipeline)
+    if getattr(generation, option) == 1:
+        hint = ", or use --baselines none" if kind == "baseline" else ""
+        raise ConfigError(
+            f"{option} must be > 1 with the negative prompt of {stack.name!r}, got 1. "
+            f"Raise it{hint}"
+        )
 
 
 def _way_out(kind: Kind, equals_base: bool) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,10 +27,13 @@ from safegen.evaluation.run.folder import (
     read_image,
 )
 from safegen.evaluation.run.records import SampleRecord, StackEntry, TimingRecord, is_failure
-from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.samples import EvalSample, image_keys
 from safegen.guards import GeneratedImage
 from safegen.stack import Stack
 from safegen.stack_loader import LoadedStack, StackLoader
+
+WRITERS = 8
+"""Threads that compress and write the images of a batch."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +54,24 @@ class Batch:
         return [image_file(self.stack.name, key) for key in self.keys]
 
 
-def split_batches(run: Run, samples: Sequence[EvalSample]) -> Iterator[Batch]:
-    """Yield the batches of a run, stack by stack; they do not depend on what is already done."""
+def split_batches(
+    run: Run, samples: Sequence[EvalSample], numbers: Collection[int]
+) -> Iterator[Batch]:
+    """Yield batches of a run, stack by stack; they do not depend on what is already done.
+
+    Args:
+        run: the run.
+        samples: samples of one stack.
+        numbers: numbers of the batches of each stack to yield.
+    """
     generation = run.protocol.generation
     hashes = {entry.name: entry.hash for entry in run.stacks}
     for stack in run.stacks:
-        for number, start in enumerate(range(0, len(samples), generation.batch_size)):
+        for number in sorted(numbers):
+            start = number * generation.batch_size
             part = samples[start : start + generation.batch_size]
-            keys = [s.key(stack.hash, generation) for s in part]
-            base_keys = [s.key(hashes[stack.baseline], generation) for s in part]
+            keys = image_keys(part, stack.hash, generation)
+            base_keys = image_keys(part, hashes[stack.baseline], generation)
             base = [image_file(stack.baseline, key) for key in base_keys]
             yield Batch(stack, number, part, keys, [] if stack.kind == "base" else base)
 
@@ -127,11 +142,11 @@ class BatchGenerator:
         batch, start = job.batch, time.perf_counter()
         loaded = self._open(batch.stack)
         generated = self._generate(loaded, job)
-        images, new = [], []
-        for i, output in enumerate(generated):
-            image, record = self._store(loaded, job, i, output)
-            images.append(image)
-            new += [] if record.key in job.records else [record]
+        (self.run.folder / batch.files[0]).parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(WRITERS) as pool:  # the next images wait for these
+            stored = list(pool.map(partial(self._store, loaded, job), count(), generated))
+        images = [image for image, _ in stored]
+        new = [record for _, record in stored if record.key not in job.records]
         guards_ms = round(sum(n.ms for output in generated for n in output.trace.guards), 3)
         timing = TimingRecord(
             stage="generate",

@@ -160,9 +160,11 @@ def load_weights(
                 f"shape of {names[name]} in {path} must be {tuple(shapes[name])} for {name}, got "
                 f"{tuple(tensors[names[name]].shape)}. {hint}"
             )
-        # a copy, since a view would hold the whole tensor, and one at an odd place is summed up in
-        # another order
-        weights[name] = value.load().to(state[name].dtype, copy=True).contiguous()
+        in_file = isinstance(tensors[names[name]], LazyTensor)
+        found = value.load().to(state[name].dtype, copy=not in_file).contiguous()
+        # a view would hold the whole tensor, and one at an odd place is summed up in another order
+        is_view = found.untyped_storage().nbytes() != found.nbytes
+        weights[name] = found.clone() if is_view else found
     prefix = PREFIX[architecture][component]
     unknown = {
         key

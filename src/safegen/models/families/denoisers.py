@@ -117,7 +117,7 @@ def predict(
     if kind not in _INPUTS:
         raise ConfigError(f"denoiser must be one of {', '.join(_INPUTS)}, got {kind}")
     inputs = _INPUTS[kind](x, t, text) | {"return_dict": False}
-    with _quiet_autocast(x.device.type):
+    with quiet_autocast(x.device.type):
         if tensors is None:
             (prediction,) = denoiser(**inputs)
         else:
@@ -126,7 +126,7 @@ def predict(
 
 
 @contextmanager
-def _quiet_autocast(device: str) -> Iterator[None]:
+def quiet_autocast(device: str) -> Iterator[None]:
     """Hide torch's remark that autocast leaves the weights of FLUX's norms in fp32."""
     if not torch.is_autocast_enabled(device):
         yield

@@ -29,6 +29,41 @@ def prediction_type(scheduler: Any) -> str:
     return FLOW_PREDICTION if kind.startswith("FlowMatch") else kind
 
 
+def flow_shift(scheduler: Any) -> float:
+    """Return the shift k of a scheduler of flow matching: noise s becomes k s / (1 + (k - 1) s).
+
+    Solvers of diffusers that also take other noise levels call it `flow_shift`.
+    """
+    name = "shift" if type(scheduler).__name__.startswith("FlowMatch") else "flow_shift"
+    return float(scheduler.config.get(name, 1.0))
+
+
+def euler_scheduler(scheduler: Any, **settings: Any) -> Any:
+    """Return the Euler scheduler of flow matching with the noise levels of another scheduler.
+
+    Args:
+        scheduler: scheduler of flow matching: of diffusers' FlowMatch classes, or a solver with
+            `use_flow_sigmas`, such as DPM++ and UniPC.
+        **settings: settings that differ.
+
+    Raises:
+        ConfigError: it is a solver that steps through other noise levels.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    if not kind.startswith("FlowMatch") and not config.get("use_flow_sigmas"):
+        raise ConfigError(
+            f"use_flow_sigmas must be True for a model of flow matching, got False in a {kind}. "
+            "Set it, and flow_shift to the model's shift."
+        )
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
+
+    return FlowMatchEulerDiscreteScheduler.from_config(
+        config, **{"shift": flow_shift(scheduler), **settings}
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """Noised latents x_t = a_t z + s_t eps at each timestep, and their denoiser's target.
@@ -59,8 +94,12 @@ class NoiseSchedule:
     def of(cls, scheduler: Any) -> NoiseSchedule:
         """Return the forward process that a scheduler of diffusers inverts.
 
+        Flow matching is trained at the shifted timesteps of its scheduler, the same for every
+        solver. A shift that depends on the image's size is left out.
+
         Raises:
-            ConfigError: its denoiser predicts something of which no target is known.
+            ConfigError: its denoiser predicts something of which no target is known, or it is a
+                solver that does not step through the noise levels of flow matching.
         """
         prediction = prediction_type(scheduler)
         if prediction not in TRAINABLE:
@@ -69,7 +108,7 @@ class NoiseSchedule:
                 "model that predicts one of these."
             )
         if prediction == FLOW_PREDICTION:
-            trained = type(scheduler).from_config(scheduler.config)
+            trained = euler_scheduler(scheduler)
             timesteps = trained.timesteps.flip(0).float()
             noise = timesteps / trained.config.num_train_timesteps
             return cls(prediction, timesteps, 1 - noise, noise)

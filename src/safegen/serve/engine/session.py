@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from safegen.core.allocator import keep_freed_memory
 from safegen.core.errors import ConfigError
 from safegen.core.files import display_name
 from safegen.core.generation import Sample, Start
@@ -173,6 +174,7 @@ def open_session(config: ServerConfig, spec: str | None) -> Iterator[Session]:
     Raises:
         UserError: the stack or a guard cannot be loaded, or the self-test fails.
     """
+    keep_freed_memory()
     torch.set_num_threads(choose_threads(config, torch.get_num_threads()))
     if spec is None:
         session = _open_checker(config)

@@ -1,0 +1,60 @@
+"""Attacks on Ray: workers and actors give the results of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from safegen.attacks.core.cost import Budget
+from safegen.attacks.core.run import AttackConfig
+from safegen.attacks.seeds import Seeds
+from safegen.core.concept import load_concept
+from safegen.core.errors import ConfigError
+from safegen.evaluation.engines.ray import RayBatchEngine
+from safegen.evaluation.run.folder import ATTACK, CARD, SETTINGS, TIMINGS
+from safegen.stack import Stack
+from safegen.workflows.ray_attack import attack_on_ray
+
+pytest.importorskip("ray")
+
+
+def test_a_budget_is_refused_since_no_worker_sees_the_whole_attack(tmp_path):
+    config = AttackConfig(budget=Budget(queries=9))
+    target = Stack(name="mini", model="mini")
+    with pytest.raises(ConfigError, match="budget must be left out with the engine ray, got quer"):
+        attack_on_ray(
+            Seeds(), target, load_concept("skulls"), config, tmp_path / "a", engine=RayBatchEngine()
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def contents(folder):
+    """Return the files of a run without what says when and by which command it was made."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.stem != "report"]
+    data = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files if p.name != TIMINGS}
+    data[CARD] = json.loads(data[CARD]) | {"argv": None}
+    data[ATTACK] = [json.loads(line) for line in data[ATTACK].splitlines()]
+    for record in data[ATTACK]:
+        record["cost"].pop("seconds", None)
+    return data
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_workers_and_actors_give_the_results_of_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    words = ["seeds", "--stack", "mini", "--concept", "skulls", "--limit", "3", "--steps", "2"]
+    words += ["--set", "batch_size=2", "--set", "tries=2", "--threads", "1"]
+    for name, more in {"one": [], "ray": ["--engine", "ray", "--workers", "2"]}.items():
+        command = [sys.executable, "-m", "safegen", "attack", *words, *more]
+        done = subprocess.run(
+            [*command, "--out", str(tmp_path / name)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
+    assert (tmp_path / "ray" / SETTINGS).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "ray"]
