@@ -72,7 +72,7 @@ def _frozen_weights(denoiser: nn.Module, names: Sequence[str]) -> Iterable[str]:
     """Yield the parameters that autocast rounds, without trained ones and the base of a LoRA."""
     for module, layer in denoiser.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and not module.endswith("base_layer"):
-            own = [f"{module}.{name}" for name, _ in layer.named_parameters(recurse=False)]
+            own = [f"{module}.{name}".lstrip(".") for name in dict(layer.named_parameters())]
             yield from (name for name in own if name not in names)
 
 
