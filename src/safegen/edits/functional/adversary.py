@@ -207,7 +207,9 @@ class ReceAdversary(Adversary):
             before: Tensor,
         ) -> Conditioning:
             edited = [
-                merged_weight(denoiser.get_submodule(_module(name))) if name in trained else weight
+                merged_weight(denoiser.get_submodule(name.removesuffix(".weight")))
+                if name in trained
+                else weight
                 for name, weight in original.items()
             ]
             edited = [weight.to(device) for weight in edited]

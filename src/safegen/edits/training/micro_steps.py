@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from safegen.edits.training.config import Objective, Training, step_seed
 
-MERGED_POSITIONS = 2048
-"""Maximum number of latent positions of the samples that are merged; one at full size has 4096."""
+MERGED_POSITIONS = 64 * 64
+"""Maximum number of latent positions of the samples that are merged: those of one at full size."""
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,6 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from safegen.edits.training.activations import reduce_activations
 from safegen.edits.training.config import Training
 
 FUSED_SCORES = 1024 * 1024
@@ -51,8 +50,7 @@ def prepared_network(
             parameters[name].data = original[name].detach().clone().float()
         if checkpointing:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        with nullcontext() if config.gradient_checkpointing else reduce_activations(denoiser):
-            yield {name: parameters[name] for name in names}
+        yield {name: parameters[name] for name in names}
     finally:
         vars(denoiser).pop("forward", None)  # accelerate's autocast wrapper
         vars(denoiser).pop("_original_forward", None)
