@@ -56,7 +56,7 @@ assert Trainer  # imported before the memory is measured
 
 
 class TripletImages(Dataset[dict[str, Tensor]]):
-    """Triplets as the published script reads them: decoded anew at each access."""
+    """Triplets as the published script reads them: decoded at each access."""
 
     def __init__(self, model: Model, triplets: Triplets) -> None:
         self.model, self.triplets = model, triplets
@@ -172,26 +172,26 @@ def resident(field: str) -> float:
 
 def compare(precision: str, rounds: int, updates: int, warm_up: int) -> list[dict[str, Any]]:
     """Return the measurements of both runs, each in processes of its own, in alternating order."""
-    found = []
+    runs = []
     for i in range(rounds):
         for name in RUNS if i % 2 == 0 else RUNS[::-1]:
             command = [sys.executable, __file__, "--run", name, "--precision", precision]
             command += ["--updates", str(updates), "--warm-up", str(warm_up)]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             output = subprocess.run(command, check=True, capture_output=True, env=environment)
-            found.append(json.loads(output.stdout.splitlines()[-1]))
-            print(json.dumps(found[-1]), flush=True)
-    return found
+            runs.append(json.loads(output.stdout.splitlines()[-1]))
+            print(json.dumps(runs[-1]), flush=True)
+    return runs
 
 
-def summarize(precision: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(precision: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the medians of both runs and their ratios."""
     row: dict[str, Any] = {"precision": precision}
     for name in RUNS:
-        runs = [run for run in found if run["run"] == name]
+        each = [run for run in runs if run["run"] == name]
         for field in ("update_seconds", "preparation_seconds", "mib"):
-            row[f"{name}_{field}"] = statistics.median(run[field] for run in runs)
-        row["n"] = sum(run["n"] for run in runs)
+            row[f"{name}_{field}"] = statistics.median(run[field] for run in each)
+        row["n"] = sum(run["n"] for run in each)
     row["speed"] = round(row["published_update_seconds"] / row["safegen_update_seconds"], 2)
     row["memory"] = round(row["safegen_mib"] / row["published_mib"], 2)
     return row

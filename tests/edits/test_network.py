@@ -65,10 +65,10 @@ def test_the_kernel_follows_tokens_text_and_precision(monkeypatch, tokens, half,
 
 
 def test_other_attention_processors_stay(make_model):
-    class Own:
+    class OtherProcessor:
         pass
 
-    own = Own()
+    own = OtherProcessor()
     processors = {**make_model().denoiser.attn_processors, "own": own}
     faster = network.faster_processors(processors)
     assert faster.pop("own") is own

@@ -217,9 +217,9 @@ class SafeGenObjective:
         uses_teacher = isinstance(edit.target, X0Target) and edit.target.anchor == "teacher"
         # An adversary that searches does so against the original prediction.
         searches = bool(edit.adversary) and not resolve_adversary(edit.adversary).is_additive
-        kept = names if edit.teacher or uses_teacher or searches else ()
+        needed = names if edit.teacher or uses_teacher or searches else ()
         parameters = dict(model.denoiser.named_parameters())
-        self.reference = {name: parameters[name].detach().clone() for name in kept}
+        self.reference = {name: parameters[name].detach().clone() for name in needed}
 
     @property
     def micro_steps_per_pass(self) -> int:
@@ -243,18 +243,18 @@ class SafeGenObjective:
     ) -> Mapping[str, Tensor]:
         """Return L_m and L_p of some batches in one forward pass; see `MergesMicroSteps`."""
         batch, seed = self.edit.training.batch, self.edit.training.seed
-        drawn = [
+        draws = [
             self._draw(shuffled_rows(self.num_train, seed, step * batch, batch), generator, share)
             for step, generator in generators.items()
         ]
-        return self._compare_drawn(denoiser, drawn)
+        return self._compare_drawn(denoiser, draws)
 
     def validation_loss(self, denoiser: nn.Module) -> float:
         """Return the weighted loss on the held-out triplets, with eight fixed draws of each."""
         generator, loss = torch.Generator("cpu").manual_seed(1), 0.0
         for _ in range(8):
-            drawn = self._draw(self.validation_rows, generator, (0, 1))
-            terms = self._compare_drawn(denoiser, [drawn])
+            draws = self._draw(self.validation_rows, generator, (0, 1))
+            terms = self._compare_drawn(denoiser, [draws])
             loss += sum(self.weights[name] * v.mean().item() for name, v in terms.items()) / 8
         return loss
 
@@ -284,10 +284,10 @@ class SafeGenObjective:
         return z_u, z_c, z_b, eps, eps_b, t, captions[:b][mine], captions[b:][mine]
 
     def _compare_drawn(
-        self, denoiser: nn.Module, drawn: Sequence[tuple[Tensor, ...]]
+        self, denoiser: nn.Module, draws: Sequence[tuple[Tensor, ...]]
     ) -> Mapping[str, Tensor]:
         """Return the losses of the samples of some draws."""
-        samples = [torch.cat(parts) for parts in zip(*drawn, strict=True)]
+        samples = [torch.cat(parts) for parts in zip(*draws, strict=True)]
         z_u, z_c, z_b, eps, eps_b, t, *captions = samples
         return self.compare(denoiser, z_u, z_c, z_b, eps, eps_b, t, self.text[torch.cat(captions)])
 
