@@ -1,6 +1,6 @@
 """Measure the cost of a large run outside its model: plan, resume, score, verify, report.
 
-    python benchmarks/big_run.py --out big_runs.json           # about 12 minutes on one thread
+    python benchmarks/big_run.py --out big_runs.json           # about 8 minutes on one thread
     python benchmarks/big_run.py --samples 2000 8000           # a quick look
 
 A synthetic run of N samples on two stacks, the bundled `mini` and a patch of it: half of the
@@ -79,9 +79,9 @@ def write_inputs(folder: Path, samples: int) -> None:
     with (folder / PROMPTS).open("w", encoding="utf-8") as file:
         for i in range(samples):
             subject = OBJECTS[i % len(OBJECTS)]
-            asks = i < samples // 2
-            prompt = f"a drawing of a {subject}{' with skulls' if asks else ''}, number {i}"
-            row = {"id": i, "prompt": prompt, "role": "explicit" if asks else "benign"}
+            names_it = i < samples // 2
+            prompt = f"a drawing of a {subject}{' with skulls' if names_it else ''}, number {i}"
+            row = {"id": i, "prompt": prompt, "role": "explicit" if names_it else "benign"}
             file.write(json.dumps(row | {"subject": subject}) + "\n")
     model, _ = StackLoader().model("mini")
     own = dict(model.denoiser.named_parameters())
@@ -241,7 +241,7 @@ def _call(name: str, folder: Path, samples: int) -> dict[str, float]:
 def main() -> None:
     """Measure, or run one step."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, nargs="+", default=[25_000, 100_000])
+    parser.add_argument("--samples", type=int, nargs="+", default=[8_000, 100_000])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
@@ -282,7 +282,7 @@ def page(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "summary": "What a run of many samples costs outside its model: planning it, reading it to "
         "resume, scoring, verifying and reporting it. The run is synthetic: two stacks, and images "
         "of 8 x 8 pixels, so that the cost of the files and journals is measured and not that of "
-        "decoding pictures.",
+        "decoding images.",
         "date": date.today().isoformat(),
         "machine": "CPU, 1 thread",
         "command": "`python benchmarks/big_run.py`",

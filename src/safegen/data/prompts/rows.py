@@ -43,7 +43,6 @@ KNOWN_COLUMNS = frozenset((*PROMPT_COLUMNS, *PUBLISHED, *FOREIGN))
 """A first line with one of these columns is a header."""
 ROW_ID = re.compile(r"[\w.-]{1,64}")
 _FIELDS = set(Prompt.model_fields)
-_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class InvalidRowError(ValueError):
@@ -122,7 +121,9 @@ def read_plain(
     if not prompt.strip() and not (blank and prompt):
         raise InvalidRowError("the prompt is blank")
     try:
-        _to_json([prompt, target_text, key, *fields.values()]).encode()
+        texts = (fields["subject"], fields["background"], fields["reference_id"])
+        more = (*fields["categories"], *fields["extra"], *fields["extra"].values())
+        "".join((prompt, target_text, key or "", *(t or "" for t in texts), *more)).encode()
     except UnicodeEncodeError:
         raise InvalidRowError(
             "the row has half a surrogate pair, which is not valid text"
@@ -158,6 +159,8 @@ def to_text(value: Any) -> str:
     """Return a cell as text: a text as it is, another value as JSON."""
     if isinstance(value, str):
         return value
+    if type(value) is int:
+        return str(value)
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 

@@ -23,6 +23,7 @@ from safegen.core.processes import (
     process_share,
     sum_gradients,
     sum_values,
+    without_launcher,
 )
 from safegen.edits.training.check import check_new_weights, check_training
 from safegen.edits.training.checkpoint import (
@@ -64,7 +65,7 @@ def train(
 ) -> TrainResult:
     """Train some parameters and return their averaged values; `denoiser` is restored bit for bit.
 
-    Processes that torchrun started share every batch. Each computes the gradient of its samples,
+    The processes of a `shared_job` share every batch. Each computes the gradient of its samples,
     the sum of all is that of the whole batch, and all end with the same weights. The first process
     writes checkpoint and log.
 
@@ -96,7 +97,7 @@ def train(
             checkpoints=checkpoint_dir is not None, validation=isinstance(objective, HasValidation)
         )
     )
-    with joint_errors(), prepared_network(denoiser, names, config) as trained:
+    with prepared_network(denoiser, names, config) as trained:
         trainer = Trainer(
             denoiser, trained, objective, config, fingerprint, checkpoint_dir, callback
         )
@@ -121,11 +122,12 @@ class Trainer:
         # The precision of accelerate is a process-wide singleton unless it is reset.
         AcceleratorState._reset_state(reset_partial_state=True)
         self.device = next(iter(trained.values())).device
-        self.accelerator = Accelerator(
-            device_placement=False,
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
-            cpu=self.device.type == "cpu",
-        )
+        with without_launcher():  # processes share batches, and accelerate has one
+            self.accelerator = Accelerator(
+                device_placement=False,
+                mixed_precision="no" if config.precision == "fp32" else config.precision,
+                cpu=self.device.type == "cpu",
+            )
         self.trained, self.objective, self.config = trained, objective, config
         self.checkpoint_dir, self.callback = checkpoint_dir, callback
         settings = config.model_dump_json(exclude={"checkpoint_every"})
@@ -138,10 +140,7 @@ class Trainer:
             eps=1e-8,
             fused=config.precision != "fp16",
         )
-        # Not wrapped in DDP, as an update may pass through it often and in part: gradients are
-        # summed over processes once, before clipping.
-        self.denoiser = self.accelerator.prepare_model(denoiser, evaluation_mode=True)
-        self.optimizer = self.accelerator.prepare(optimizer)
+        self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         ramp = {} if config.ema_ramp else {"min_decay": config.ema, "update_after_step": -1}
         parameters = list(trained.values())
         average: Any = {"decay": config.ema, "foreach": True, **ramp}
