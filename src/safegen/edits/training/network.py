@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from safegen.edits.training.config import Training
 
@@ -50,7 +51,9 @@ def prepared_network(
             parameters[name].data = original[name].detach().clone().float()
         if checkpointing:
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        yield {name: parameters[name] for name in names}
+        kernel = sdpa_kernel(SDPBackend.MATH) if on_cpu and not is_unet else nullcontext()
+        with kernel:
+            yield {name: parameters[name] for name in names}
     finally:
         vars(denoiser).pop("forward", None)  # accelerate's autocast wrapper
         vars(denoiser).pop("_original_forward", None)
