@@ -265,17 +265,14 @@ def page(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the page of results."""
     first, last = rows[0], rows[-1]
     factor = last["samples"] / first["samples"]
-    table = [
-        [
-            WORDS[name],
-            *(row[name]["seconds"] for row in rows),
-            round(last[name]["seconds"] / first[name]["seconds"], 1),
-            round(1000 * last[name]["seconds"] / last["images"], 2),
-            *(row[name]["mb"] for row in rows),
-        ]
-        for name in STEPS
-        if name in last
-    ]
+    table = []
+    for name in (name for name in STEPS if name in first):
+        known = next(row for row in reversed(rows) if name in row)
+        seconds = [row.get(name, {}).get("seconds") for row in rows]
+        ratio = seconds[-1] and round(seconds[-1] / seconds[0], 1)
+        rate = round(1000 * known[name]["seconds"] / known["images"], 2)
+        memory = [row.get(name, {}).get("mb") for row in rows]
+        table.append([WORDS[name], *seconds, ratio, rate, *memory])
     sizes = [f"{row['samples']:,}" for row in rows]
     return {
         "title": "Large runs",
@@ -286,7 +283,7 @@ def page(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "machine": "CPU, 1 thread",
         "command": "`python benchmarks/big_run.py`",
-        "n": "one process for each figure",
+        "n": "one process for each figure; a blank was not measured",
         "tables": [
             {
                 "title": "CPU seconds and memory",
@@ -314,6 +311,11 @@ def page(rows: list[dict[str, Any]]) -> dict[str, Any]:
                     if "page" in row
                 ],
             },
+        ],
+        "limits": [
+            "Features of an extractor stay in memory while a run is scored: 4 kB for each image at "
+            "512 features.",
+            "A run that is resumed keeps the records of all its images in memory.",
         ],
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -120,14 +121,9 @@ def read_plain(
     row_id = key if key and ROW_ID.fullmatch(key) else str(record.line)
     if not prompt.strip() and not (blank and prompt):
         raise InvalidRowError("the prompt is blank")
-    try:
-        texts = (fields["subject"], fields["background"], fields["reference_id"])
-        more = (*fields["categories"], *fields["extra"], *fields["extra"].values())
-        "".join((prompt, target_text, key or "", *(t or "" for t in texts), *more)).encode()
-    except UnicodeEncodeError:
-        raise InvalidRowError(
-            "the row has half a surrogate pair, which is not valid text"
-        ) from None
+    texts = [prompt, target_text, key, fields["subject"], fields["background"]]
+    texts += [fields["reference_id"], *fields["categories"]]
+    _check_text([*texts, *fields["extra"], *fields["extra"].values()])
     return Prompt.model_construct(  # all values are checked above; one set for all saves memory
         _FIELDS,
         id=f"{context.stem}:{row_id}",
@@ -141,6 +137,16 @@ def read_plain(
         guidance_scale=None,
         **fields,
     )
+
+
+def _check_text(texts: Iterable[str | None]) -> None:
+    """Refuse a row with a text that UTF-8 cannot encode."""
+    try:
+        "".join(filter(None, texts)).encode()
+    except UnicodeEncodeError:
+        raise InvalidRowError(
+            "the row has half a surrogate pair, which is not valid text"
+        ) from None
 
 
 @lru_cache(maxsize=256)
