@@ -43,11 +43,11 @@ from safegen.edits.training.config import (
     TrainResult,
     UsesEma,
     memory_errors,
-    step_seed,
     training_state,
     warn_unused,
 )
 from safegen.edits.training.interruption import interruption
+from safegen.edits.training.micro_steps import compute_losses, forward_passes
 from safegen.edits.training.network import prepared_network
 from safegen.edits.training.shares import check_fingerprints, means_of_all
 
@@ -138,11 +138,13 @@ class Trainer:
             betas=config.betas,
             weight_decay=config.weight_decay,
             eps=1e-8,
+            fused=config.precision != "fp16",
         )
         self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         ramp = {} if config.ema_ramp else {"min_decay": config.ema, "update_after_step": -1}
         parameters = list(trained.values())
-        self.ema = EMAModel(parameters, decay=config.ema, **ramp) if config.ema else None
+        average: Any = {"decay": config.ema, "foreach": True, **ramp}
+        self.ema = EMAModel(parameters, **average) if config.ema else None
         self.state = training_state(objective)
         self.update, self.seconds, self.skipped = 0, 0.0, 0
         self.best_loss, self.validations_without_gain = math.inf, 0
@@ -243,11 +245,10 @@ class Trainer:
         self.denoiser.train()
         row: LogRow = {}
         advice = f"Lower lr ({config.lr}) or use precision fp32."
-        for i in range(config.accumulation):
-            micro_step = self.update * config.accumulation + i
-            generator = torch.Generator("cpu").manual_seed(step_seed(config.seed, micro_step))
+        for steps in forward_passes(self.objective, config, self.update):
+            part = len(steps) / config.accumulation
             with accelerator.autocast():
-                terms = self.objective.training_step(self.denoiser, micro_step, generator, share)
+                terms = compute_losses(self.objective, self.denoiser, steps, config.seed, share)
             loss = torch.zeros((), device=self.device)
             for name, (own, mean) in means_of_all(terms).items():
                 if not math.isfinite(mean):
@@ -255,8 +256,8 @@ class Trainer:
                         f"the loss {name!r} is {mean} at update {self.update + 1}. {advice}"
                     )
                 loss = loss + self.objective.weights[name] * own
-                row[name] = row.get(name, 0.0) + mean / config.accumulation
-            accelerator.backward(loss / config.accumulation)
+                row[name] = row.get(name, 0.0) + mean * part
+            accelerator.backward(loss * part)
         sum_gradients(self.trained.values())
         norm = accelerator.clip_grad_norm_(list(self.trained.values()), config.clip)
         if not math.isfinite(float(norm)) and accelerator.scaler is None:
@@ -333,7 +334,7 @@ class Trainer:
             with torch.no_grad():
                 p.copy_(tensors[f"weight/{name}"])
             moments = {k: tensors[f"{k}/{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {"step": tensors[f"step/{name}"][0], **moments}
+            self.optimizer.state[p] = {"step": tensors[f"step/{name}"][0].to(p.device), **moments}
             if self.ema:
                 self.ema.shadow_params[i] = tensors[f"ema/{name}"].to(p.device)
         for name, value in self.state.items():
