@@ -1,6 +1,6 @@
 """Measure the cost of a large run outside its model: plan, resume, score, verify, report.
 
-    python benchmarks/big_run.py --out big_runs.json           # about 12 minutes on one thread
+    python benchmarks/big_run.py --out big_runs.json           # about 8 minutes on one thread
     python benchmarks/big_run.py --samples 2000 8000           # a quick look
 
 A synthetic run of N samples on two stacks, the bundled `mini` and a patch of it: half of the
@@ -79,9 +79,9 @@ def write_inputs(folder: Path, samples: int) -> None:
     with (folder / PROMPTS).open("w", encoding="utf-8") as file:
         for i in range(samples):
             subject = OBJECTS[i % len(OBJECTS)]
-            asks = i < samples // 2
-            prompt = f"a drawing of a {subject}{' with skulls' if asks else ''}, number {i}"
-            row = {"id": i, "prompt": prompt, "role": "explicit" if asks else "benign"}
+            names_it = i < samples // 2
+            prompt = f"a drawing of a {subject}{' with skulls' if names_it else ''}, number {i}"
+            row = {"id": i, "prompt": prompt, "role": "explicit" if names_it else "benign"}
             file.write(json.dumps(row | {"subject": subject}) + "\n")
     model, _ = StackLoader().model("mini")
     own = dict(model.denoiser.named_parameters())
@@ -241,7 +241,7 @@ def _call(name: str, folder: Path, samples: int) -> dict[str, float]:
 def main() -> None:
     """Measure, or run one step."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, nargs="+", default=[25_000, 100_000])
+    parser.add_argument("--samples", type=int, nargs="+", default=[8_000, 100_000])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
@@ -265,28 +265,25 @@ def page(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the page of results."""
     first, last = rows[0], rows[-1]
     factor = last["samples"] / first["samples"]
-    table = [
-        [
-            WORDS[name],
-            *(row[name]["seconds"] for row in rows),
-            round(last[name]["seconds"] / first[name]["seconds"], 1),
-            round(1000 * last[name]["seconds"] / last["images"], 2),
-            *(row[name]["mb"] for row in rows),
-        ]
-        for name in STEPS
-        if name in last
-    ]
+    table = []
+    for name in (name for name in STEPS if name in first):
+        known = next(row for row in reversed(rows) if name in row)
+        seconds = [row.get(name, {}).get("seconds") for row in rows]
+        ratio = seconds[-1] and round(seconds[-1] / seconds[0], 1)
+        rate = round(1000 * known[name]["seconds"] / known["images"], 2)
+        memory = [row.get(name, {}).get("mb") for row in rows]
+        table.append([WORDS[name], *seconds, ratio, rate, *memory])
     sizes = [f"{row['samples']:,}" for row in rows]
     return {
         "title": "Large runs",
         "summary": "What a run of many samples costs outside its model: planning it, reading it to "
         "resume, scoring, verifying and reporting it. The run is synthetic: two stacks, and images "
         "of 8 x 8 pixels, so that the cost of the files and journals is measured and not that of "
-        "decoding pictures.",
+        "decoding images.",
         "date": date.today().isoformat(),
         "machine": "CPU, 1 thread",
         "command": "`python benchmarks/big_run.py`",
-        "n": "one process for each figure",
+        "n": "one process for each figure; a blank was not measured",
         "tables": [
             {
                 "title": "CPU seconds and memory",
@@ -314,6 +311,11 @@ def page(rows: list[dict[str, Any]]) -> dict[str, Any]:
                     if "page" in row
                 ],
             },
+        ],
+        "limits": [
+            "Features of an extractor stay in memory while a run is scored: 4 kB for each image at "
+            "512 features.",
+            "A run that is resumed keeps the records of all its images in memory.",
         ],
     }
 

@@ -1,4 +1,4 @@
-"""Cost of a SafeGen update at the size of SD 1.4 on an accelerator: docs/results/gpu.json.
+"""Cost of a SafeGen update at the size of SD 1.4 on an accelerator, as a page of results.
 
     python benchmarks/gpu.py --out gpu.json            # SD 1.4 at 512 pixels, at most 9 minutes
     python benchmarks/gpu.py --tiny --out gpu.json     # seconds on a CPU: the script itself works
@@ -177,7 +177,7 @@ class Bench:
             "date": date.today().isoformat(),
             "machine": f"{describe_device(self.device)}, torch {torch.__version__}, "
             f"safegen {safegen.__version__}, Python {platform.python_version()}",
-            "command": "`python benchmarks/gpu.py --out docs/results/gpu.json`",
+            "command": "`python benchmarks/gpu.py --out FILE`",
             "n": f"the median of {TIMED} updates after {WARMUP}",
             "tables": [
                 {

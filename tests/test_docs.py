@@ -67,7 +67,9 @@ def read(path: Path) -> str:
 
 def paths_in(text: str) -> set[str]:
     """Return the paths below the root's folders that a text names."""
-    return set(re.findall(r"(?<![\w./-])(?:benchmarks|docs|src|tests|tools)/[\w./-]*\w", text))
+    return set(
+        re.findall(r"(?<![\w./-])(?:benchmarks|docs|examples|src|tests|tools)/[\w./-]*\w", text)
+    )
 
 
 def commands(text: str) -> list[list[str]]:
@@ -127,7 +129,9 @@ def test_every_path_that_a_document_names_exists(path, generated):
 
 @every_document
 def test_every_source_file_that_a_document_names_exists(path):
-    names = re.findall(r"`(?!benchmarks/|tests/|src/|docs/)((?:\w+/)?\w+\.py)`", read(path))
+    names = re.findall(
+        r"`(?!benchmarks/|examples/|tests/|src/|docs/)((?:\w+/)?\w+\.py)`", read(path)
+    )
     assert sorted(name for name in names if not any(PACKAGE.rglob(name))) == []
 
 

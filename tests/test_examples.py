@@ -70,7 +70,7 @@ def test_an_example_makes_a_whole_run_of_two_shards(example, tmp_path):
     merged = Run.open(tmp_path / "run")
     assert verify(merged) == []
     assert (merged.folder / SCORES).exists()
-    assert len(merged.sample_records()) == len(merged.samples) > 0
+    assert len(list(merged.sample_records())) == len(merged.samples) > 0
 
 
 def test_every_example_is_run_and_short():

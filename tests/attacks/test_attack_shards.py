@@ -72,6 +72,7 @@ def test_merged_shards_of_an_attack_go_on_as_one_process_does(parts, loader, tmp
     assert merge_attacks(parts, merged) == 3  # again: nothing is left to do
 
 
+@pytest.mark.slow
 def test_shards_have_the_costs_of_one_process_that_builds_the_attacker_once(
     loader, benign_samples, tmp_path
 ):

@@ -43,13 +43,15 @@ def few(tmp_path):
 def test_merged_shards_are_the_run_of_one_process(safegen, few, tmp_path):
     few.write_text(few.read_text().replace("batch_size = 3", "batch_size = 1"))
     same = ("evaluate", "mini", "--protocol", few, "--baselines", "none")
-    parts = [tmp_path / f"part-{i}" for i in (1, 2, 3)]
+    parts = [tmp_path / f"part-{i}" for i in (1, 2)]
     for i, part in enumerate(parts, 1):
-        code, text, err = safegen(*same, "--shard", f"{i}/3", "--out", part)
+        code, text, err = safegen(*same, "--shard", f"{i}/2", "--out", part)
         assert code == 0, err
-        assert re.search(r"^shard ./3: [01] images in .*Merge all shards: safegen merge", text)
+        assert re.search(r"^shard ./2: 1 images in .*Merge all shards: safegen merge", text)
     assert not any((part / "scores.json").exists() for part in parts)
-    code, _, err = safegen("merge", *parts[:2], "--out", tmp_path / "run")
+    code, text, _ = safegen("evaluate", "--stage", "judge", "--out", parts[0])
+    assert (code, "shard 1/2 judged by mini:" in text, "safegen score" in text) == (0, True, False)
+    code, _, err = safegen("merge", *parts[:1], "--out", tmp_path / "run")
     assert (code, len(err.splitlines())) == (2, 1)
     code, text, err = safegen("merge", *parts, "--out", tmp_path / "run")
     assert code == 0, err

@@ -6,14 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 
 import pytest
-import torch
 
-from safegen import edit, load
 from safegen.patches.patch import Patch
-from safegen.workflows.edit import FewTripletsWarning
 from tests.processes import run_processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
@@ -51,7 +47,7 @@ def command(tiny_folder, triplets, tmp_path):
     return run
 
 
-def test_an_edit_is_printed_and_written_once(command, tiny_folder, triplets, tmp_path):
+def test_an_edit_is_printed_and_written_once(command, tmp_path):
     out = tmp_path / "p.safetensors"
     statuses, printed, status = command(*command.safegen, "--out", out)
     assert statuses == [0, 0], status
@@ -60,13 +56,8 @@ def test_an_edit_is_printed_and_written_once(command, tiny_folder, triplets, tmp
     assert len(set(status.splitlines())) == len(status.splitlines())
     files = {path.name for path in tmp_path.iterdir()} - {"stdout", "stderr"}
     assert files == {"p.safetensors", "p.safetensors.md", "p.safetensors.log.jsonl"}
-    training = {"updates": 2, "batch": 2, "accumulation": 1, "warmup": 0, "precision": "fp32"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FewTripletsWarning)
-        patch = edit(load(tiny_folder), triplets=triplets, preset="mini", training=training)
-    one, two = patch, Patch.load(out)
-    assert one.tensors.keys() == two.tensors.keys()
-    assert all(torch.allclose(one.tensors[n], v, atol=1e-4) for n, v in two.tensors.items())
+    log = out.with_name(out.name + ".log.jsonl").read_text().splitlines()
+    assert (len(log), Patch.load(out).metadata.to_json()["processes"]) == (2, 2)
 
 
 def test_an_error_before_the_training_is_printed_once(command, tmp_path):

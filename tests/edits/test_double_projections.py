@@ -10,6 +10,7 @@ from safegen.core.errors import ConfigError
 from safegen.edits.double_projections import DoubleProjections
 from safegen.edits.functional.closed_form import embed, null_space_map, project_rows, projections
 from safegen.workflows.edit import make_edit
+from tests.tiny import build_model
 
 
 def randn(*shape, seed=0):
@@ -84,6 +85,14 @@ def test_phrases_become_their_safe_part_and_preserved_phrases_stay(tiny_model):
         assert_close(edited @ rows[:2].T, w @ want.T, rtol=0, atol=1e-4)
         assert_close(edited @ rows[4], w @ rows[4], rtol=0, atol=1e-5)
         assert (w @ (rows[:2] - want).T).abs().max() > 0.01
+
+
+def test_columns_of_zeros_do_not_count_as_free_directions(tmp_path):
+    """Edits SD 3 without T5, where embeddings fill the columns of CLIP alone."""
+    (tmp_path / "calm.txt").write_text("a blue ball in the grass\na green cone\n")
+    captions = (str(tmp_path / "calm.txt"),)
+    patch = DoubleProjections(erase=("red cube",), captions=captions).apply(build_model("sd3"))
+    assert patch.metadata.moved > 0
 
 
 def test_a_concept_provides_phrases_safe_phrases_and_captions(cubes):

@@ -31,19 +31,18 @@ PLAIN = {"captions": (), "adversary": 0.0, "flip": False}
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Arguments and results of each call of `compare`; `train` marks training steps."""
+    """Samples and losses of each micro-step or validation; `train` marks training steps."""
     rows = []
     compare = SafeGenObjective.compare
 
     def record(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text):
         out = compare(self, denoiser, z_u, z_c, z_b, eps, eps_b, t, text)
         given = {"z_u": z_u, "z_c": z_c, "z_b": z_b, "eps": eps, "eps_b": eps_b, "t": t}
-        rows.append(
-            {k: v.clone() for k, v in given.items()}
-            | {"text": text}
-            | {k: v.detach().clone() for k, v in out.items()}
-            | {"train": torch.is_grad_enabled()}
-        )
+        n, train = len(z_u), torch.is_grad_enabled()
+        for own in torch.arange(n).split(self.edit.training.batch if train else n):
+            row = {k: v[own].detach().clone() for k, v in (given | out).items()}
+            row |= {"text": text[torch.cat([own, n + own])], "train": train}
+            rows.append(row)
         return out
 
     monkeypatch.setattr(SafeGenObjective, "compare", record)
@@ -67,9 +66,7 @@ def published_run(model, rows, *, updates, accumulation, lr):
     from diffusers.training_utils import EMAModel
 
     unet, tokenizer = model.denoiser, model.pipeline.tokenizer
-    unet.set_attn_processor(
-        AttnProcessor()
-    )  # the unfused kernel of the trainer on a CPU: the fused one rounds differently
+    unet.set_attn_processor(AttnProcessor())  # of the published torch: it rounds differently
     noise_scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
     )

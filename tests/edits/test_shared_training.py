@@ -72,9 +72,9 @@ def fit(objective=None, config=FIT, **options):
     with torch.no_grad():
         net.weight.fill_(0.1)
         net.bias.fill_(-0.2)
-    return train(
-        net, ["weight", "bias"], objective or LinearFit(), config, fingerprint="fit", **options
-    )
+    options |= {"fingerprint": "fit"}
+    with processes.shared_job():
+        return train(net, ["weight", "bias"], objective or LinearFit(), config, **options)
 
 
 def failing(rank, step, error):
@@ -100,7 +100,7 @@ def check_equal(many, one):
         assert_close(many[0].tensors[name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_share_a_training_and_give_that_of_one(count):
     check_equal(run_processes(count, lambda rank: fit()), fit())
 
@@ -121,7 +121,9 @@ def test_a_callback_of_any_process_ends_the_training_of_all():
     assert all(result.stopped_early for result in results)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(
+    "count", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_a_signal_at_one_process_stops_all_and_any_number_resumes(tmp_path, count):
     def stop(rank):
         def callback(done, total, row):
@@ -198,6 +200,18 @@ def test_a_process_that_is_killed_ends_the_others_in_one_line():
     assert "\n" not in str(lost)
 
 
+def test_processes_with_a_job_each_train_alone():
+    def job(rank):
+        net = nn.Linear(3, 1)
+        torch.nn.init.ones_(net.weight)
+        torch.nn.init.zeros_(net.bias)
+        updates = FIT.model_copy(update={"updates": 1 + rank})
+        result = train(net, ["weight"], LinearFit(), updates, fingerprint="fit")
+        return len(result.log), torch.distributed.is_initialized()
+
+    assert run_processes(2, job) == [(1, False), (2, False)]
+
+
 def test_what_cannot_be_shared_is_refused_in_one_line():
     small = FIT.model_copy(update={"batch": 1})
     for result in run_processes(2, lambda rank: fit(config=small)):
@@ -221,7 +235,7 @@ def test_rows_of_all_processes_are_put_in_their_places():
 
     def job(rank):
         rows = torch.arange(5)[rank::2]
-        with processes.joint_errors():
+        with processes.shared_job():
             found = [processes.gather_rows(v[rows], rows, 5) for v in (values, values[:, 1] > 4)]
             return *found, processes.gather_objects(rank), processes.sum_values([rank, 0.1])
 
@@ -234,11 +248,12 @@ def test_rows_of_all_processes_are_put_in_their_places():
 def changes_of(edit, model, triplets):
     """Return the new values of an edit less the old ones, in one vector, and the log."""
     rows = []
-    patch = edit.apply(
-        model,
-        triplets if edit.inputs != "words" else None,
-        callback=lambda done, total, row: rows.append(row),
-    )
+    with processes.shared_job():
+        patch = edit.apply(
+            model,
+            triplets if edit.inputs != "words" else None,
+            callback=lambda done, total, row: rows.append(row),
+        )
     old = dict(edit.network(model).named_parameters())
     names = sorted(patch.tensors)
     changes = [(patch.tensors[n] - old[n].detach()).flatten().double() for n in names]
@@ -280,7 +295,8 @@ def few(triplets):
 
 
 def test_two_processes_give_the_safegen_of_one(small, few, make_model):
-    check_edit(small("safegen"), make_model(), few)
+    brief = {"updates": 2, "accumulation": 1}
+    check_edit(small("safegen", training=brief), make_model(), few)
 
 
 ROLLOUTS = {"groups": 2, "group": 4, "training": {"batch": 3, "accumulation": 3}}
@@ -288,6 +304,7 @@ ROLLOUTS = {"groups": 2, "group": 4, "training": {"batch": 3, "accumulation": 3}
 STEPS = {**ROLLOUTS, "training": {"batch": 3, "accumulation": 6}}
 """The same where two steps of every image are trained."""
 VARIANTS = [
+    ("safegen", {}),
     ("safegen", {"rank": 2}),
     ("safegen", {"adversary": {"name": "inversion", "steps": 1}, "selector": "attn2"}),
     ("safegen", {"adversary": {"name": "closed-form"}, "selector": "attn2"}),

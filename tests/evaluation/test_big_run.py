@@ -70,8 +70,8 @@ def test_verify_decodes_each_image_once(run, monkeypatch):
         verify_images, "decode_image", lambda data, path: decoded.append(path) or real(data, path)
     )
     assert verify(Run.open(run)) == []
-    opened = Run.open(run)
-    assert len(decoded) == len(set(decoded)) == len(opened.stacks) * len(opened.samples)
+    whole = Run.open(run)
+    assert len(decoded) == len(set(decoded)) == len(whole.stacks) * len(whole.samples)
 
 
 def test_an_image_without_a_record_is_still_compared_with_its_base(run):
@@ -119,11 +119,11 @@ def test_samples_of_a_plan_are_read_as_they_were_planned(tmp_path):
 
 
 def test_the_keys_of_many_samples_are_those_of_their_parts(run):
-    opened = Run.open(run)
-    generation, stack = opened.protocol.generation, opened.stacks[0]
+    whole = Run.open(run)
+    generation, stack = whole.protocol.generation, whole.stacks[0]
     samples = [
         s.model_copy(update={"role": role, "guidance_scale": scale})
-        for s in opened.samples
+        for s in whole.samples
         for role in ("benign", "attack")
         for scale in (None, 7.5)
     ]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -59,11 +63,9 @@ def test_a_shard_reads_back_as_it_is_written():
     assert Shard.model_validate_json(shard.model_dump_json()) == shard
 
 
-def contents(folder, timings):
-    """Return every file of a run, its report as it is with given timings."""
-    shutil.copyfile(timings, folder / TIMINGS)
-    write_report(open_runs([folder]), folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def contents(folder):
+    """Return every file of a run by its path."""
+    files = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -125,20 +127,17 @@ def test_a_shard_resumes_as_that_shard_alone(go, parts):
 
 
 def test_merged_shards_are_the_bytes_of_one_process(parts, finished, tmp_path):
-    whole, timings = tmp_path / "one" / "run", finished / TIMINGS
-    shutil.copytree(finished, whole)
-    merged = merge_runs([parts[1], parts[0], parts[1]], tmp_path / "merged" / "run").folder
-    lines = [sorted((p / TIMINGS).read_text().splitlines()) for p in (merged, *parts)]
-    assert lines[0] == sorted(lines[1] + lines[2])
+    whole = shutil.copytree(finished, tmp_path / "one" / "run")
+    write_report(open_runs([whole]), whole)
+    given = [parts[1], parts[0], parts[1]]
+    merged = merge_runs(given, tmp_path / "merged" / "run").folder
+    times = [sorted((p / TIMINGS).read_text().splitlines()) for p in (merged, *parts)]
+    assert times[0] == sorted(times[1] + times[2])
     assert verify(Run.open(merged)) == []
-    assert contents(merged, timings) == contents(whole, timings)
-
-
-def test_a_merge_that_was_stopped_before_the_scores_goes_on(parts, finished, tmp_path):
-    out = merge_runs(parts, tmp_path / "run").folder
-    (out / SCORES).unlink()
-    merge_runs(parts, out)
-    assert (out / SCORES).read_bytes() == (finished / SCORES).read_bytes()
+    (merged / SCORES).unlink()  # as if it was stopped before the scores
+    shutil.copyfile(whole / TIMINGS, merged / TIMINGS)
+    merge_runs(given, merged)
+    assert contents(merged) == contents(whole)
 
 
 @pytest.fixture
@@ -163,7 +162,8 @@ def test_shards_that_are_missing_or_not_finished_are_named(parts, part, tmp_path
     with pytest.raises(FileError, match=message):
         merge_runs([parts[0], part], tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    merge_runs([parts[0], part, parts[1]], tmp_path / "run")  # the finished twin has it
+    if journal == DETECTIONS:  # the finished twin has the record
+        merge_runs([parts[0], part, parts[1]], tmp_path / "run")
 
 
 def test_contradictory_parts_are_refused(parts, part, tmp_path):
@@ -201,6 +201,17 @@ def test_shards_of_other_runs_are_refused(parts, part, tmp_path, changes, messag
         merge_runs([parts[0], part], tmp_path / "run")
 
 
+def test_shards_of_several_gpus_are_of_one_run(parts, tmp_path):
+    copies = []
+    for i, part in enumerate(parts):
+        copies.append(shutil.copytree(part, tmp_path / f"{i}"))
+        card = json.loads((part / CARD).read_text()) | {"device": f"cuda:{i}, torch.float32"}
+        (copies[i] / CARD).write_text(json.dumps(card))
+        for name in (DETECTIONS, JUDGES):
+            (copies[i] / name).unlink()
+    assert merge_runs(copies, tmp_path / "run").card.device == "cuda, torch.float32"
+
+
 def test_a_merge_replaces_nothing(parts, tmp_path):
     with pytest.raises(FileError, match=r"is another run .*: shard: .*Name another directory"):
         merge_runs(parts, parts[0])
@@ -220,3 +231,22 @@ def test_more_shards_than_batches_leave_some_empty_and_merge(finished, tmp_path)
     keys = [key for entry in run.stacks for key in run.keys(entry)]
     assert [record.key for record in run.sample_records()] == keys
     assert not (run.folder / SCORES).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_killed_shards_and_merges_end_as_one_process(tmp_path):
+    command = ("benchmarks/shards_killed.py", "--kills", "6", "--seed", "1")
+    out = tmp_path / "result.json"
+    done = subprocess.run(
+        [sys.executable, *command, "--out", out],
+        cwd=Path(__file__).parent.parent.parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert (result["kills"], result["equal_bytes"], result["faults"]) == (6, True, [])

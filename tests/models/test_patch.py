@@ -199,6 +199,27 @@ def test_undo_restores_the_model_bit_for_bit(make_model, patch):
     same(state_of(model), before)
 
 
+def test_a_patched_network_computes_with_the_layers_and_layouts_of_its_base(make_model, patch):
+    """So an image costs what one of the base costs; benchmarks/generation.py measures it."""
+    model = make_model()
+
+    def work():
+        modules = [
+            (type(m), len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
+            for m in model.denoiser.modules()
+        ]
+        tensors = [
+            (t.data_ptr(), t.stride(), t.dtype, t.requires_grad)
+            for t in model.denoiser.parameters()
+        ]
+        return modules, tensors
+
+    before = work()
+    with patch.apply(model):
+        assert work() == before
+    assert work() == before
+
+
 def test_the_context_manager_undoes_the_patch_on_errors(make_model, patch):
     model, during = make_model(), {}
 

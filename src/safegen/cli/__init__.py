@@ -29,7 +29,7 @@ from safegen.core.errors import (
     first_line,
     is_out_of_memory,
 )
-from safegen.core.processes import is_main_process
+from safegen.core.processes import launched_processes
 
 ClickException = typer.BadParameter.__mro__[2]
 """Base class of the usage errors; typer carries its own copy of click from version 0.26 on."""
@@ -66,7 +66,7 @@ def _run_command() -> int:
     except Exception as error:
         sys.excepthook = print_traceback
         message, code = _explain(error)
-        if isinstance(error, ClickException) and not is_main_process():
+        if isinstance(error, ClickException) and launched_processes()[0]:
             return code  # the first process of torchrun prints it
         if VERBOSITY.verbose:
             print_traceback(type(error), error, error.__traceback__)

@@ -27,6 +27,7 @@ from safegen.cli.options import (
 )
 from safegen.cli.progress import show_progress
 from safegen.core.errors import ConfigError, FileError
+from safegen.core.processes import check_alone, is_main_process
 
 if TYPE_CHECKING:
     from safegen.edits.base import Edit
@@ -90,18 +91,17 @@ def edit(
     Edits learn from triplets of images (`safegen`, `esd` ...), from phrases (`uce`, `rece` ...)
     or from the judge's answers (`shielddiff`).
     """
+    if plan:
+        check_alone("--plan", "Start it without torchrun.")
+    if is_main_process():
+        check_outputs(ctx, out, no_card)
     from safegen.core.files import claim_folder
-    from safegen.core.processes import check_alone, is_main_process
     from safegen.edits.training.checkpoint import CHECKPOINT_FILE
     from safegen.edits.training.latents import latent_storage
     from safegen.models.loading import check_is_model
     from safegen.patches.patch import Patch
     from safegen.workflows.edit import apply_edit, keep_log, prepare_edit
 
-    if plan:
-        check_alone("--plan", "Start it without torchrun.")
-    if is_main_process():
-        check_outputs(ctx, out, no_card)
     check_is_model(model)
     changes = read_settings(method, preset, set_ or [])
     phrases = _read_phrases(erase) if erase else None

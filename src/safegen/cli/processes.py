@@ -7,13 +7,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from safegen.cli.console import VERBOSITY, echo_status
-from safegen.core.processes import (
-    check_alone,
-    is_main_process,
-    joint_errors,
-    leave_processes,
-    process_share,
-)
+from safegen.core.processes import check_alone, launched_processes, leave_processes, shared_job
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,14 +26,14 @@ def with_processes(command: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(command)
     def joint(*args: P.args, **kwargs: P.kwargs) -> T:
-        count = process_share()[1]
+        rank, count = launched_processes()
         if count == 1 or name not in (*SHARED, *ALONE):
             return command(*args, **kwargs)
-        VERBOSITY.silent = not is_main_process()
+        VERBOSITY.silent = rank > 0
         if name in ALONE:
             check_alone(name.replace("_", "-"), "Start it without torchrun, or use `safegen edit`.")
         try:
-            with joint_errors():
+            with shared_job():
                 echo_status(f"{count} processes")
                 return command(*args, **kwargs)
         finally:

@@ -1,8 +1,9 @@
 """Processes that work on one job together, as torchrun starts them.
 
-Without such processes every function is that of a job alone: it returns what it was given. Calls
-are in the same order on all processes. Before each exchange all of them ask whether one has failed
-(`joint_errors`), so that none waits for a process that has left.
+They do so inside `shared_job`. Elsewhere, and in a process alone, every function is that of a job
+alone: it returns what it was given. Calls are in the same order on all processes. Before each
+exchange all of them ask whether one has failed (`joint_errors`), so that none waits for a process
+that has left.
 """
 
 from __future__ import annotations
@@ -26,8 +27,17 @@ _gloo_groups: dict[distributed.ProcessGroup, distributed.ProcessGroup] = {}
 """Group that exchanges tensors of the CPU, for a default group that cannot."""
 
 
+_blocks = [0]
+"""Number of `shared_job` blocks that are open. Threads share them, as autograd has its own."""
+
+
 def process_share() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes; (0, 1) for a job alone."""
+    """Return the rank of this process and the number of those that share the job, else (0, 1)."""
+    return launched_processes() if _blocks[0] else (0, 1)
+
+
+def launched_processes() -> tuple[int, int]:
+    """Return the rank of this process and the number that were started together, else (0, 1)."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -43,9 +53,9 @@ def is_main_process() -> bool:
 
 
 def local_rank() -> int | None:
-    """Return the index of this process on its machine; None for a job alone."""
+    """Return the index of this process among those of its machine; None if it is alone."""
     text = os.environ.get("LOCAL_RANK", "")
-    return int(text) if process_share()[1] > 1 and text.isdecimal() else None
+    return int(text) if launched_processes()[1] > 1 and text.isdecimal() else None
 
 
 def launcher() -> list[str]:
@@ -62,7 +72,7 @@ def check_alone(job: str, advice: str) -> None:
     Raises:
         UserError: it runs in several.
     """
-    if (count := process_share()[1]) > 1:
+    if (count := launched_processes()[1]) > 1:
         raise UserError(f"{job} must be run by one process, got {count}. {advice}")
 
 
@@ -72,29 +82,25 @@ def is_accelerate_alone() -> bool:
 
 
 def join_processes() -> None:
-    """Connect the processes, unless they are; a job alone connects to nothing.
+    """Connect the processes, unless they are.
 
     Tensors of the CPU go through gloo, those of an NVIDIA device through NCCL.
 
     Raises:
         SafegenError: the others cannot be reached, or do not connect.
     """
-    from accelerate.utils import check_cuda_p2p_ib_support
     from torch import cuda, distributed
 
-    if process_share()[1] == 1 or distributed.is_initialized():
+    if distributed.is_initialized():
         return
     if cuda.is_available():
         cuda.set_device(local_rank() or 0)
-        if not check_cuda_p2p_ib_support():  # consumer cards; accelerate refuses them otherwise
-            os.environ.setdefault("NCCL_P2P_DISABLE", "1")
-            os.environ.setdefault("NCCL_IB_DISABLE", "1")
     backend = "cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo"
     try:
         distributed.init_process_group(backend)
     except RuntimeError as error:
         raise SafegenError(
-            f"{process_share()[1]} processes must all start the same job, and they could not be "
+            f"{launched_processes()[1]} processes must all start the same job, and could not be "
             f"connected: {first_line(error)}"
         ) from error
 
@@ -109,15 +115,43 @@ def leave_processes() -> None:
 
 
 @contextmanager
-def joint_errors() -> Iterator[None]:
-    """Raise the error of one process on all of them, and end the block on all at once.
+def without_launcher() -> Iterator[None]:
+    """Hide the launcher's variables inside the block, for a library that would share the job."""
+    names = (*ENVIRONMENT, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
-    If several fail, the error of the first in the order of ranks is raised. Blocks can be nested.
+
+@contextmanager
+def shared_job() -> Iterator[None]:
+    """Let the processes that were started together share the job of the block; see `joint_errors`.
+
+    Blocks can be nested.
+    """
+    if launched_processes()[1] == 1:
+        yield
+        return
+    join_processes()
+    _blocks[0] += 1
+    try:
+        with joint_errors():
+            yield
+    finally:
+        _blocks[0] -= 1
+
+
+@contextmanager
+def joint_errors() -> Iterator[None]:
+    """Raise the error of one process on all that share the job, and end the block on all at once.
+
+    If several fail, the error of the first in the order of ranks is raised.
     """
     if process_share()[1] == 1:
         yield
         return
-    join_processes()
     try:
         yield
     except BaseException as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -160,12 +159,10 @@ Each is a file in `protocols/`. All but the mini ones need a file of prompts tha
 
 def expand_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Return the labels with every name of a label set spelt out, each label once, in order."""
-    return _expand_labels(tuple(labels))
-
-
-@lru_cache(maxsize=256)
-def _expand_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(one for label in labels for one in LABEL_SETS.get(label, (label,))))
+    labels = tuple(labels)
+    if not LABEL_SETS.keys().isdisjoint(labels):
+        labels = tuple(one for label in labels for one in LABEL_SETS.get(label, (label,)))
+    return tuple(dict.fromkeys(labels))
 
 
 def collapse_labels(labels: Iterable[str]) -> tuple[str, ...]:

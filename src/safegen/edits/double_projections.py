@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -53,9 +54,9 @@ class DoubleProjections(ClosedFormEdit):
     captions: tuple[str, ...] = ()
     """Prompt lists (`source:list`) and text files to preserve too, at every position."""
     preserve_share: float = Field(default=0.5, gt=0, le=1)
-    """Most of the directions of an embedding that are preserved exactly, as a share of them.
+    """Most directions that are preserved exactly, as a share of the columns that texts fill.
 
-    The leading singular directions of the preserved embeddings are.
+    These are the leading singular directions of the preserved embeddings.
     """
     tokens: Literal["last", "tail", "all"] = "last"
     """Positions that are edited: the last token, all from there on, or every one."""
@@ -94,7 +95,8 @@ class DoubleProjections(ClosedFormEdit):
         safe = embed_rows(cache, weights, self.safe, self.tokens)
         maps = {}
         for part, (keys, _, preserved) in concepts.items():
-            rank = int(self.preserve_share * keys.shape[1])
+            filled = (torch.cat([keys, preserved]) != 0).any(0)  # SD 3 pads CLIP's with zeros
+            rank = int(self.preserve_share * int(filled.sum()))
             targets = project_rows(keys, safe[part])
             maps[part] = null_space_map(keys, targets, preserved, rank=rank)
         return apply_maps(weights, maps)

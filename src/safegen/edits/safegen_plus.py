@@ -17,8 +17,9 @@ from safegen.core.concept import Concept, Phrases
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TrainedEdit, join_quoted
 from safegen.edits.functional.adversary import AdversarySetting
+from safegen.edits.functional.targets import check_triplet_losses
 from safegen.edits.rece import CAPTIONS_SCALE, RECE
-from safegen.edits.safegen import SafeGen, SafeGenObjective, check_safegen
+from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training.check import check_inputs, check_training
 from safegen.edits.training.config import FULL_SIZE_TRAINING, Objective, Training, TrainingCallback
 from safegen.edits.uce import UCE
@@ -85,7 +86,7 @@ class SafeGenPlus(TrainedEdit):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_safegen(self)
+        check_triplet_losses(self)
         return self
 
     def unused_settings(self) -> Iterable[tuple[str, str]]:

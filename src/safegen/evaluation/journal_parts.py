@@ -9,8 +9,9 @@ from typing import Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
-from safegen.core.documents import MAX_BYTES, check_regular, parse_record
+from safegen.core.documents import parse_record
 from safegen.core.errors import FileError
+from safegen.evaluation.run.journal import iter_lines
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -86,17 +87,10 @@ class JournalParts(Generic[R]):
 
     def _scan(self, part: int) -> Iterator[tuple[R, _Line]]:
         """Yield the complete records of a folder with their places; a torn last line is left."""
-        path, start = self._path(part), 0
-        if not path.exists():
-            return
-        check_regular(path, path.stat().st_mode)
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), 1):
-                if not line.endswith(b"\n") and len(line) < MAX_BYTES:
-                    return
-                record = parse_record(self.record, line, f"{path}:{number}")
-                yield record, _Line(part, start, len(line))
-                start += len(line)
+        start = 0
+        for record, size in iter_lines(self._path(part), self.record):
+            yield record, _Line(part, start, size)
+            start += size
 
     def _read(self, line: _Line) -> bytes:
         with self._path(line.part).open("rb") as file:

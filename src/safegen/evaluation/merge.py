@@ -51,7 +51,7 @@ from safegen.evaluation.run.records import (
 )
 from safegen.evaluation.schema import FROM_FEATURES, FROM_IMAGES
 from safegen.evaluation.scoring.score import score_run, scores_file
-from safegen.evaluation.shards import deal_batches
+from safegen.evaluation.shards import deal_batches, device_kind
 
 COPIED = (PLAN, PROTOCOL_FILE, PROMPT_FILES, PATCHES)
 """Files and folders that every shard has."""
@@ -101,7 +101,12 @@ def merge_runs(
 
 
 def _whole_parts(card: RunCard) -> dict[str, object]:
-    return deciding_parts(card.model_copy(update={"shard": None}))
+    return deciding_parts(_whole_card(card))
+
+
+def _whole_card(card: RunCard) -> RunCard:
+    """Return the card of a shard as that of the whole run."""
+    return card.model_copy(update={"shard": None, "device": device_kind(card.device)})
 
 
 def _open_parts(folders: Sequence[Path]) -> list[Run]:
@@ -165,7 +170,7 @@ def _write_run(parts: Sequence[Run], staging: Path, out: Path, progress: Progres
         judges.write(staging / JUDGES, judges)
     _join_timings(parts, samples, staging / TIMINGS)
     argv = _whole_command(first.card.argv, out)
-    card = first.card.model_copy(update={"shard": None, "argv": argv})
+    card = _whole_card(first.card).model_copy(update={"argv": argv})
     write_json(staging / CARD, card.model_dump(mode="json"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from safegen.core.errors import FileError
@@ -46,6 +47,11 @@ def count_samples(run: Run) -> int:
     size = run.protocol.generation.batch_size
     numbers = select_batches(run.card.shard, run.samples, size)
     return sum(i // size in numbers for i in range(len(run.samples)))
+
+
+def device_kind(device: str) -> str:
+    """Return a device of a card without the number of the GPU, which decides nothing."""
+    return re.sub(r":\d+", "", device)
 
 
 def check_whole(run: Run) -> None:

@@ -65,7 +65,7 @@ class KeyTally:
             yield f"{name}: {len(self.unknown)} records are of no image of the plan"
 
 
-class _Facts(NamedTuple):
+class _FileRecord(NamedTuple):
     """What a record says of an image's file."""
 
     sha256: bytes
@@ -99,12 +99,12 @@ def verify_images(
 
 
 class _ImageCheck:
-    """Facts of a run's images from its journals, and the faults that were found, by stack."""
+    """Records of a run's images, and the faults that were found, by stack."""
 
     def __init__(self, run: Run, places: Mapping[str, int]) -> None:
         self.run, self.places, self.n = run, places, len(run.samples)
         self.numbers = {entry.name: number for number, entry in enumerate(run.stacks)}
-        self.tally, self.facts = KeyTally(places), dict[int, _Facts]()
+        self.tally, self.files = KeyTally(places), dict[int, _FileRecord]()
         self.changes: dict[int, float] | None = None
         self.faults = defaultdict[str, list[str]](list)
         self.change_faults = defaultdict[str, list[str]](list)
@@ -114,7 +114,7 @@ class _ImageCheck:
         """Places of the images of each base model by size."""
 
     def read_records(self) -> None:
-        """Note the facts of each recorded image; compare the records with the plan."""
+        """Note what is recorded of each image's file; compare the records with the plan."""
         for record in self.run.sample_records():
             if (place := self.tally.add(record.key)) is None:
                 continue
@@ -123,7 +123,9 @@ class _ImageCheck:
                 f"{SAMPLES}: {record.key[:16]} has {gap} (record and plan)"
                 for gap in _gaps(record, sample, entry)
             ]
-            self.facts[place] = _Facts(bytes.fromhex(record.sha256), record.blank, record.guards)
+            self.files[place] = _FileRecord(
+                bytes.fromhex(record.sha256), record.blank, record.guards
+            )
 
     def read_changes(self) -> list[str]:
         """Note the recorded change of each image; return the faults of repeated records."""
@@ -152,9 +154,9 @@ class _ImageCheck:
         """
         key = self.run.keys(entry)[i]
         place = self.places[key]
-        file, facts = image_file(entry.name, key), self.facts.get(place)
+        file, recorded = image_file(entry.name, key), self.files.get(place)
         path = self.run.folder / file
-        if facts is None:
+        if recorded is None:
             try:
                 return read_image(path) if self.changes and path.is_file() else None
             except UserError as error:
@@ -164,7 +166,7 @@ class _ImageCheck:
             return None
         try:
             data = read_bytes(path)
-            if hashlib.sha256(data).digest() != facts.sha256:
+            if hashlib.sha256(data).digest() != recorded.sha256:
                 self.faults[entry.name].append(f"{file}: its SHA-256 is not the one in {SAMPLES}")
                 return None
             image = decode_image(data, path)
@@ -172,7 +174,7 @@ class _ImageCheck:
             self.faults[entry.name].append(f"{file}: {_one_line(error)}")
             return None
         self.sizes[entry.baseline][image.size].append(place)
-        faults = list(_image_faults(image, file, key, entry, facts))
+        faults = list(_image_faults(image, file, key, entry, recorded))
         self.faults[entry.name] += faults
         return None if faults else image
 
@@ -220,7 +222,7 @@ class _ImageCheck:
         counts = Counter(
             sample.list_name
             for place, sample in zip(places, self.run.samples, strict=True)
-            if place not in self.facts
+            if place not in self.files
         )
         for name, n in counts.items():
             yield (
@@ -254,22 +256,22 @@ class _ImageCheck:
             number = self.numbers.get(stack)
             for name in names:
                 place = self.places.get(name.removesuffix(".png"))
-                known = place in self.facts and number is not None and place // self.n == number
+                known = place in self.files and number is not None and place // self.n == number
                 if not (known and name.endswith(".png")) and (Path(folder) / name).is_file():
                     strays.append((Path(folder) / name).relative_to(self.run.folder).as_posix())
         return [f"{name}: has no record in {SAMPLES}" for name in sorted(strays)]
 
 
 def _image_faults(
-    image: Image.Image, file: str, key: str, entry: StackEntry, facts: _Facts
+    image: Image.Image, file: str, key: str, entry: StackEntry, recorded: _FileRecord
 ) -> Iterator[str]:
     """Yield the differences of an image from its record."""
-    if is_blank(image) != facts.blank:
-        yield f"{file}: {SAMPLES} has blank = {facts.blank}, the image differs"
+    if is_blank(image) != recorded.blank:
+        yield f"{file}: {SAMPLES} has blank = {recorded.blank}, the image differs"
     metadata = image_metadata(image)
     if (metadata.get("key"), metadata.get("stack")) != (key, entry.hash):
         yield f"{file}: its metadata is of another image or stack"
-    elif metadata.get("guards") != facts.guards:
+    elif metadata.get("guards") != recorded.guards:
         yield f"{file}: its metadata has another trace of the guards than {SAMPLES}"
 
 

@@ -17,7 +17,7 @@ MIN_CLUSTERS = 5
 MAX_INDICES = 2**16
 """Most indices that a bootstrap draws at once, so that memory does not grow with the clusters."""
 FEW_VALUES = 16
-"""Most distinct sums of clusters whose draws are counted, and not added up one by one."""
+"""Most distinct sums of clusters for which a bootstrap counts draws in place of adding them up."""
 
 
 class Result:
@@ -132,13 +132,13 @@ def resampled_sums(
     step = max(1, MAX_INDICES // len(sums))
     for start in range(0, draws, step):
         part = out[start : start + step]
-        drawn = rng.integers(len(sums), size=(len(part), len(sums)))
+        indices = rng.integers(len(sums), size=(len(part), len(sums)))
         if is_exact:  # the sums are sorted, so equal ones lie together: count the draws of each
-            at_least = np.stack([np.count_nonzero(drawn >= first, axis=1) for first in starts])
+            at_least = np.stack([np.count_nonzero(indices >= first, axis=1) for first in starts])
             part[:] = (at_least - np.append(at_least[1:], [[0] * len(part)], axis=0)).T @ values
         else:  # one after the other: another order rounds in another way
             for column in (0, 1):
-                part[:, column] = np.cumsum(sums[:, column].take(drawn), axis=1)[:, -1]
+                part[:, column] = np.cumsum(sums[:, column].take(indices), axis=1)[:, -1]
     return out
 
 

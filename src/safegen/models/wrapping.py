@@ -101,7 +101,9 @@ def pipeline_model(pipe: Any) -> Model:
         parts = pipe.components
         if all(getattr(model.pipeline, name) is parts[name] for name in parts):
             return model
-    own = Model(_name_of(pipe), pipe, applied_patches=model.applied_patches)
+    own = Model(
+        _name_of(pipe), pipe, applied_patches=model.applied_patches, hash_memory=model.hash_memory
+    )
     own.hash = model.hash  # that of the weights without patches
     return own
 

@@ -23,7 +23,7 @@ from safegen.core.errors import (
     explain,
 )
 from safegen.core.files import atomic_write
-from safegen.core.processes import joint_errors
+from safegen.core.processes import shared_job
 from safegen.core.registry import EDITS, resolve
 from safegen.data.triplets.triplets import Triplets
 from safegen.edits.base import TEXTS, Edit
@@ -113,7 +113,7 @@ def edit(
     arguments = [*resolve(EDITS, method, "edit").model_fields, *signature(edit).parameters]
     check_names(f"setting of {method!r}", settings, arguments)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    with joint_errors():
+    with shared_job():
         prepared = prepare_edit(
             method,
             preset,

@@ -41,6 +41,7 @@ from safegen.evaluation.run.folder import (
     write_json,
 )
 from safegen.evaluation.run.journal import Journal
+from safegen.evaluation.shards import device_kind
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 
@@ -135,7 +136,7 @@ def attack_shard(
 
 def is_attack_shard(folder: Path) -> bool:
     """Return whether a folder is a shard of an attack."""
-    return (folder / SHARD).is_file()
+    return (folder / SHARD).is_file() and (folder / SETTINGS).is_file()
 
 
 def merge_attacks(folders: Sequence[Path], out: Path) -> int:
@@ -200,6 +201,7 @@ def _common_settings(folders: Sequence[Path]) -> dict[str, Any]:
             )
         check_links(folder)
         settings = read_json_object(folder / SETTINGS)
+        settings["device"] = device_kind(str(settings.get("device")))
         found.append({key: value for key, value in settings.items() if key != "shard"})
         if gaps := differences(found[0], found[-1]):
             raise ConfigError(

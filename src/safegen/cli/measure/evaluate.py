@@ -270,15 +270,19 @@ def _judge(
     from safegen.evaluation.run.folder import Run
 
     settings = _read_judge_options(options)
+    run = Run.open(out)
     with resumable(out), show_progress() as progress:
         judge_id = judge_run(
-            Run.open(out),
+            run,
             name=judge,
             labels=labels,
             options=settings or None,
             engine=engine,
             progress=progress,
         )
+    if run.card.shard:
+        echo(f"shard {run.card.shard} judged by {judge_id}. {MERGE}")
+        return
     command = ["safegen", "score", str(out), "--judge", judge_id]
     for label in labels:
         command += ["--label", label]

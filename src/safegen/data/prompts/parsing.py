@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any, Literal
 
-from safegen.core.documents import check_depth, reason_of
+from safegen.core.documents import MAX_DEPTH, check_depth, reason_of
 from safegen.core.errors import FileError
 
 FileForm = Literal["table", "json", "text"]
@@ -218,7 +218,8 @@ def _parse_value(text: str) -> Any:
     """Return the JSON value, or the error if the text is not JSON."""
     try:
         value = json.loads(text)
-        check_depth(value)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            check_depth(value)
     except (ValueError, RecursionError) as error:
         return error
     return value

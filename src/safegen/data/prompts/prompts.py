@@ -33,7 +33,7 @@ FOUND = "safegen-attack"
 MAX_FILE = 2**31
 """Largest file of prompts, in bytes."""
 MAX_RECENT = 2**26
-"""Largest file whose prompts are kept for the next call, in bytes: a protocol reads it often."""
+"""Largest file, in bytes, that keeps its prompts in memory: a protocol reads them several times."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +44,6 @@ KNOWN_COLUMNS = frozenset((*PROMPT_COLUMNS, *PUBLISHED, *FOREIGN))
 """A first line with one of these columns is a header."""
 ROW_ID = re.compile(r"[\w.-]{1,64}")
 _FIELDS = set(Prompt.model_fields)
-_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class InvalidRowError(ValueError):
@@ -121,12 +121,9 @@ def read_plain(
     row_id = key if key and ROW_ID.fullmatch(key) else str(record.line)
     if not prompt.strip() and not (blank and prompt):
         raise InvalidRowError("the prompt is blank")
-    try:
-        _to_json([prompt, target_text, key, *fields.values()]).encode()
-    except UnicodeEncodeError:
-        raise InvalidRowError(
-            "the row has half a surrogate pair, which is not valid text"
-        ) from None
+    texts = [prompt, target_text, key, fields["subject"], fields["background"]]
+    texts += [fields["reference_id"], *fields["categories"]]
+    _check_text([*texts, *fields["extra"], *fields["extra"].values()])
     return Prompt.model_construct(  # all values are checked above; one set for all saves memory
         _FIELDS,
         id=f"{context.stem}:{row_id}",
@@ -140,6 +137,16 @@ def read_plain(
         guidance_scale=None,
         **fields,
     )
+
+
+def _check_text(texts: Iterable[str | None]) -> None:
+    """Refuse a row with a text that UTF-8 cannot encode."""
+    try:
+        "".join(filter(None, texts)).encode()
+    except UnicodeEncodeError:
+        raise InvalidRowError(
+            "the row has half a surrogate pair, which is not valid text"
+        ) from None
 
 
 @lru_cache(maxsize=256)
@@ -158,6 +165,8 @@ def to_text(value: Any) -> str:
     """Return a cell as text: a text as it is, another value as JSON."""
     if isinstance(value, str):
         return value
+    if type(value) is int:
+        return str(value)
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 

@@ -206,8 +206,13 @@ class ReceAdversary(Adversary):
             want: Tensor,
             before: Tensor,
         ) -> Conditioning:
-            modules = [denoiser.get_submodule(name.removesuffix(".weight")) for name in original]
-            edited = [merged_weight(module).to(device) for module in modules]
+            edited = [
+                merged_weight(denoiser.get_submodule(name.removesuffix(".weight")))
+                if name in trained
+                else weight
+                for name, weight in original.items()
+            ]
+            edited = [weight.to(device) for weight in edited]
             unedited = [w.to(device) for w in original.values()]
             hidden = text.hidden
             keys = hidden.flatten(0, 1).to(device)

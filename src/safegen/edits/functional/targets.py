@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from safegen.core.settings import BaseSettings
+from safegen.edits.functional.adversary import resolve_adversary
 
 
 class PaperTarget(BaseSettings):
@@ -35,3 +36,21 @@ Target = Annotated[
     Annotated[X0Target | PaperTarget, Field(discriminator="name")], BeforeValidator(_named)
 ]
 """Type of the setting `target`: a name, or a table with a name and settings."""
+
+
+def check_triplet_losses(edit: Any) -> None:
+    """Check the settings of the losses on triplets.
+
+    Raises:
+        ValueError: one of them breaks a rule.
+    """
+    additive = not edit.adversary or resolve_adversary(edit.adversary).is_additive
+    if edit.adversary_moves == "both" and not additive:
+        raise ValueError(
+            "adversary_moves must be unsafe for an adversary that replaces the text, got both. "
+            "Use the adversary one-step, or leave adversary_moves out."
+        )
+    if not 0 <= edit.timesteps[0] < edit.timesteps[1]:
+        raise ValueError(f"timesteps must be 0 <= first < last, got {edit.timesteps}")
+    if edit.weight_mosaic + edit.weight_preserve <= 0:
+        raise ValueError("weight_mosaic and weight_preserve must not both be 0")

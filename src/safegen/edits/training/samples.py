@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from safegen.core.concept import prompt_list
-from safegen.core.errors import FileError
+from safegen.core.errors import ConfigError, FileError
 from safegen.core.files import read_lines
 from safegen.data.images import crop_square, format_size
 from safegen.data.triplets.triplets import Triplets
@@ -105,3 +105,33 @@ def read_captions(names: Sequence[str]) -> list[str]:
             raise FileError(f"the caption file {name!r} is empty. Write one caption per line.")
         captions += lines
     return captions
+
+
+def shuffled_rows(n: int, seed: int, start: int, count: int) -> list[int]:
+    """Return `count` rows from position `start` of endless epochs over 0..n-1, each shuffled."""
+    rows: list[int] = []
+    while len(rows) < count:
+        epoch, position = divmod(start + len(rows), n)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(n, generator=generator).tolist()
+        rows += order[position : position + count - len(rows)]
+    return rows
+
+
+def held_out_rows(n: int, split: float) -> list[int]:
+    """Return the rows of n triplets that are held out for validation: the last ones.
+
+    Args:
+        n: number of triplets.
+        split: share that is held out; 0 holds out none.
+
+    Raises:
+        ConfigError: there are too few triplets to hold some out.
+    """
+    count = round(n * split)
+    if split and not 0 < count < n:
+        raise ConfigError(
+            f"validation_split must hold out at least one triplet, got {split} of {n}. "
+            "Give more triplets, or set training.validate_every to 0."
+        )
+    return list(range(n - count, n))

@@ -23,6 +23,7 @@ from safegen.core.processes import (
     process_share,
     sum_gradients,
     sum_values,
+    without_launcher,
 )
 from safegen.edits.training.check import check_new_weights, check_training
 from safegen.edits.training.checkpoint import (
@@ -42,11 +43,11 @@ from safegen.edits.training.config import (
     TrainResult,
     UsesEma,
     memory_errors,
-    step_seed,
     training_state,
     warn_unused,
 )
 from safegen.edits.training.interruption import interruption
+from safegen.edits.training.micro_steps import compute_losses, forward_passes
 from safegen.edits.training.network import prepared_network
 from safegen.edits.training.shares import check_fingerprints, means_of_all
 
@@ -64,7 +65,7 @@ def train(
 ) -> TrainResult:
     """Train some parameters and return their averaged values; `denoiser` is restored bit for bit.
 
-    Processes that torchrun started share every batch. Each computes the gradient of its samples,
+    The processes of a `shared_job` share every batch. Each computes the gradient of its samples,
     the sum of all is that of the whole batch, and all end with the same weights. The first process
     writes checkpoint and log.
 
@@ -96,7 +97,7 @@ def train(
             checkpoints=checkpoint_dir is not None, validation=isinstance(objective, HasValidation)
         )
     )
-    with joint_errors(), prepared_network(denoiser, names, config) as trained:
+    with prepared_network(denoiser, names, config) as trained:
         trainer = Trainer(
             denoiser, trained, objective, config, fingerprint, checkpoint_dir, callback
         )
@@ -121,11 +122,12 @@ class Trainer:
         # The precision of accelerate is a process-wide singleton unless it is reset.
         AcceleratorState._reset_state(reset_partial_state=True)
         self.device = next(iter(trained.values())).device
-        self.accelerator = Accelerator(
-            device_placement=False,
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
-            cpu=self.device.type == "cpu",
-        )
+        with without_launcher():  # processes share batches, and accelerate has one
+            self.accelerator = Accelerator(
+                device_placement=False,
+                mixed_precision="no" if config.precision == "fp32" else config.precision,
+                cpu=self.device.type == "cpu",
+            )
         self.trained, self.objective, self.config = trained, objective, config
         self.checkpoint_dir, self.callback = checkpoint_dir, callback
         settings = config.model_dump_json(exclude={"checkpoint_every"})
@@ -136,14 +138,13 @@ class Trainer:
             betas=config.betas,
             weight_decay=config.weight_decay,
             eps=1e-8,
+            fused=config.precision != "fp16",
         )
-        # Not wrapped in DDP, as an update may pass through it often and in part: gradients are
-        # summed over processes once, before clipping.
-        self.denoiser = self.accelerator.prepare_model(denoiser, evaluation_mode=True)
-        self.optimizer = self.accelerator.prepare(optimizer)
+        self.denoiser, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         ramp = {} if config.ema_ramp else {"min_decay": config.ema, "update_after_step": -1}
         parameters = list(trained.values())
-        self.ema = EMAModel(parameters, decay=config.ema, **ramp) if config.ema else None
+        average: Any = {"decay": config.ema, "foreach": True, **ramp}
+        self.ema = EMAModel(parameters, **average) if config.ema else None
         self.state = training_state(objective)
         self.update, self.seconds, self.skipped = 0, 0.0, 0
         self.best_loss, self.validations_without_gain = math.inf, 0
@@ -244,11 +245,10 @@ class Trainer:
         self.denoiser.train()
         row: LogRow = {}
         advice = f"Lower lr ({config.lr}) or use precision fp32."
-        for i in range(config.accumulation):
-            micro_step = self.update * config.accumulation + i
-            generator = torch.Generator("cpu").manual_seed(step_seed(config.seed, micro_step))
+        for steps in forward_passes(self.objective, config, self.update):
+            part = len(steps) / config.accumulation
             with accelerator.autocast():
-                terms = self.objective.training_step(self.denoiser, micro_step, generator, share)
+                terms = compute_losses(self.objective, self.denoiser, steps, config.seed, share)
             loss = torch.zeros((), device=self.device)
             for name, (own, mean) in means_of_all(terms).items():
                 if not math.isfinite(mean):
@@ -256,8 +256,8 @@ class Trainer:
                         f"the loss {name!r} is {mean} at update {self.update + 1}. {advice}"
                     )
                 loss = loss + self.objective.weights[name] * own
-                row[name] = row.get(name, 0.0) + mean / config.accumulation
-            accelerator.backward(loss / config.accumulation)
+                row[name] = row.get(name, 0.0) + mean * part
+            accelerator.backward(loss * part)
         sum_gradients(self.trained.values())
         norm = accelerator.clip_grad_norm_(list(self.trained.values()), config.clip)
         if not math.isfinite(float(norm)) and accelerator.scaler is None:
@@ -334,7 +334,7 @@ class Trainer:
             with torch.no_grad():
                 p.copy_(tensors[f"weight/{name}"])
             moments = {k: tensors[f"{k}/{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {"step": tensors[f"step/{name}"][0], **moments}
+            self.optimizer.state[p] = {"step": tensors[f"step/{name}"][0].to(p.device), **moments}
             if self.ema:
                 self.ema.shadow_params[i] = tensors[f"ema/{name}"].to(p.device)
         for name, value in self.state.items():

@@ -225,5 +225,4 @@ class RunWriter:
 
     def _batches(self) -> Iterator[Batch]:
         """Yield the batches of the run's shard."""
-        batches = split_batches(self.run, self.samples)
-        return (batch for batch in batches if batch.number in self._numbers)
+        return split_batches(self.run, self.samples, self._numbers)

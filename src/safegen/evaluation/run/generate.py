@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -54,12 +54,21 @@ class Batch:
         return [image_file(self.stack.name, key) for key in self.keys]
 
 
-def split_batches(run: Run, samples: Sequence[EvalSample]) -> Iterator[Batch]:
-    """Yield the batches of a run, stack by stack; they do not depend on what is already done."""
+def split_batches(
+    run: Run, samples: Sequence[EvalSample], numbers: Collection[int]
+) -> Iterator[Batch]:
+    """Yield batches of a run, stack by stack; they do not depend on what is already done.
+
+    Args:
+        run: the run.
+        samples: samples of one stack.
+        numbers: numbers of the batches of each stack to yield.
+    """
     generation = run.protocol.generation
     hashes = {entry.name: entry.hash for entry in run.stacks}
     for stack in run.stacks:
-        for number, start in enumerate(range(0, len(samples), generation.batch_size)):
+        for number in sorted(numbers):
+            start = number * generation.batch_size
             part = samples[start : start + generation.batch_size]
             keys = image_keys(part, stack.hash, generation)
             base_keys = image_keys(part, hashes[stack.baseline], generation)

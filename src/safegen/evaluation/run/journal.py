@@ -82,7 +82,7 @@ def read_journal(path: Path, record: type[R]) -> tuple[list[R], int]:
             names the line and the field.
     """
     records, size = list[R](), 0
-    for entry, length in _iter_lines(path, record):
+    for entry, length in iter_lines(path, record):
         records.append(entry)
         size += length
     return records, size
@@ -90,10 +90,10 @@ def read_journal(path: Path, record: type[R]) -> tuple[list[R], int]:
 
 def iter_journal(path: Path, record: type[R]) -> Iterator[R]:
     """Yield the complete records of a journal; see `read_journal`. One is in memory at a time."""
-    return (entry for entry, _ in _iter_lines(path, record))
+    return (entry for entry, _ in iter_lines(path, record))
 
 
-def _iter_lines(path: Path, record: type[R]) -> Iterator[tuple[R, int]]:
+def iter_lines(path: Path, record: type[R]) -> Iterator[tuple[R, int]]:
     """Yield each record and the number of bytes of its line."""
     if not path.exists():
         return

@@ -32,8 +32,8 @@ _MISSING: Any = object()
 class JournalValues(Generic[R, V]):
     """A value of each image from a journal, and the SHA-256 over the records in the plan's order.
 
-    The records are not kept: they are hashed as they come, and only those that come before their
-    turn wait as text. Of several records of one image the last one counts.
+    A record is hashed and dropped; only one that is read before its turn waits, as text. Of several
+    records of one image the last one counts.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class JournalValues(Generic[R, V]):
             run: the run.
             name: name of the journal.
             places: place of each image of the run by its key, stack by stack.
-            stacks: stacks whose images count.
+            stacks: stacks with images that count.
             value: what is kept of a record.
         """
         self.run, self.name, self.places, self.value = run, name, places, value
