@@ -62,6 +62,9 @@ bench: .venv/installed ## the figures in docs/, made again in a folder of their 
 	$(BIN)/python benchmarks/carry_over.py --out $(FIGURES)/carry-over --table $(FIGURES)/carry-over.json
 	$(BIN)/python benchmarks/shards_killed.py --out $(FIGURES)/shards_killed.json
 	$(BIN)/python benchmarks/plan.py --out $(FIGURES)/plan.json
+	$(BIN)/python benchmarks/closed_forms.py full --out $(FIGURES)/closed-forms.json
+	$(BIN)/python benchmarks/closed_forms.py captions --out $(FIGURES)/closed-forms.json
+	$(BIN)/python benchmarks/closed_forms.py mini --out $(FIGURES)/closed-forms.json
 	$(BIN)/python benchmarks/training_speed.py --out $(FIGURES)/training_speed.json
 	$(BIN)/python benchmarks/big_run.py --out $(FIGURES)/big_runs.json
 	$(BIN)/python benchmarks/generation.py --out $(FIGURES)/generation.json

@@ -4,7 +4,7 @@
 
 Equal work: the same model (`mini`), triplets, losses, optimizer, clipping and averaging, and
 updates of five micro-steps with one triplet each. The published step is restated from
-`examples/text_to_image/train_text_to_image_adjust_sal.py` (LetterLiGo/SafeGen_CCS2024 at 20f627b)
+the script of the release (LetterLiGo/SafeGen_CCS2024 at 20f627b)
 on the installed diffusers, torch and accelerate, with the attention that diffusers chooses. In a
 micro-step it decodes three PNG files, encodes them (samples of the posterior), encodes the blank
 text, calls the UNet three times with gradients (the result for the censored image is not used) and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 from typing import get_type_hints
@@ -350,7 +351,7 @@ def test_a_judge_returns_detections_and_no_verdicts_without_judging(name):
     judge = load_judge(name, **OPTIONS.get(name, {}))
     (raw,) = judge.detect([Image.new("RGB", (64, 64), "white")])
     assert type(raw) is Detections
-    assert not {"outcome", "verdict", "unsafe", "safe"} & set(vars(raw))
+    assert not {"outcome", "verdict", "unsafe", "safe"} & {field.name for field in fields(raw)}
     assert judge_images(judge, [unreadable()["empty"]]) == ["unjudged"]
 
 
