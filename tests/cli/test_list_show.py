@@ -66,7 +66,7 @@ def test_a_name_has_a_summary_a_page_and_a_sentence_for_each_setting(kind, name)
 def test_a_method_shows_its_equation_and_what_it_needs(safegen):
     code, out, err = safegen("show", "uce")
     assert code == 0, err
-    assert "closed_form.py:solve_projection" in out
+    assert "closed_form.py:solve_text_map" in out
     assert "eq. 7" in out
     assert "needs      the phrases of a concept (--concept NAME)" in out
     assert "lamb = 0.5 (float, > 0)" in out

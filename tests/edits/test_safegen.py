@@ -18,7 +18,7 @@ from safegen.edits.functional import losses
 from safegen.edits.functional.targets import PaperTarget, X0Target
 from safegen.edits.functional.text_search import fast_gradient_text
 from safegen.edits.safegen import SafeGen, SafeGenObjective
-from safegen.edits.training.config import Training
+from safegen.edits.training.config import Training, resolve_precision
 from safegen.edits.training.samples import encode_triplets, preprocess
 from safegen.models.families.denoisers import predict
 from safegen.models.loading import load
@@ -398,8 +398,9 @@ def test_provenance(tiny_model, triplets, tmp_path):
         False,
     )
     assert (facts["base"], facts["data"]) == (tiny_model.hash, triplets.hash)
+    resolved = resolve_precision("auto", tiny_model.denoiser)
     assert SafeGen.model_validate(facts["settings"]) == make_edit(
-        "safegen", "paper", training={"updates": 2, "accumulation": 1}
+        "safegen", "paper", training={"updates": 2, "accumulation": 1, "precision": resolved}
     )
     assert set(facts["losses"]) == {"L_m", "L_p"}
     assert (tmp_path / "checkpoint.safetensors").is_file()

@@ -201,7 +201,7 @@ def test_each_encoder_of_sdxl_projects_by_its_own_span(tiny_xl):
     )
     assert [(part.columns, bool(part.triggers)) for part in projection.encoders] == [
         (slice(0, 32), True),
-        (slice(32, 64), True),
+        (slice(32, 56), True),
     ]
     before = adapter.encode([PROMPT]).hidden[0]
     after = apply_projection(before, projection, 1.0)

@@ -21,9 +21,9 @@ PROMPT = f"{TOKEN} a red cube on a white table"
 SAFREE = {"name": "safree", "phrases": ["a red cube", "red"]}
 
 
-def add_vectors(pipe, n, **parts):
+def add_vectors(pipe, n, width=32, **parts):
     """Load a textual inversion of `n` vectors under `TOKEN`."""
-    vectors = torch.randn((n, 32), generator=torch.Generator().manual_seed(n))
+    vectors = torch.randn((n, width), generator=torch.Generator().manual_seed(n))
     pipe.load_textual_inversion(vectors if n > 1 else {TOKEN: vectors[0]}, token=TOKEN, **parts)
 
 
@@ -149,7 +149,7 @@ def test_lengths_are_counted_with_expanded_tokens(pipe):
 def test_each_tokenizer_of_sdxl_expands_by_its_own_vectors(make_xl, generate):
     xl = make_xl()
     add_vectors(xl, 3, text_encoder=xl.text_encoder, tokenizer=xl.tokenizer)
-    add_vectors(xl, 2, text_encoder=xl.text_encoder_2, tokenizer=xl.tokenizer_2)
+    add_vectors(xl, 2, 24, text_encoder=xl.text_encoder_2, tokenizer=xl.tokenizer_2)
     one, two = text_encoders(xl)
     words = len(PROMPT.split()) - 1
     assert (one.tokenize(PROMPT)[1], two.tokenize(PROMPT)[1]) == (words + 3, words + 2)

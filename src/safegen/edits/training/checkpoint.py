@@ -154,7 +154,7 @@ def claim_checkpoints(directory: Path | None) -> Iterator[None]:
 
     If the training diverges, checkpoint, log and latents are removed: a resumed run would diverge
     again. They stay if updates were skipped before (`Training.max_skipped`), as a resumed run
-    goes on with other draws.
+    goes on with other draws. Latents are removed as well if the first checkpoint cannot be written.
 
     Raises:
         FileError: another process works there, or the directory cannot be written.
@@ -171,6 +171,10 @@ def claim_checkpoints(directory: Path | None) -> Iterator[None]:
             for name in (CHECKPOINT_FILE, LOG_FILE):
                 (directory / name).unlink(missing_ok=True)
             shutil.rmtree(directory / LATENTS, ignore_errors=True)
+            raise
+        except FileError:
+            if not (directory / CHECKPOINT_FILE).exists():  # nothing to resume
+                shutil.rmtree(directory / LATENTS, ignore_errors=True)
             raise
 
 

@@ -39,7 +39,6 @@ from safegen.evaluation.run.folder import (
 from safegen.evaluation.run.records import Kind, LoraEntry, PatchEntry, RunCard, StackEntry
 from safegen.evaluation.run.training_log import LOG, find_training_log
 from safegen.evaluation.samples import EvalSample
-from safegen.models.families.pipeline_specs import guidance_option
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 
@@ -174,6 +173,8 @@ def check_guidance(
     if stack.negative_prompt is None:
         return
     model, _ = loader.model(stack.model, stack.config)
+    from safegen.models.families.pipeline_specs import guidance_option  # imports torch
+
     option = guidance_option(model.pipeline)
     if getattr(generation, option) == 1:
         hint = ", or use --baselines none" if kind == "baseline" else ""
