@@ -77,6 +77,15 @@ def test_a_shard_resumes_and_judges_nothing_twice(images: Path) -> None:
         shards(images, 2)
 
 
+def test_a_merge_leaves_a_shard_in_which_another_process_writes_as_it_is(images: Path) -> None:
+    (part,) = shards(images, 1)
+    other = shutil.copytree(part, images / "other")
+    lines = (other / DETECTIONS).read_bytes()[:-9]
+    (other / DETECTIONS).write_bytes(lines)
+    merge_triplets([part, other], images / "unsafe", images / "benign", images / "out")
+    assert (other / DETECTIONS).read_bytes() == lines
+
+
 def test_shards_that_do_not_make_a_whole_are_refused(images: Path) -> None:
     parts, folders = shards(images, 2), (images / "unsafe", images / "benign")
     with pytest.raises(FileError, match="but not: 2/2"):
