@@ -13,9 +13,9 @@ from safegen.attacks.core.cost import Budget
 from safegen.attacks.core.run import AttackConfig
 from safegen.attacks.seeds import Seeds
 from safegen.core.concept import load_concept
-from safegen.core.errors import ConfigError
+from safegen.core.errors import ConfigError, FileError
 from safegen.evaluation.engines.ray import RayBatchEngine
-from safegen.evaluation.run.folder import ATTACK, CARD, SETTINGS, TIMINGS
+from safegen.evaluation.run.folder import ATTACK, CARD, SETTINGS, SHARD, TIMINGS
 from safegen.stack import Stack
 from safegen.workflows.ray_attack import attack_on_ray
 
@@ -30,6 +30,31 @@ def test_a_budget_is_refused_since_no_worker_sees_the_whole_attack(tmp_path):
             Seeds(), target, load_concept("skulls"), config, tmp_path / "a", engine=RayBatchEngine()
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_the_merge_would_refuse_is_refused_before_the_search(tmp_path):
+    (tmp_path / "a").mkdir()
+    target = Stack(name="mini", model="mini")
+    common = (Seeds(), target, load_concept("skulls"), AttackConfig(), tmp_path / "a")
+    with pytest.raises(FileError, match="already exists"):
+        attack_on_ray(*common, engine=RayBatchEngine(workers=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_shards_stay_until_the_run_is_made_and_nothing_else_is_removed(tmp_path, monkeypatch):
+    own, other = tmp_path / "a.parts" / "1-of-2", tmp_path / "a.parts" / "mine"
+    for folder in (tmp_path / "a", own, other):
+        folder.mkdir(parents=True)
+        (folder / SETTINGS).write_text("{}")
+    (own / SHARD).write_text("{}")
+    target = Stack(name="mini", model="mini")
+    common = (Seeds(), target, load_concept("skulls"), AttackConfig(), tmp_path / "a")
+    with pytest.raises(FileError):  # a directory of another attack
+        attack_on_ray(*common, engine=RayBatchEngine(workers=1))
+    assert own.is_dir()
+    monkeypatch.setattr("safegen.workflows.ray_attack.run_attack", lambda *_, **__: None)
+    attack_on_ray(*common, engine=RayBatchEngine(workers=1))
+    assert [path.name for path in other.parent.iterdir()] == ["mine"]
 
 
 def contents(folder):

@@ -12,9 +12,10 @@ from typing import Any
 
 from safegen.attacks.core.base import Attack
 from safegen.attacks.core.run import AttackConfig, run_attack
-from safegen.attacks.core.shards import attack_shard, merge_attacks
+from safegen.attacks.core.shards import attack_shard, is_attack_shard, merge_attacks
 from safegen.core.concept import Concept
 from safegen.core.errors import ConfigError, UserError
+from safegen.core.files import check_output
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.shards import Shard
 from safegen.evaluation.engines.actor import WorkerFailure, prepare_process
@@ -26,6 +27,8 @@ from safegen.stack_loader import StackLoader
 
 PARTS = ".parts"
 """Ending of the folder with the shards of an attack, beside that of its run."""
+PART = r"\d+-of-(\d+)"
+"""Name of the folder of a shard."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def attack_on_ray(
     trains_once = not attack.changes_prompts or attack.attacked_stacks(stack, output_dir)
     parts = output_dir.absolute().with_name(output_dir.name + PARTS)
     if not trains_once and not (output_dir / SETTINGS).exists():
+        check_output(output_dir)  # the merge would refuse it after the whole search
         parts.mkdir(parents=True, exist_ok=True)
         device = "cuda" if loader.device.startswith("cuda") else loader.device
         loading = device, loader.dtype, loader.allow_pickle, engine.threads
@@ -102,10 +106,11 @@ def attack_on_ray(
         finally:
             with suppress(OSError):  # it has shards, from which the same call resumes
                 parts.rmdir()
-    if not trains_once and _begun_shards(parts):
-        shutil.rmtree(parts)
     common: dict[str, Any] = {"loader": loader, "engine": engine, "argv": argv}
-    return run_attack(*attacked, output_dir, protocol=protocol, progress=progress, **common)
+    run = run_attack(*attacked, output_dir, protocol=protocol, progress=progress, **common)
+    if not trains_once:
+        _remove_shards(parts)
+    return run
 
 
 def _search(search: ShardSearch, engine: RayBatchEngine, progress: ProgressCallback) -> list[Path]:
@@ -171,8 +176,17 @@ def _part(parts: Path, shard: Shard) -> Path:
     return parts / f"{shard.index}-of-{shard.count}"
 
 
+def _remove_shards(parts: Path) -> None:
+    """Remove the shards of an attack, and their folder if nothing else is in it."""
+    for path in list(parts.iterdir()) if parts.is_dir() else ():
+        if re.fullmatch(PART, path.name) and is_attack_shard(path):
+            shutil.rmtree(path)
+    with suppress(OSError):
+        parts.rmdir()
+
+
 def _begun_shards(parts: Path) -> int:
     """Return the number of shards that an earlier call began; 0 if there is none."""
     names = [path.name for path in parts.iterdir()] if parts.is_dir() else []
-    found = [re.fullmatch(r"\d+-of-(\d+)", name) for name in names]
+    found = [re.fullmatch(PART, name) for name in names]
     return max((int(match[1]) for match in found if match), default=0)
