@@ -56,6 +56,16 @@ def test_merged_shards_have_the_records_and_the_files_of_one_process(parts, load
     assert files
 
 
+def test_a_merge_into_an_attack_that_is_not_finished_is_refused(parts, tmp_path):
+    out = tmp_path / "run"
+    merge_attacks(parts, out)
+    assert merge_attacks(parts, out) == 3  # again
+    lines = (out / ATTACK).read_bytes().splitlines(keepends=True)
+    (out / ATTACK).write_bytes(b"".join(lines[:-2]))
+    with pytest.raises(FileError, match=r"got an attack that lacks 2 records\. Resume it"):
+        merge_attacks(parts, out)
+
+
 @pytest.mark.slow
 def test_merged_shards_of_an_attack_go_on_as_one_process_does(parts, loader, tmp_path):
     whole, merged = tmp_path / "one" / "run", tmp_path / "merged" / "run"

@@ -15,6 +15,8 @@ OWN = (
     files.CARD,
     files.PLAN,
     files.SETTINGS,
+    files.PROTOCOL_FILE,
+    files.PROMPT_FILES,
     files.SHARD,
     files.PATCHES,
     files.ATTACK,
