@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,12 +15,19 @@ from safegen.attacks.core.base import Attack
 from safegen.attacks.core.run import AttackConfig, run_attack
 from safegen.attacks.core.shards import attack_shard, is_attack_shard, merge_attacks
 from safegen.core.concept import Concept
-from safegen.core.errors import ConfigError, UserError
+from safegen.core.errors import ConfigError, SafegenWarning, UserError
 from safegen.core.files import check_output
 from safegen.core.progress import ProgressCallback, no_progress
 from safegen.data.shards import Shard
 from safegen.evaluation.engines.actor import WorkerFailure, prepare_process
-from safegen.evaluation.engines.ray import RETRIES, RayBatchEngine, death_error
+from safegen.evaluation.engines.driver import WorkerWarning
+from safegen.evaluation.engines.ray import (
+    RETRIES,
+    START_SECONDS,
+    RayBatchEngine,
+    death_error,
+    room_error,
+)
 from safegen.evaluation.protocol import Protocol
 from safegen.evaluation.run.folder import SETTINGS, Run
 from safegen.stack import Stack
@@ -117,7 +125,7 @@ def _search(search: ShardSearch, engine: RayBatchEngine, progress: ProgressCallb
     """Attack all shards, and return their folders.
 
     Raises:
-        ConfigError: a shard ended its worker again and again.
+        ConfigError: no worker starts, or a shard ended its worker again and again.
         UserError: what a worker raised.
     """
     gpus = int(search.device == "cuda")
@@ -125,7 +133,10 @@ def _search(search: ShardSearch, engine: RayBatchEngine, progress: ProgressCallb
         from ray.exceptions import RayError, RayTaskError
 
         count = _begun_shards(search.parts) or workers
-        task = ray.remote(max_retries=RETRIES, num_cpus=engine.threads, num_gpus=gpus)(_attack_part)
+        remote = ray.remote(max_retries=RETRIES, num_cpus=engine.threads, num_gpus=gpus)
+        if not ray.wait([remote(_start).remote()], timeout=START_SECONDS)[0]:
+            raise room_error(engine.threads, gpus)
+        task = remote(_attack_part)
         shared = ray.put(search)
         shards = [Shard(index=i, count=count) for i in range(1, count + 1)]
         running = {task.remote(shared, shard): shard for shard in shards}
@@ -135,19 +146,34 @@ def _search(search: ShardSearch, engine: RayBatchEngine, progress: ProgressCallb
             (reference,), _ = ray.wait(list(running))
             shard = running.pop(reference)
             try:
-                failure = ray.get(reference)
+                failure, messages = ray.get(reference)
             except RayTaskError:
                 raise
             except RayError as error:
                 raise death_error(f"shard {shard}", error) from error
+            for message in messages:
+                warnings.warn(message, WorkerWarning, stacklevel=1)
             if failure is not None:
                 raise failure.to_error()
             progress(title, count - len(running), count)
     return [_part(search.parts, shard) for shard in shards]
 
 
-def _attack_part(search: ShardSearch, shard: Shard) -> WorkerFailure | None:
-    """Attack a shard in the process of a worker, and return the error that the user caused."""
+def _start() -> None:
+    """Return once a worker runs."""
+
+
+def _attack_part(search: ShardSearch, shard: Shard) -> tuple[WorkerFailure | None, tuple[str, ...]]:
+    """Attack a shard in the process of a worker; return the user's error, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SafegenWarning)
+        failure = _try_part(search, shard)
+    own = (w for w in caught if issubclass(w.category, SafegenWarning))
+    return failure, tuple(dict.fromkeys(str(w.message) for w in own))
+
+
+def _try_part(search: ShardSearch, shard: Shard) -> WorkerFailure | None:
+    """Attack a shard, and return the error that the user caused."""
     from safegen.core.quiet import silence_libraries
 
     try:
