@@ -32,6 +32,7 @@ from safegen.evaluation.run.folder import (
     TIMINGS,
     Run,
 )
+from safegen.evaluation.run.truth import write_truth_sheet
 from safegen.evaluation.scoring.score import score_run
 from safegen.evaluation.shards import count_samples, select_batches
 from safegen.evaluation.verify import verify
@@ -258,6 +259,14 @@ def test_a_run_that_is_refused_at_its_start_leaves_nothing(tmp_path):
     with pytest.raises(ConfigError):
         refuse()
     assert not folder.exists()
+
+
+def test_a_shard_has_no_sheet_of_images_that_it_lacks(tmp_path):
+    folder = write_run(tmp_path / "run")
+    card = json.loads((folder / CARD).read_text()) | {"shard": "1/2"}
+    (folder / CARD).write_text(json.dumps(card))
+    with pytest.raises(FileError, match="must be a whole run, got shard 1/2"):
+        write_truth_sheet(Run.open(folder), tmp_path / "sheet.csv")
 
 
 def test_more_shards_than_batches_leave_some_empty_and_merge(finished, tmp_path):
