@@ -20,6 +20,7 @@ from safegen.evaluation.report.page import open_runs, write_report
 from safegen.evaluation.run.card import deciding_parts
 from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import (
+    ATTACK,
     CARD,
     CHANGES,
     DETECTIONS,
@@ -29,6 +30,7 @@ from safegen.evaluation.run.folder import (
     PROTOCOL_FILE,
     SAMPLES,
     SCORES,
+    SETTINGS,
     TIMINGS,
     Run,
 )
@@ -259,6 +261,23 @@ def test_a_run_that_is_refused_at_its_start_leaves_nothing(tmp_path):
     with pytest.raises(ConfigError):
         refuse()
     assert not folder.exists()
+
+
+def test_what_an_attack_has_found_outlives_an_error(tmp_path):
+    folder = tmp_path / "run"
+
+    def fail(text):
+        with claim_run(folder):
+            (folder / SETTINGS).write_text("{}")
+            (folder / ATTACK).write_text(text)
+            raise ConfigError("memory must hold at least one image")
+
+    with pytest.raises(ConfigError):
+        fail("")
+    assert not folder.exists()
+    with pytest.raises(ConfigError):
+        fail("{}\n")
+    assert (folder / ATTACK).read_text() == "{}\n"
 
 
 def test_a_shard_has_no_sheet_of_images_that_it_lacks(tmp_path):
