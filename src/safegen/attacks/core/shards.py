@@ -243,8 +243,9 @@ def _check_complete(
         if lacking := sum(name not in records for name in names):
             faults.append(f"{card.shard} ({folder.name} lacks {lacking} records in {ATTACK})")
     if faults:
+        more = f" and {len(faults) - MAX_LINES} more" if len(faults) > MAX_LINES else ""
         raise FileError(
-            f"every shard must be finished, but not: {', '.join(faults[:MAX_LINES])}. "
+            f"every shard must be finished, but not: {', '.join(faults[:MAX_LINES])}{more}. "
             "Finish each with its command and --shard, and merge all again"
         )
     order = sorted(places)

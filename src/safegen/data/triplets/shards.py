@@ -25,6 +25,8 @@ from safegen.judges.base import Detections, Judge
 from safegen.judges.images import ImageInputs, list_images
 
 CARD, DETECTIONS = "shard.json", "detections.jsonl"
+MAX_NAMES = 8
+"""Most shards that a message names."""
 OTHER = "it belongs to another shard"
 """Why a shard leaves an image unjudged."""
 
@@ -216,9 +218,10 @@ def merge_triplets(
             )
     finished = {other.shard.index for other in cards.values() if other.finished}
     if missing := [i for i in range(1, card.shard.count + 1) if i not in finished]:
-        names = ", ".join(f"{i}/{card.shard.count}" for i in missing[:8])
+        names = ", ".join(f"{i}/{card.shard.count}" for i in missing[:MAX_NAMES])
+        more = f" and {len(missing) - MAX_NAMES} more" if len(missing) > MAX_NAMES else ""
         raise FileError(
-            f"every shard must be finished, but not: {names}. "
+            f"every shard must be finished, but not: {names}{more}. "
             "Finish each with its command and --shard, and merge all again"
         )
     known: dict[str, Detections] = {}
