@@ -65,7 +65,8 @@ class RunWriter:
         """
         self.run, self.samples, self.evaluators = run, samples, evaluators
         self.generates, self.progress = generates, progress
-        size = run.protocol.generation.batch_size
+        self.size = size = run.protocol.generation.batch_size
+        """Images that a batch generates at once, if it has no size of its own."""
         self._numbers = select_batches(run.card.shard, samples, size)
         self.total = sum(len(samples[n * size : (n + 1) * size]) for n in self._numbers)
         """Images of one stack."""
