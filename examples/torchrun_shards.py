@@ -5,7 +5,6 @@ torchrun --nproc-per-node 2 examples/torchrun_shards.py && safegen merge part-1 
 
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]  # before torch is imported
 import safegen
 
 number, count = int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])

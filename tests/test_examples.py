@@ -73,6 +73,10 @@ def test_an_example_makes_a_whole_run_of_two_shards(example, tmp_path):
     assert len(list(merged.sample_records())) == len(merged.samples) > 0
 
 
+def test_torchrun_leaves_all_gpus_visible_since_each_process_takes_its_own_of_them():
+    assert "CUDA_VISIBLE_DEVICES" not in (EXAMPLES / "torchrun_shards.py").read_text()
+
+
 def test_every_example_is_run_and_short():
     tested = {"torchrun_shards.py", "slurm_shards.sh", "xargs_shards.sh", "skypilot_shards.yaml"}
     assert {path.name for path in EXAMPLES.iterdir()} == tested

@@ -19,7 +19,7 @@ from safegen.core.concept import load_concept
 from safegen.core.errors import ConfigError, FileError
 from safegen.core.generation import GenerationConfig
 from safegen.data.shards import Shard
-from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, SCORES, SETTINGS
+from safegen.evaluation.run.folder import ATTACK, ATTACK_FILES, SCORES, SETTINGS, SHARD
 from safegen.evaluation.run.journal import Journal, read_journal
 from safegen.stack import Stack
 
@@ -54,6 +54,16 @@ def test_merged_shards_have_the_records_and_the_files_of_one_process(parts, load
     files = {path.name: path.read_bytes() for path in (whole / ATTACK_FILES).iterdir()}
     assert {path.name: path.read_bytes() for path in (merged / ATTACK_FILES).iterdir()} == files
     assert files
+
+
+def test_a_merge_into_an_attack_that_is_not_finished_is_refused(parts, tmp_path):
+    out = tmp_path / "run"
+    merge_attacks(parts, out)
+    assert merge_attacks(parts, out) == 3  # again
+    lines = (out / ATTACK).read_bytes().splitlines(keepends=True)
+    (out / ATTACK).write_bytes(b"".join(lines[:-2]))
+    with pytest.raises(FileError, match=r"got an attack that lacks 2 records\. Resume it"):
+        merge_attacks(parts, out)
 
 
 @pytest.mark.slow
@@ -108,6 +118,10 @@ def test_shards_of_an_attack_that_are_missing_unfinished_or_of_another_are_refus
         merge_attacks([parts[0], part], tmp_path / "run")
     with pytest.raises(FileError, match="must be a shard of an attack"):
         merge_attacks([tmp_path], tmp_path / "run")
+    card = json.loads((part / SHARD).read_text()) | {"shard": "1/10", "total": 30}
+    (part / SHARD).write_text(json.dumps(card))
+    with pytest.raises(FileError, match=r"9/10 \(not given\) and 1 more\. Finish each"):
+        merge_attacks([part], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

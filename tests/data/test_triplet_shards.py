@@ -77,6 +77,23 @@ def test_a_shard_resumes_and_judges_nothing_twice(images: Path) -> None:
         shards(images, 2)
 
 
+def test_a_merge_leaves_a_shard_in_which_another_process_writes_as_it_is(images: Path) -> None:
+    (part,) = shards(images, 1)
+    other = shutil.copytree(part, images / "other")
+    lines = (other / DETECTIONS).read_bytes()[:-9]
+    (other / DETECTIONS).write_bytes(lines)
+    merge_triplets([part, other], images / "unsafe", images / "benign", images / "out")
+    assert (other / DETECTIONS).read_bytes() == lines
+
+
+def test_a_message_tells_how_many_more_shards_are_missing(images: Path) -> None:
+    (part,) = shards(images, 1)
+    card = json.loads((part / CARD).read_text()) | {"shard": "1/10"}
+    (part / CARD).write_text(json.dumps(card))
+    with pytest.raises(FileError, match=r"but not: 2/10, .*, 9/10 and 1 more\. Finish"):
+        merge_triplets([part], images / "unsafe", images / "benign", images / "out")
+
+
 def test_shards_that_do_not_make_a_whole_are_refused(images: Path) -> None:
     parts, folders = shards(images, 2), (images / "unsafe", images / "benign")
     with pytest.raises(FileError, match="but not: 2/2"):

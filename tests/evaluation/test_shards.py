@@ -10,23 +10,31 @@ import sys
 from pathlib import Path
 
 import pytest
+from crafted import write_run
 from pydantic import ValidationError
 
 from safegen.core.errors import ConfigError, FileError
 from safegen.data.shards import Shard
 from safegen.evaluation.merge import merge_runs
 from safegen.evaluation.report.page import open_runs, write_report
+from safegen.evaluation.run.card import deciding_parts
+from safegen.evaluation.run.claim import claim_run
 from safegen.evaluation.run.folder import (
+    ATTACK,
     CARD,
     CHANGES,
     DETECTIONS,
     FEATURES,
     JUDGES,
+    PROMPT_FILES,
+    PROTOCOL_FILE,
     SAMPLES,
     SCORES,
+    SETTINGS,
     TIMINGS,
     Run,
 )
+from safegen.evaluation.run.truth import write_truth_sheet
 from safegen.evaluation.scoring.score import score_run
 from safegen.evaluation.shards import count_samples, select_batches
 from safegen.evaluation.verify import verify
@@ -219,6 +227,65 @@ def test_a_merge_replaces_nothing(parts, tmp_path):
     for out in (tmp_path, tmp_path / "kept"):
         with pytest.raises(FileError, match="already exists"):
             merge_runs(parts, out)
+
+
+def test_a_merge_into_a_run_that_is_not_finished_is_refused(tmp_path):
+    whole = write_run(tmp_path / "run")
+    out = shutil.copytree(whole, tmp_path / "out")
+    (out / DETECTIONS).unlink()
+    lines = (out / SAMPLES).read_text().splitlines(keepends=True)
+    (out / SAMPLES).write_text("".join(lines[:-1]))
+    with pytest.raises(FileError, match=rf"got a run with {len(lines) - 1} of {len(lines)} images"):
+        merge_runs([whole], out)
+
+
+def test_a_run_goes_on_on_a_gpu_of_another_number(tmp_path):
+    card = Run.open(write_run(tmp_path / "run")).card
+    first, second = (
+        deciding_parts(card.model_copy(update={"device": device}))
+        for device in ("cuda:0, torch.float32", "cuda:1, torch.float32")
+    )
+    assert first == second != deciding_parts(card.model_copy(update={"device": "cpu"}))
+
+
+def test_a_run_that_is_refused_at_its_start_leaves_nothing(tmp_path):
+    folder = tmp_path / "run"
+
+    def refuse():
+        with claim_run(folder):
+            (folder / CARD).write_text("{}")
+            (folder / PROTOCOL_FILE).write_text("")
+            (folder / PROMPT_FILES).mkdir()
+            raise ConfigError("no cluster answers")
+
+    with pytest.raises(ConfigError):
+        refuse()
+    assert not folder.exists()
+
+
+def test_what_an_attack_has_found_outlives_an_error(tmp_path):
+    folder = tmp_path / "run"
+
+    def fail(text):
+        with claim_run(folder):
+            (folder / SETTINGS).write_text("{}")
+            (folder / ATTACK).write_text(text)
+            raise ConfigError("memory must hold at least one image")
+
+    with pytest.raises(ConfigError):
+        fail("")
+    assert not folder.exists()
+    with pytest.raises(ConfigError):
+        fail("{}\n")
+    assert (folder / ATTACK).read_text() == "{}\n"
+
+
+def test_a_shard_has_no_sheet_of_images_that_it_lacks(tmp_path):
+    folder = write_run(tmp_path / "run")
+    card = json.loads((folder / CARD).read_text()) | {"shard": "1/2"}
+    (folder / CARD).write_text(json.dumps(card))
+    with pytest.raises(FileError, match="must be a whole run, got shard 1/2"):
+        write_truth_sheet(Run.open(folder), tmp_path / "sheet.csv")
 
 
 def test_more_shards_than_batches_leave_some_empty_and_merge(finished, tmp_path):

@@ -88,6 +88,12 @@ def merge_runs(
                 f"{out} is another run (then and now): {join_gaps(gaps)}. "
                 "Name another directory with --out"
             )
+        total, found = len(run.stacks) * len(run.samples), sum(1 for _ in run.sample_records())
+        if found < total:
+            raise FileError(
+                f"{out} must be new or merged before, got a run with {found} of {total} images. "
+                "Resume it with its command, or name another directory with --out"
+            )
     else:
         with staged_directory(out) as staging:
             _write_run(parts, staging, out, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from dataclasses import replace
@@ -11,11 +12,15 @@ import pytest
 
 from safegen.core.errors import ConfigError, FileError, MissingExtraError
 from safegen.core.files import IN_USE, atomic_write, claim_folder, share_claim
-from safegen.evaluation.engines.actor import BatchReply, WorkerFailure
+from safegen.core.progress import no_progress
+from safegen.evaluation.engines.actor import BatchReply, WorkerFailure, prepare_process
 from safegen.evaluation.engines.cluster import ENVIRONMENT, LOOPBACK
 from safegen.evaluation.engines.driver import BatchDriver, WorkerWarning
 from safegen.evaluation.engines.ray import RayBatchEngine, count_workers
+from safegen.evaluation.engines.writer import RunWriter
 from safegen.evaluation.run.folder import DETECTIONS, SAMPLES, TIMINGS, Run
+from safegen.evaluation.run.generate import Batch, BatchJob, split_batches
+from tests.evaluation.crafted import write_run
 from tests.evaluation.test_run import contents
 
 WORKERS, WINDOW = 3, 5
@@ -110,6 +115,54 @@ def test_a_batch_that_is_too_large_is_halved_and_those_that_run_keep_their_size(
         path.unlink()
     go(folder, **few)  # in one process
     assert contents(folder) == before
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """Return an open writer of a small run."""
+    run = Run.open(write_run(tmp_path / "run"))
+    with RunWriter(run, run.samples, None, generates=True, progress=no_progress) as writer:
+        yield writer
+
+
+class OnePool:
+    """One worker, for which the first batch is too large."""
+
+    def __init__(self):
+        self.free_workers, self.sizes, self.running = ["worker"], [], 0
+
+    def submit(self, worker, job, position):
+        self.sizes.append(job.size)
+        self.running = position
+
+    def wait(self):
+        return [("worker", self.running, BatchReply(is_too_large=len(self.sizes) == 1))]
+
+
+def test_a_job_that_waits_while_another_is_halved_takes_the_smaller_size(writer):
+    batches = split_batches(writer.run, writer.samples, [0, 1])
+    jobs = [BatchJob(batch, 2, {}, generate=True) for batch, _ in zip(batches, "ab", strict=False)]
+    pool = OnePool()
+    BatchDriver(writer, pool, window=WINDOW).run(iter(jobs))
+    assert pool.sizes == [2, 1, 1]
+
+
+def test_a_larger_batch_that_is_halved_later_does_not_raise_the_size_again(writer):
+    stack, samples, keys = (
+        writer.run.stacks[0],
+        writer.samples,
+        writer.run.keys(writer.run.stacks[0]),
+    )
+    writer.size = 8
+    job = BatchJob(Batch(stack, 0, samples[:8], keys[:8], []), 8, {}, generate=True)
+    assert writer.halve(writer.halve(job)).size == 2
+    assert (writer.halve(job).size, writer.size) == (2, 2)
+
+
+def test_a_machine_without_the_folder_is_named_on_every_system(monkeypatch, tmp_path):
+    monkeypatch.delattr(os, "uname", raising=False)  # Windows has none
+    with pytest.raises(FileError, match="must be on every node, got none on"):
+        prepare_process(tmp_path, tmp_path / "missing", 1)
 
 
 def test_judging_alone_needs_no_stack(go, finished, copy):

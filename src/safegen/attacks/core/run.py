@@ -36,7 +36,7 @@ from safegen.evaluation.run.journal import Journal
 from safegen.evaluation.run.judge import load_evaluators
 from safegen.evaluation.run.settings import claim_directory
 from safegen.evaluation.samples import EvalSample, Role, is_bundled
-from safegen.evaluation.shards import select_batches
+from safegen.evaluation.shards import device_kind, select_batches
 from safegen.judges import load_concept_judge
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
@@ -187,7 +187,7 @@ def claim_attack(
             | {"prompts": [s if is_bundled(s) else display_name(s) for s in config.prompts]},
             "stack": loader.hash(stack),
             "protocol": protocol.decides(),
-            "device": f"{loader.device}, {loader.dtype}",
+            "device": device_kind(f"{loader.device}, {loader.dtype}"),
         }
         claim_directory(output_dir, known | own_concept(concept) | settings)
         yield

@@ -157,23 +157,31 @@ def merge_attacks(folders: Sequence[Path], out: Path) -> int:
     folders = list(dict.fromkeys(folder.resolve() for folder in folders))
     settings = _common_settings(folders)
     cards = [read_record(AttackShard, folder / SHARD) for folder in folders]
+    records = JournalParts(folders, ATTACK, AttackRecord, _key, same=_equal_results)
+    names = _check_complete(folders, cards, records)
     if (out / SETTINGS).exists():
         if gaps := differences(read_json_object(out / SETTINGS), settings):
             raise FileError(
                 f"{out} is another attack (then and now): {join_gaps(gaps)}. "
                 "Name another directory with --out"
             )
+        found = JournalParts([out], ATTACK, AttackRecord, _key)
+        if lacking := sum(name not in found for name in names):
+            raise FileError(
+                f"{out} must be new or merged before, got an attack that lacks {lacking} records. "
+                "Resume it with its command, or name another directory with --out"
+            )
         return cards[0].total
-    records = JournalParts(
-        folders, ATTACK, AttackRecord, lambda r: _name(r.id, r.variant), same=_equal_results
-    )
-    names = _check_complete(folders, cards, records)
     with staged_directory(out) as staging:
         for folder in folders:
             _copy_files(folder / ATTACK_FILES, staging / ATTACK_FILES)
         records.write(staging / ATTACK, names)
         write_json(staging / SETTINGS, settings)
     return cards[0].total
+
+
+def _key(record: AttackRecord) -> str:
+    return _name(record.id, record.variant)
 
 
 def _name(id_: str, variant: str) -> str:
@@ -235,8 +243,9 @@ def _check_complete(
         if lacking := sum(name not in records for name in names):
             faults.append(f"{card.shard} ({folder.name} lacks {lacking} records in {ATTACK})")
     if faults:
+        more = f" and {len(faults) - MAX_LINES} more" if len(faults) > MAX_LINES else ""
         raise FileError(
-            f"every shard must be finished, but not: {', '.join(faults[:MAX_LINES])}. "
+            f"every shard must be finished, but not: {', '.join(faults[:MAX_LINES])}{more}. "
             "Finish each with its command and --shard, and merge all again"
         )
     order = sorted(places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +25,8 @@ from safegen.judges.base import Detections, Judge
 from safegen.judges.images import ImageInputs, list_images
 
 CARD, DETECTIONS = "shard.json", "detections.jsonl"
+MAX_NAMES = 8
+"""Most shards that a message names."""
 OTHER = "it belongs to another shard"
 """Why a shard leaves an image unjudged."""
 
@@ -169,7 +172,7 @@ def make_triplet_shard(
     )
     with claim_folder(output), writing(output):
         _claim_card(output, card)
-        known = _read_detections(output)
+        known = _read_detections(output, repair=True)
         with (output / DETECTIONS).open("ab") as file:
             recorder = RecordedJudge(card, known, _recorder(judge, known, file))
             own = DetectionRule(OwnBatches(recorder, shard), rule.labels, threshold)
@@ -215,9 +218,10 @@ def merge_triplets(
             )
     finished = {other.shard.index for other in cards.values() if other.finished}
     if missing := [i for i in range(1, card.shard.count + 1) if i not in finished]:
-        names = ", ".join(f"{i}/{card.shard.count}" for i in missing[:8])
+        names = ", ".join(f"{i}/{card.shard.count}" for i in missing[:MAX_NAMES])
+        more = f" and {len(missing) - MAX_NAMES} more" if len(missing) > MAX_NAMES else ""
         raise FileError(
-            f"every shard must be finished, but not: {names}. "
+            f"every shard must be finished, but not: {names}{more}. "
             "Finish each with its command and --shard, and merge all again"
         )
     known: dict[str, Detections] = {}
@@ -277,15 +281,18 @@ def _read_card(part: Path) -> TripletShard:
     return read_record(TripletShard, part / CARD)
 
 
-def _read_detections(part: Path) -> dict[str, Detections]:
-    """Return the detections of a shard by image; a torn last line is removed."""
+def _read_detections(part: Path, *, repair: bool = False) -> dict[str, Detections]:
+    """Return the detections of a shard by image without a torn last line, which `repair` removes.
+
+    Without it nothing is written: another process may be at work in the folder.
+    """
     path = part / DETECTIONS
     if not path.exists():
         return {}
     data = read_bytes(path)
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
+    if repair and len(whole) < len(data):
+        os.truncate(path, len(whole))
     lines = whole.splitlines()
     records = [
         parse_record(ImageDetections, line, f"{path}:{number}")

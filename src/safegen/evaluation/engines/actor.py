@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -106,7 +107,7 @@ def prepare_process(directory: Path, folder: Path, threads: int) -> None:
     for path in (directory, folder):
         if not path.is_dir():
             raise FileError(
-                f"{path} must be on every node, got none on {os.uname().nodename}. "
+                f"{path} must be on every node, got none on {platform.node()}. "
                 "Use a file system that the nodes share."
             )
     import torch

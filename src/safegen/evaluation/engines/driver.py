@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from safegen.core.errors import SafegenWarning
@@ -66,6 +67,8 @@ class BatchDriver:
         job = next(jobs, None)
         while job is not None or self._jobs:
             while job is not None and self._can_begin(job):
+                # while it waited, the size may have been halved
+                job = replace(job, size=self.writer.size_of(job.batch))
                 self._jobs[position] = job
                 self.pool.submit(self.pool.free_workers.pop(0), job, position)
                 position, job = position + 1, next(jobs, None)

@@ -111,6 +111,15 @@ def death_error(place: str, error: Exception) -> ConfigError:
     )
 
 
+def room_error(num_cpus: int, num_gpus: int) -> ConfigError:
+    """Return the error of a cluster in which no worker starts that needs some CPUs and GPUs."""
+    needs = f"{num_cpus} CPU" + ", 1 GPU" * num_gpus
+    return ConfigError(
+        f"the cluster must have room for a worker ({needs}), got none in {START_SECONDS:g} "
+        "seconds. Use fewer --threads, or another --address."
+    )
+
+
 class ActorPool:
     """Actors of Ray; see `WorkerPool`.
 
@@ -125,7 +134,7 @@ class ActorPool:
         actor = ray.remote(
             max_restarts=-1, max_task_retries=RETRIES, num_cpus=num_cpus, num_gpus=num_gpus
         )(BatchActor)
-        self.ray, self.needs = ray, f"{num_cpus} CPU" + ", 1 GPU" * num_gpus
+        self.ray, self._cpus, self._gpus = ray, num_cpus, num_gpus
         self._config = ray.put(config)  # an actor that starts again reads it again
         self.actors = [actor.remote(self._config) for _ in range(count)]
         self.free_workers = list[Any]()
@@ -142,10 +151,7 @@ class ActorPool:
         timeout = None if self.free_workers or self._running else START_SECONDS
         ready, _ = self.ray.wait([*self._starting, *self._running], timeout=timeout)
         if not ready:
-            raise ConfigError(
-                f"the cluster must have room for an actor ({self.needs}), got none in "
-                f"{START_SECONDS:g} seconds. Use fewer --threads, or another --address."
-            )
+            raise room_error(self._cpus, self._gpus)
         return [self._receive(reference) for reference in ready]
 
     def kill(self) -> None:

@@ -65,7 +65,8 @@ class RunWriter:
         """
         self.run, self.samples, self.evaluators = run, samples, evaluators
         self.generates, self.progress = generates, progress
-        size = run.protocol.generation.batch_size
+        self.size = size = run.protocol.generation.batch_size
+        """Images that a batch generates at once, if it has no size of its own."""
         self._numbers = select_batches(run.card.shard, samples, size)
         self.total = sum(len(samples[n * size : (n + 1) * size]) for n in self._numbers)
         """Images of one stack."""
@@ -138,13 +139,17 @@ class RunWriter:
         self._timings.append([scores.timing])
         self.progress("judging", len(self.judged), self.total * len(self.run.stacks))
 
+    def size_of(self, batch: Batch) -> int:
+        """Return how many images of a batch are generated at once, as far as is known now."""
+        return self._sizes.get((batch.stack.name, batch.number), self.size)
+
     def halve(self, job: BatchJob, running: Iterable[BatchJob] = ()) -> BatchJob:
-        """Return a job that did not fit in memory with half as many images at once.
+        """Return a job that did not fit in memory with half as many images at once, or fewer.
 
         A smaller number changes rounding, so it is recorded first, and used for this batch if it is
         generated again and for those that follow. Jobs that run with another size keep theirs.
         """
-        self.size = (min(job.size, len(job.batch.keys)) + 1) // 2
+        self.size = min(self.size, (min(job.size, len(job.batch.keys)) + 1) // 2)
         halved = replace(job, size=self.size)
         others = [other for other in running if other.generate and other.size != self.size]
         for noted in (halved, *others):
@@ -171,7 +176,7 @@ class RunWriter:
         scores = self.evaluators is not None
         return BatchJob(
             batch,
-            self._sizes.get((batch.stack.name, batch.number), self.size),
+            self.size_of(batch),
             {key: self.records[key] for key in batch.keys if key in self.records},
             generate=self.generates and self._is_missing(batch),
             judge=scores and not self.judged.issuperset(batch.keys),

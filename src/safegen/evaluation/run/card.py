@@ -39,6 +39,7 @@ from safegen.evaluation.run.folder import (
 from safegen.evaluation.run.records import Kind, LoraEntry, PatchEntry, RunCard, StackEntry
 from safegen.evaluation.run.training_log import LOG, find_training_log
 from safegen.evaluation.samples import EvalSample
+from safegen.evaluation.shards import device_kind
 from safegen.stack import Stack
 from safegen.stack_loader import StackLoader
 
@@ -124,7 +125,7 @@ def check_directory(out: Path) -> None:
 def deciding_parts(card: RunCard) -> dict[str, Any]:
     """Return what must not change when a run is resumed, since it decides the images."""
     plain = card.model_dump(mode="json", include={"id", "stacks", "versions", "device", "shard"})
-    return plain | {"protocol": card.protocol.decides()}
+    return plain | {"protocol": card.protocol.decides(), "device": device_kind(card.device)}
 
 
 def make_card(

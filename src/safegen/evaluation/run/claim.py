@@ -15,6 +15,8 @@ OWN = (
     files.CARD,
     files.PLAN,
     files.SETTINGS,
+    files.PROTOCOL_FILE,
+    files.PROMPT_FILES,
     files.SHARD,
     files.PATCHES,
     files.ATTACK,
@@ -38,8 +40,9 @@ RESULTS = (".png", ".safetensors")
 def claim_run(directory: Path) -> Iterator[None]:
     """Keep other processes from working in a run's directory.
 
-    Where the block is refused before it made an image or a weight, or its training diverges, what
-    it wrote into a new directory is removed. Otherwise the same call resumes.
+    Where the block is refused before it made an image, a weight or a record of an attack, or its
+    training diverges, what it wrote into a new directory is removed. Otherwise the same call
+    resumes.
 
     Raises:
         FileError: another process works there, or the directory cannot be written.
@@ -55,7 +58,9 @@ def claim_run(directory: Path) -> Iterator[None]:
 
 
 def _has_results(directory: Path) -> bool:
-    return any(path.suffix in RESULTS for path in directory.rglob("*"))
+    attack = directory / files.ATTACK
+    is_begun = attack.is_file() and attack.stat().st_size > 0
+    return is_begun or any(path.suffix in RESULTS for path in directory.rglob("*"))
 
 
 def _remove(directory: Path) -> None:

@@ -16,6 +16,7 @@ from safegen.core.settings import Digest
 from safegen.evaluation.run.attack_records import read_attack
 from safegen.evaluation.run.folder import TRUTH, Run, image_file
 from safegen.evaluation.run.records import Record
+from safegen.evaluation.shards import check_whole
 
 COLUMNS = ("image", "shows")
 NAMES = ("image", "key", "file")
@@ -111,8 +112,9 @@ def write_truth_sheet(run: Run, path: Path, *, images: int = 100, seed: int = 0)
         seed: seed of the sample.
 
     Raises:
-        FileError: the file exists or cannot be written.
+        FileError: the run is a shard, or the file exists or cannot be written.
     """
+    check_whole(run)
     attack = read_attack(run)
     places = (
         list(range(len(run.samples)))
