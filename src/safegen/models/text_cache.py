@@ -33,7 +33,7 @@ class TextCache:
     rest of a batch: images are equal byte for byte with and without the cache. Weights count by
     their objects, their versions, and a sum over their bits that is taken at each `attached`.
     Nothing is kept with gradients, in inference mode, in training, where a hook is on an inner
-    layer, or with layers of other libraries, such as adapters.
+    layer or a `forward` is replaced, or with layers of other libraries, such as adapters.
     """
 
     def __init__(self, *, max_bytes: int = CACHE_BYTES) -> None:
@@ -60,14 +60,11 @@ class TextCache:
         with ExitStack() as resources:
             for name in text_encoder_names(pipe):
                 encoder = getattr(pipe, name)
-                if any(value.is_meta for value in encoder.state_dict().values()):
-                    continue  # offloaded
-                own = vars(encoder).get("forward")
+                is_meta = any(value.is_meta for value in encoder.state_dict().values())
+                if is_meta or "forward" in vars(encoder):
+                    continue  # offloaded, or computed by code that may change
                 encoder.forward = _KeptForward(self, encoder, _sum_bits(encoder))
-                if own is None:
-                    resources.callback(delattr, encoder, "forward")
-                else:
-                    resources.callback(setattr, encoder, "forward", own)
+                resources.callback(delattr, encoder, "forward")
             yield
 
     def find(self, forward: _KeptForward, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
