@@ -173,7 +173,8 @@ def null_space_map(
     held = directions[: min(known, known if rank is None else rank)]
     free = keys - keys @ held.T @ held  # (n, in)
     lengths = keys.norm(dim=1)
-    if bool((free.norm(dim=1) <= MIN_FREE * lengths).any()):
+    counts = lengths > MIN_FREE * lengths.max()  # others are zero, as `reduce_pairs` makes them
+    if bool((counts & (free.norm(dim=1) <= MIN_FREE * lengths)).any()):
         raise ConfigError(
             f"preserved directions must leave a part of every phrase, got {len(held)} of "
             f"{keys.shape[1]}. Lower preserve_share, or preserve less."
