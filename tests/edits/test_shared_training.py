@@ -166,6 +166,13 @@ def test_an_error_of_one_process_is_raised_on_all(tmp_path, error, kind, message
     assert (type(results[1]), str(results[1])) == (type(error), str(error))
 
 
+def test_a_lack_of_memory_of_one_process_names_the_way_out_on_all():
+    error = RuntimeError("CUDA out of memory")
+    results = run_processes(2, lambda rank: fit(failing(1, 3, error)))
+    assert [type(result) for result in results] == [ConfigError] * 2
+    assert {str(result).partition(",")[0] for result in results} == {"batch must fit into memory"}
+
+
 def test_an_update_that_one_process_skips_is_skipped_by_all():
     config = FIT.model_copy(update={"max_skipped": 1})
     error = DivergedError("the images of a rollout are not finite")
