@@ -93,6 +93,12 @@ def scale_data(model):
     next(model.pipeline.text_encoder.parameters()).data.mul_(2)
 
 
+def exchange_words_in_data(model):
+    """Exchange the embeddings of all words for those of others: a sum alone would be equal."""
+    table = model.pipeline.text_encoder.get_input_embeddings().weight.data
+    table.copy_(table.flip(0).clone())
+
+
 def replace_parameter(model):
     layer = model.pipeline.text_encoder.get_input_embeddings()
     layer.weight = torch.nn.Parameter(2 * layer.weight.detach(), requires_grad=False)
@@ -125,6 +131,7 @@ def turn_on_dropout(model):
     [
         scale_in_place,
         scale_data,
+        exchange_words_in_data,
         replace_parameter,
         replace_layer,
         replace_forward,
