@@ -236,6 +236,25 @@ def test_one_process_of_accelerate_where_several_were_asked_for_is_warned_of(mon
         fit()
 
 
+@pytest.mark.parametrize(("rank", "chosen"), [(0, [0]), (1, [])])
+def test_more_processes_than_devices_can_share_a_job_on_the_cpu(monkeypatch, rank, chosen):
+    for name, value in {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_PORT": 1,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _: None)
+    processes.join_processes()
+    assert found == chosen
+
+
 def test_rows_of_all_processes_are_put_in_their_places():
     values = torch.arange(10.0).view(5, 2)
     values[1, 0] = float("nan")
