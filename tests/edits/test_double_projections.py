@@ -66,7 +66,9 @@ def test_what_truncation_leaves_out_moves_no_more_than_its_bound():
 
 def test_a_projection_onto_dependent_rows_is_that_onto_their_span():
     basis = torch.cat([HELD, HELD[:1] + HELD[1:2]])
+    rounded = torch.cat([HELD, HELD[:1] + 1e-8 * randn(1, 9, seed=9)])  # as fp32 encodes it
     projected = project_rows(KEYS, basis)
+    assert_close(project_rows(KEYS, rounded), projected, rtol=0, atol=1e-6)
     assert_close(projected, project_rows(projected, HELD), rtol=1e-9, atol=1e-9)
     assert_close((KEYS - projected) @ HELD.T, torch.zeros(3, 4).double(), rtol=0, atol=1e-9)
     assert not project_rows(KEYS, HELD[:0]).any()

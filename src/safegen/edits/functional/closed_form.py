@@ -143,8 +143,9 @@ def project_rows(rows: Rows, basis: Float[Tensor, "k in"]) -> Rows:
     """Return rows projected onto the span of a basis: S (S'S)^+ S' c of each c.
 
     These are the proxies of Zhang et al. 2026, arXiv:2604.10032, eq. 9, for safe embeddings S.
+    Embeddings that differ by their rounding alone, as those of start marks do, span one direction.
     """
-    return rows @ torch.linalg.pinv(basis) @ basis
+    return rows @ torch.linalg.pinv(basis, rtol=MIN_FREE) @ basis
 
 
 def null_space_map(
