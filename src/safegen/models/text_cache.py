@@ -140,7 +140,7 @@ def _sum_bits(network: nn.Module) -> tuple[int, ...]:
     for value in network.state_dict().values():
         bits = value.detach().contiguous().view(BITS[value.element_size()])
         table = bits.flatten(1) if bits.ndim > 1 else bits.reshape(-1, 1)
-        for dim in (0, 1):
+        for dim in (0, 1) if bits.ndim > 1 else (1,):
             parts = table.sum(dim, dtype=torch.int64)
             places = torch.arange(1, 2 * len(parts), 2, device=parts.device)
             sums.append((parts * places).sum())
