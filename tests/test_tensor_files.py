@@ -105,6 +105,7 @@ CHANGES = {
     "a number behind torch's back": lambda w: w.data[5].mul_(1.5),
     "the last number behind torch's back": lambda w: w.data[-1, -1].add_(1e-6),
     "two rows that change places": lambda w: w.data.copy_(w.data[[1, 0, *range(2, len(w))]]),
+    "pairs of numbers that change places": lambda w: w.data[0, :4].copy_(w.data[0, [2, 3, 0, 1]]),
     "rows that move": lambda w: w.data.copy_(w.data.roll(1, 0)),
     "other values in their place": lambda w: setattr(w, "data", w.data * 2),
     "another type": lambda w: setattr(w, "data", w.data.half()),

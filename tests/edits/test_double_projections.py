@@ -8,7 +8,13 @@ from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError
 from safegen.edits.double_projections import DoubleProjections
-from safegen.edits.functional.closed_form import embed, null_space_map, project_rows, projections
+from safegen.edits.functional.closed_form import (
+    embed,
+    null_space_map,
+    project_rows,
+    projections,
+    reduce_pairs,
+)
 from safegen.workflows.edit import make_edit
 from tests.tiny import build_model
 
@@ -60,7 +66,9 @@ def test_what_truncation_leaves_out_moves_no_more_than_its_bound():
 
 def test_a_projection_onto_dependent_rows_is_that_onto_their_span():
     basis = torch.cat([HELD, HELD[:1] + HELD[1:2]])
+    rounded = torch.cat([HELD, HELD[:1] + 1e-8 * randn(1, 9, seed=9)])  # as fp32 encodes it
     projected = project_rows(KEYS, basis)
+    assert_close(project_rows(KEYS, rounded), projected, rtol=0, atol=1e-6)
     assert_close(projected, project_rows(projected, HELD), rtol=1e-9, atol=1e-9)
     assert_close((KEYS - projected) @ HELD.T, torch.zeros(3, 4).double(), rtol=0, atol=1e-9)
     assert not project_rows(KEYS, HELD[:0]).any()
@@ -69,6 +77,15 @@ def test_a_projection_onto_dependent_rows_is_that_onto_their_span():
 def test_a_phrase_among_the_preserved_directions_raises():
     with pytest.raises(ConfigError, match="part of every phrase, got 4 of 9"):
         null_space_map(HELD[:1] + HELD[1:2], TARGETS[:1], HELD)
+
+
+def test_rows_of_zeros_among_the_keys_change_nothing():
+    """Reduces keys that leave columns empty, as those of SD 3 without T5 do."""
+    wide = torch.cat([randn(12, 8, seed=7), torch.zeros(12, 1).double()], dim=1)
+    keys, targets = reduce_pairs(wide, randn(12, 9, seed=8))
+    assert not keys[-1].any()
+    expected = null_space_map(wide, randn(12, 9, seed=8), HELD)
+    assert_close(null_space_map(keys, targets, HELD), expected, rtol=0, atol=1e-9)
 
 
 # ------------------------------------------------------------ on a model

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from safegen.edits.safegen import SafeGen, SafeGenObjective
 from safegen.edits.training import micro_steps, network
 from safegen.edits.training.config import Training
+from safegen.edits.training.lora import merged_weight, trainable_parameters
 from safegen.edits.training.micro_steps import forward_passes
 from safegen.edits.training.network import SizedAttention, prepared_network
 from safegen.models.families.denoisers import predict
@@ -42,6 +43,20 @@ def test_rounded_weights_predict_what_autocast_does(make_model):
         with prepared_network(model.denoiser, names, Training(precision="bf16")):
             rounded = predict(model.denoiser, *inputs(model))
     assert torch.equal(plain, rounded)
+
+
+def test_the_base_of_a_lora_is_not_rounded(make_model):
+    """An adversary compares its weight, with the LoRA, to the original one."""
+    model = make_model()
+    name = next(n for n in select_parameters(model.denoiser, "kv2") if n.endswith(".weight"))
+    module = model.denoiser.get_submodule(name.removesuffix(".weight"))
+    before = module.weight.detach().clone()
+    with (
+        trainable_parameters(model, "kv2", rank=2, alpha=None, seed=0) as trainable,
+        prepared_network(model.denoiser, trainable.names, Training(precision="bf16")),
+    ):
+        assert torch.equal(merged_weight(module), before)
+        assert model.denoiser.conv_out.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,13 @@ def test_an_error_of_one_process_is_raised_on_all(tmp_path, error, kind, message
     assert (type(results[1]), str(results[1])) == (type(error), str(error))
 
 
+def test_a_lack_of_memory_of_one_process_names_the_way_out_on_all():
+    error = RuntimeError("CUDA out of memory")
+    results = run_processes(2, lambda rank: fit(failing(1, 3, error)))
+    assert [type(result) for result in results] == [ConfigError] * 2
+    assert {str(result).partition(",")[0] for result in results} == {"batch must fit into memory"}
+
+
 def test_an_update_that_one_process_skips_is_skipped_by_all():
     config = FIT.model_copy(update={"max_skipped": 1})
     error = DivergedError("the images of a rollout are not finite")
@@ -227,6 +234,25 @@ def test_one_process_of_accelerate_where_several_were_asked_for_is_warned_of(mon
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.warns(UnusedSettingWarning, match="num_processes has no effect .* torchrun"):
         fit()
+
+
+@pytest.mark.parametrize(("rank", "chosen"), [(0, [0]), (1, [])])
+def test_more_processes_than_devices_can_share_a_job_on_the_cpu(monkeypatch, rank, chosen):
+    for name, value in {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_PORT": 1,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _: None)
+    processes.join_processes()
+    assert found == chosen
 
 
 def test_rows_of_all_processes_are_put_in_their_places():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from safegen.core.errors import ConfigError
+from safegen.core.generation import GenerationConfig
 from safegen.models.families.conditioning import Conditioning
 from safegen.models.families.denoisers import (
     UNSCALED_TIMESTEPS,
@@ -20,6 +22,7 @@ from safegen.models.families.denoisers import (
     unpack_latents,
 )
 from safegen.models.families.pipeline_specs import LENGTH_OPTION, call_defaults
+from safegen.models.generation import autocast_for
 from tests.tiny import FAMILIES, PROMPTS, build_model
 
 tiny = lru_cache(build_model)
@@ -131,3 +134,15 @@ def test_a_network_of_another_class_raises_one_line():
     with pytest.raises(ConfigError, match=r"one of UNet2D.*, got Linear") as caught:
         predict(nn.Linear(1, 1), torch.zeros(1, 1, 2, 2), torch.zeros(1), text)
     assert "\n" not in str(caught.value)
+
+
+def test_what_another_thread_hides_meanwhile_is_seen_afterwards():
+    """A judge's thread ignores all warnings, as a reader of weights does, while a batch begins."""
+    before = list(warnings.filters)
+    with warnings.catch_warnings():
+        generation = autocast_for(tiny("sd1"), GenerationConfig(precision="bf16"))
+        with warnings.catch_warnings(action="ignore"):
+            generation.__enter__()
+        generation.__exit__(None, None, None)
+        hidden = [entry[1] for entry in warnings.filters if entry not in before]
+    assert all(message is not None for message in hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -43,21 +44,21 @@ def model():
 def passes(model):
     """Yield a list that gets the name of a text encoder at each of its passes."""
     seen, encoders = [], {n: getattr(model.pipeline, n) for n in text_encoder_names(model.pipeline)}
+    names = {id(encoder): name for name, encoder in encoders.items()}
 
-    def count(name, forward):
-        def counted(*args, **kwargs):
-            seen.append(name)
-            return forward(*args, **kwargs)
+    def count(forward):
+        @functools.wraps(forward)
+        def counted(self, *args, **kwargs):
+            if id(self) in names:  # not one inside another
+                seen.append(names[id(self)])
+            return forward(self, *args, **kwargs)
 
         return counted
 
-    for name, encoder in encoders.items():
-        encoder.forward = count(name, encoder.forward)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in {type(encoder) for encoder in encoders.values()}:
+            patch.setattr(kind, "forward", count(kind.forward))
         yield seen
-    finally:
-        for encoder in encoders.values():
-            del encoder.forward
 
 
 def encode(model, cache=None, texts=TEXTS):
@@ -92,6 +93,12 @@ def scale_data(model):
     next(model.pipeline.text_encoder.parameters()).data.mul_(2)
 
 
+def exchange_words_in_data(model):
+    """Exchange the embeddings of all words for those of others: a sum alone would be equal."""
+    table = model.pipeline.text_encoder.get_input_embeddings().weight.data
+    table.copy_(table.flip(0).clone())
+
+
 def replace_parameter(model):
     layer = model.pipeline.text_encoder.get_input_embeddings()
     layer.weight = torch.nn.Parameter(2 * layer.weight.detach(), requires_grad=False)
@@ -103,12 +110,33 @@ def replace_layer(model):
     model.pipeline.text_encoder.set_input_embeddings(layer)
 
 
+def replace_forward(model):
+    encoder = model.pipeline.text_encoder
+    forward = encoder.forward
+
+    def doubled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.last_hidden_state = 2 * output.last_hidden_state
+        return output
+
+    encoder.forward = doubled
+
+
 def turn_on_dropout(model):
     model.pipeline.text_encoder.train()
 
 
 @pytest.mark.parametrize(
-    "change", [scale_in_place, scale_data, replace_parameter, replace_layer, turn_on_dropout]
+    "change",
+    [
+        scale_in_place,
+        scale_data,
+        exchange_words_in_data,
+        replace_parameter,
+        replace_layer,
+        replace_forward,
+        turn_on_dropout,
+    ],
 )
 def test_a_changed_encoder_is_read_anew(model, change):
     cache = TextCache()

@@ -34,8 +34,8 @@ class HashMemory:
     """SHA-256 of weights that is taken once for equal values.
 
     Whether values are equal is never assumed: each call reads all of them. A value counts as equal
-    if its name, shape and type, torch's count of its changes, and the sum of every 256 bytes are.
-    Code that writes past torch's count (`weight.data`) is seen by the sums.
+    if its name, shape and type, torch's count of its changes, the sum of every 256 bytes, and that
+    of every place in them are. Code that writes past torch's count (`weight.data`) is seen by sums.
 
     Example:
         >>> memory = HashMemory()
@@ -62,17 +62,21 @@ class HashMemory:
         return self._hashes[key]
 
 
-def _checksums(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of every 256 bytes, as 64-bit integers, and the bytes that are left over."""
+def _checksums(value: Tensor) -> tuple[Tensor, ...]:
+    """Return sums of 64-bit integers, and the bytes that are left over.
+
+    They are those of every 256 bytes, and over these blocks that of each place in them, which
+    shows exchanged values.
+    """
     flat = value.contiguous().reshape(-1)
     if not len(flat):
-        return flat, flat
+        return (flat,)
     if flat.storage_offset() * flat.itemsize % 8:  # as mapped from a file
         flat = flat.clone()
     data = flat.view(torch.uint8)
     whole = len(data) // CHECKSUM_BYTES * CHECKSUM_BYTES
-    words = data[:whole].view(torch.int64)
-    return words.view(-1, CHECKSUM_BYTES // 8).sum(1), data[whole:]
+    blocks = data[:whole].view(torch.int64).view(-1, CHECKSUM_BYTES // 8)
+    return blocks.sum(1), blocks.sum(0), data[whole:]
 
 
 def hash_settings(settings: object) -> str:

@@ -93,8 +93,8 @@ def join_processes() -> None:
 
     if distributed.is_initialized():
         return
-    if cuda.is_available():
-        cuda.set_device(local_rank() or 0)
+    if cuda.is_available() and (rank := local_rank() or 0) < cuda.device_count():
+        cuda.set_device(rank)  # with fewer devices a job may be on the CPU
     backend = "cpu:gloo,cuda:nccl" if cuda.is_available() else "gloo"
     try:
         distributed.init_process_group(backend)

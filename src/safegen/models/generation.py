@@ -343,5 +343,6 @@ def truncated_prompts(model: Model, prompts: Sequence[str]) -> list[int]:
 def autocast_for(model: Model, generation_config: GenerationConfig) -> Iterator[None]:
     """Compute in the configured precision inside the block."""
     device, is_bf16 = model.device.type, generation_config.precision == "bf16"
-    with torch.autocast(device, torch.bfloat16, enabled=is_bf16), quiet_autocast(device):
+    with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
+        quiet_autocast(device)
         yield

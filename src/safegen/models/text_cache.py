@@ -31,9 +31,9 @@ class TextCache:
 
     An output is found again for the same ids in the same batch, since rounding may depend on the
     rest of a batch: images are equal byte for byte with and without the cache. Weights count by
-    their objects, their versions, and a sum over their bits that is taken at each `attached`.
+    their objects, their versions, and sums over their bits that are taken at each `attached`.
     Nothing is kept with gradients, in inference mode, in training, where a hook is on an inner
-    layer, or with layers of other libraries, such as adapters.
+    layer or a `forward` is replaced, or with layers of other libraries, such as adapters.
     """
 
     def __init__(self, *, max_bytes: int = CACHE_BYTES) -> None:
@@ -60,14 +60,11 @@ class TextCache:
         with ExitStack() as resources:
             for name in text_encoder_names(pipe):
                 encoder = getattr(pipe, name)
-                if any(value.is_meta for value in encoder.state_dict().values()):
-                    continue  # offloaded
-                own = vars(encoder).get("forward")
+                is_meta = any(value.is_meta for value in encoder.state_dict().values())
+                if is_meta or "forward" in vars(encoder):
+                    continue  # offloaded, or computed by code that may change
                 encoder.forward = _KeptForward(self, encoder, _sum_bits(encoder))
-                if own is None:
-                    resources.callback(delattr, encoder, "forward")
-                else:
-                    resources.callback(setattr, encoder, "forward", own)
+                resources.callback(delattr, encoder, "forward")
             yield
 
     def find(self, forward: _KeptForward, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -135,9 +132,18 @@ class _KeptForward:
 
 
 def _sum_bits(network: nn.Module) -> tuple[int, ...]:
-    """Return a sum over the bits of each tensor, which also shows what is written to `.data`."""
-    values = [value.detach().contiguous() for value in network.state_dict().values()]
-    sums = [value.view(BITS[value.element_size()]).sum(dtype=torch.int64) for value in values]
+    """Return sums over the bits of each tensor, which also show what is written to `.data`.
+
+    Rows and columns count by their places, so that exchanged ones are seen.
+    """
+    sums: list[Tensor] = []
+    for value in network.state_dict().values():
+        bits = value.detach().contiguous().view(BITS[value.element_size()])
+        table = bits.flatten(1) if bits.ndim > 1 else bits.reshape(-1, 1)
+        for dim in (0, 1) if bits.ndim > 1 else (1,):
+            parts = table.sum(dim, dtype=torch.int64)
+            places = torch.arange(1, 2 * len(parts), 2, device=parts.device)
+            sums.append((parts * places).sum())
     return tuple(torch.stack([each.to(sums[0].device) for each in sums]).tolist())
 
 

@@ -143,8 +143,9 @@ def project_rows(rows: Rows, basis: Float[Tensor, "k in"]) -> Rows:
     """Return rows projected onto the span of a basis: S (S'S)^+ S' c of each c.
 
     These are the proxies of Zhang et al. 2026, arXiv:2604.10032, eq. 9, for safe embeddings S.
+    Embeddings that differ by their rounding alone, as those of start marks do, span one direction.
     """
-    return rows @ torch.linalg.pinv(basis) @ basis
+    return rows @ torch.linalg.pinv(basis, rtol=MIN_FREE) @ basis
 
 
 def null_space_map(
@@ -173,7 +174,8 @@ def null_space_map(
     held = directions[: min(known, known if rank is None else rank)]
     free = keys - keys @ held.T @ held  # (n, in)
     lengths = keys.norm(dim=1)
-    if bool((free.norm(dim=1) <= MIN_FREE * lengths).any()):
+    counts = lengths > MIN_FREE * lengths.max()  # others are zero, as `reduce_pairs` makes them
+    if bool((counts & (free.norm(dim=1) <= MIN_FREE * lengths)).any()):
         raise ConfigError(
             f"preserved directions must leave a part of every phrase, got {len(held)} of "
             f"{keys.shape[1]}. Lower preserve_share, or preserve less."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from safegen.edits.training.config import Training
+from safegen.edits.training.lora import ADAPTER_NAME
 
 FUSED_SCORES = 1024 * 1024
 """Attention scores per head and sample from which on the fused kernel is always used."""
@@ -72,7 +73,9 @@ def prepared_network(
 def _frozen_weights(denoiser: nn.Module, names: Sequence[str]) -> Iterable[str]:
     """Yield the parameters that autocast rounds, without trained ones and the base of a LoRA."""
     for module, layer in denoiser.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and not module.endswith("base_layer"):
+        # an adversary adds the LoRA to its weight
+        is_base = hasattr(layer, ADAPTER_NAME) or module.endswith("base_layer")
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not is_base:
             own = [f"{module}.{name}".lstrip(".") for name in dict(layer.named_parameters())]
             yield from (name for name in own if name not in names)
 

@@ -205,7 +205,7 @@ class Trainer:
         """Update the weights once and return the log row; see `Training.max_skipped`."""
         config, lr = self.config, self.config.lr * self.config.lr_factor(self.update)
         try:
-            with joint_errors():
+            with joint_errors(), memory_errors(config):  # all get the message with the way out
                 row, norm = self._accumulate_gradients()
         except DivergedError as error:
             if not config.max_skipped:

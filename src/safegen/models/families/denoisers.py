@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -117,23 +116,21 @@ def predict(
     if kind not in _INPUTS:
         raise ConfigError(f"denoiser must be one of {', '.join(_INPUTS)}, got {kind}")
     inputs = _INPUTS[kind](x, t, text) | {"return_dict": False}
-    with quiet_autocast(x.device.type):
-        if tensors is None:
-            (prediction,) = denoiser(**inputs)
-        else:
-            (prediction,) = torch.func.functional_call(network, dict(tensors), (), inputs)
+    quiet_autocast(x.device.type)
+    if tensors is None:
+        (prediction,) = denoiser(**inputs)
+    else:
+        (prediction,) = torch.func.functional_call(network, dict(tensors), (), inputs)
     return unpack_latents(prediction, x.shape) if prediction.ndim == 3 else prediction
 
 
-@contextmanager
-def quiet_autocast(device: str) -> Iterator[None]:
-    """Hide torch's remark that autocast leaves the weights of FLUX's norms in fp32."""
-    if not torch.is_autocast_enabled(device):
-        yield
-        return
-    with warnings.catch_warnings():
+def quiet_autocast(device: str) -> None:
+    """Hide torch's remark that autocast leaves the weights of FLUX's norms in fp32.
+
+    From now on: `catch_warnings` is for one thread, and a judge may work in another.
+    """
+    if torch.is_autocast_enabled(device):
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
-        yield
 
 
 def packs_latents(pipe: Any) -> bool:
