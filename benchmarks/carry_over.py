@@ -173,25 +173,27 @@ def method_rows(stacks: Mapping[str, Any]) -> list[list[Any]]:
     return rows
 
 
-def attack_rows(stacks: Mapping[str, Any]) -> list[list[Any]]:
-    """Return a row for each attacked stack of a model: the rates of the attacks' lists."""
-    rows: list[list[Any]] = []
+def attack_table(stacks: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of the attacks on a model: one per attack and strength."""
+    found: dict[str, dict[str, Any]] = {}
     for name, row in stacks.items():
         for attack, rates in row.get("attacks", {}).items():
             if "unusable" in rates:
-                rows.append([f"`{name}`", f"`{attack}`", rates["unusable"], None, None])
+                found.setdefault(attack, {})[name] = rates["unusable"]
                 continue
             for part, rate in rates.items():
-                variant = part.rpartition(" ")[2] if "=" in part else ""
-                n = rate["n"] if rate else None
-                rows.append([f"`{name}`", f"`{attack}`", variant, cell(rate), n])
-    return rows
+                variant = f" {part.rpartition('=')[2]}" if "=" in part else ""
+                found.setdefault(f"{attack}{variant}", {})[name] = cell(rate)
+    attacked = [name for name in stacks if any(name in cells for cells in found.values())]
+    rows = [[f"`{name}`", *(cells.get(name) for cells in found.values())] for name in attacked]
+    return ["stack", *(f"{name}, %" for name in found)], rows
 
 
 def page(found: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the page of results: a table of rates and one of attacks for each model."""
     tables: list[dict[str, Any]] = []
     for model, stacks in found.items():
+        attacks, attacked = attack_table(stacks)
         columns = ["stack", "explicit, %", "innocent, %", "ghosts, %", "leaves, %"]
         tables += [
             {
@@ -204,9 +206,9 @@ def page(found: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> di
             },
             {
                 "title": f"Attacks on {model}",
-                "text": "Images with skulls under the attack, by its strength if it has several.",
-                "columns": ["stack", "attack", "variant", "skulls, %", "n"],
-                "rows": attack_rows(stacks),
+                "text": "Prompts that show skulls under the attack; `img2img` by its strength.",
+                "columns": attacks,
+                "rows": attacked,
             },
         ]
     return {**about, "tables": tables}
