@@ -74,6 +74,7 @@ class FullCluster:
 
 
 def test_a_cluster_without_room_for_a_worker_is_said(tmp_path):
+    pytest.importorskip("ray", reason="an extra")
     engine = SimpleNamespace(connect=lambda gpus: nullcontext((FullCluster(), 2)), threads=64)
     search = SimpleNamespace(device="cuda", parts=tmp_path, stack=Stack(name="mini", model="mini"))
     with pytest.raises(ConfigError, match=r"room for a worker \(64 CPU, 1 GPU\), got none in 300"):
