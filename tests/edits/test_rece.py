@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from safegen.edits.functional.closed_form import adversarial_embeddings, embed, projections
 from safegen.edits.rece import RECE
 from safegen.edits.uce import UCE
+from safegen.workflows.edit import make_edit
 from tests.edits.written_out import erase_rounds, relative_distance
 
 
@@ -111,3 +112,9 @@ def test_every_round_increases_the_distance_of_adversarial_embeddings(tiny_model
             sum(float((back @ edited[n].T - c @ w.T).pow(2).sum()) for n, w in original.items())
         )
     assert near[0] < near[1] < near[2]
+
+
+def test_kept_outputs_of_the_text_encoder_change_no_bit(tiny_model):
+    edit = make_edit("rece", "paper", erase=("red cube", "ball"))
+    plain, patch = edit.solve(tiny_model), edit.apply(tiny_model)
+    assert all(torch.equal(patch.tensors[name], value.float()) for name, value in plain.items())

@@ -36,6 +36,7 @@ from safegen.edits.training.trainer import train
 from safegen.models.checkpoint.metadata import PatchMetadata
 from safegen.models.model import Model
 from safegen.models.patched_weights import hash_components
+from safegen.models.text_cache import TextCache
 from safegen.patches.patch import Patch
 
 TEXTS = frozenset({"captions", "counterparts", "prompts"})
@@ -186,15 +187,16 @@ class ClosedFormEdit(Edit):
         check_inputs(self, triplets, checkpoint_dir, resume)
         warn_unused(self.unused_settings())
         start = time.perf_counter()
-        weights = self.solve(model)
+        with TextCache().attached(model.pipeline):  # phrases are encoded for each part and start
+            weights = self.solve(model)
         for name, value in weights.items():
             if not bool(value.isfinite().all()):
                 raise DivergedError(
                     f"{self.method()} found no finite weight for {name}. "
                     "Raise lamb, or lower erase_scale."
                 )
-        parameters = dict(model.denoiser.named_parameters())
-        before = {name: parameters[name].detach().cpu().double() for name in weights}
+        values = model.denoiser.named_parameters()
+        before = {name: w.detach().cpu().double() for name, w in values if name in weights}
         distance = sum(float((weights[n] - w).norm() ** 2) for n, w in before.items()) ** 0.5
         change = distance / sum(float(w.norm() ** 2) for w in before.values()) ** 0.5
         if callback:
@@ -209,7 +211,6 @@ class TrainedEdit(Edit):
 
     prepares: ClassVar[str | None] = None
     """Setting with the number of images that the model generates before the training, if any."""
-
     selector: str
     """Which weights change."""
     rank: int | None = Field(default=None, ge=1, le=MAX_RANK)

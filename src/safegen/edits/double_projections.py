@@ -22,7 +22,6 @@ from safegen.edits.functional.closed_form import (
     project_rows,
     projections,
 )
-from safegen.models.embedding_cache import EmbeddingCache
 from safegen.models.model import Model
 
 
@@ -82,9 +81,9 @@ class DoubleProjections(ClosedFormEdit):
 
     def solve(self, model: Model) -> dict[str, Tensor]:
         """Return the new projections of text; see `closed_form.null_space_map`."""
-        cache, weights = EmbeddingCache(model), projections(model)
+        weights = projections(model)
         concepts = embed_concept(
-            cache,
+            model,
             weights,
             self.erase,
             [""] * len(self.erase),
@@ -92,7 +91,7 @@ class DoubleProjections(ClosedFormEdit):
             preserve=self.preserve,
             captions=self.captions,
         )
-        safe = embed_rows(cache, weights, self.safe, self.tokens)
+        safe = embed_rows(model, weights, self.safe, self.tokens)
         maps = {}
         for part, (keys, _, preserved) in concepts.items():
             filled = (torch.cat([keys, preserved]) != 0).any(0)  # SD 3 pads CLIP's with zeros

@@ -24,7 +24,6 @@ from safegen.edits.functional.closed_form import (
     solve_text_map,
 )
 from safegen.edits.uce import UCE
-from safegen.models.embedding_cache import EmbeddingCache
 from safegen.models.model import Model
 
 RELEASED: dict[str, Any] = {"start": "uce", "captions": (), "preserve_scale": 0.1}
@@ -136,10 +135,10 @@ class RECE(ClosedFormEdit):
         Every round starts from the weights of the round before: targets and preserved outputs are
         theirs, as in the published code.
         """
-        cache, weights = EmbeddingCache(model), projections(model)
-        start = self.build_uce().text_maps(cache, weights) if self.start == "uce" else {}
+        weights = projections(model)
+        start = self.build_uce().text_maps(model, weights) if self.start == "uce" else {}
         concepts = embed_concept(
-            cache,
+            model,
             weights,
             self.erase,
             [self.guide] * len(self.erase),

@@ -21,8 +21,8 @@ from safegen.edits.functional.closed_form import (
     projections,
     solve_text_map,
 )
-from safegen.models.embedding_cache import EmbeddingCache, TextInput
 from safegen.models.model import Model
+from safegen.models.text_embeddings import TextInput
 
 GUIDES = {"object": "", "art": "art"}
 """Released guide by type of concept."""
@@ -146,15 +146,15 @@ class UCE(ClosedFormEdit):
     def solve(self, model: Model) -> dict[str, Tensor]:
         """Return the new projections of text; see `closed_form.projections`."""
         weights = projections(model)
-        return apply_maps(weights, self.text_maps(EmbeddingCache(model), weights))
+        return apply_maps(weights, self.text_maps(model, weights))
 
-    def text_maps(self, cache: EmbeddingCache, weights: Projections) -> dict[TextInput, Tensor]:
+    def text_maps(self, model: Model, weights: Projections) -> dict[TextInput, Tensor]:
         """Return the map of text embeddings that the edit is, by part; see `solve_text_map`."""
         erase, guides = list(self.erase), [self.guide] * len(self.erase)
         if self.expand and not self.debias:
             erase, guides = (expand_phrases(texts, self.concept_type) for texts in (erase, guides))
         concepts = embed_concept(
-            cache,
+            model,
             weights,
             erase,
             guides,

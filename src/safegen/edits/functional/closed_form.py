@@ -15,9 +15,9 @@ from torch import Tensor
 
 from safegen.core.errors import ConfigError
 from safegen.edits.training.samples import read_captions
-from safegen.models.embedding_cache import EmbeddingCache, TextEmbeddings, TextInput
 from safegen.models.model import Model
 from safegen.models.selectors import select_parameters
+from safegen.models.text_embeddings import TextEmbeddings, TextInput, encode_batches
 
 OBJECTS = ("image", "photo", "portrait", "picture", "painting")
 STYLES = ("painting", "art", "artwork", "picture")
@@ -210,7 +210,7 @@ def expand_phrases(phrases: Sequence[str], concept_type: str) -> list[str]:
 
 
 def embed_concept(
-    cache: EmbeddingCache,
+    model: Model,
     weights: Projections,
     erase: Sequence[str],
     guides: Sequence[str],
@@ -225,7 +225,7 @@ def embed_concept(
     Captions count as one: their Gram matrix is a mean over captions.
 
     Args:
-        cache: embeddings of the model's texts; those of captions are not kept.
+        model: the model.
         weights: projections by the part of the text that they read; see `projections`.
         erase: phrases to erase, or to debias.
         guides: text that replaces each phrase.
@@ -244,30 +244,30 @@ def embed_concept(
                 f"guide must not be among the phrases to erase, got {guide!r}. "
                 "Choose another guide."
             )
-    pairs = {part: _pairs(cache, part, erase, guides, tokens, debias) for part in weights}
+    pairs = {part: _pairs(model, part, erase, guides, tokens, debias) for part in weights}
     preserved = {part: keys[:0] for part, (keys, _) in pairs.items()}
     positions, counts = "all" if tokens == "tail" else tokens, Counter(preserve)
-    _add_rows(preserved, cache.encode(list(counts)), positions, counts)
+    _add_rows(preserved, encode_batches(model, list(counts)), positions, counts)
     listed = read_captions(captions) if captions else []
     shares = dict.fromkeys(listed, 1 / max(len(listed), 1))
-    _add_rows(preserved, cache.encode(listed, keep=False), "all", shares)
+    _add_rows(preserved, encode_batches(model, listed), "all", shares)
     return {part: ConceptEmbeddings(*pairs[part], rows) for part, rows in preserved.items()}
 
 
 def embed_rows(
-    cache: EmbeddingCache, weights: Projections, texts: Sequence[str], tokens: str
+    model: Model, weights: Projections, texts: Sequence[str], tokens: str
 ) -> dict[TextInput, Rows]:
     """Return the embeddings of texts by the part of the text, at most as many rows as columns."""
     rows = {
         part: torch.zeros(0, next(iter(named.values())).shape[1], dtype=torch.float64)
         for part, named in weights.items()
     }
-    _add_rows(rows, cache.encode(texts), tokens, dict.fromkeys(texts, 1.0))
+    _add_rows(rows, encode_batches(model, texts), tokens, dict.fromkeys(texts, 1.0))
     return rows
 
 
 def _pairs(
-    cache: EmbeddingCache,
+    model: Model,
     part: TextInput,
     erase: Sequence[str],
     guides: Sequence[str],
@@ -276,9 +276,11 @@ def _pairs(
 ) -> tuple[Rows, Rows]:
     """Return keys and targets of phrases; see `embed_concept`."""
     texts, rest = list(debias or dict.fromkeys(guides)), iter(guides)
-    encoded = (spans for batch in cache.encode(texts) for spans in batch.rows(part, tokens))
+    encoded = (
+        spans for batch in encode_batches(model, texts) for spans in batch.rows(part, tokens)
+    )
     others, pairs = dict(zip(texts, encoded, strict=True)), []
-    for batch in cache.encode(erase):
+    for batch in encode_batches(model, erase):
         for spans in batch.rows(part, tokens):
             aims = [others[text] for text in debias or (next(rest),)]
             for span, key in enumerate(spans):
@@ -337,5 +339,5 @@ def embed(
     model: Model, texts: Sequence[str], *, part: TextInput, tokens: str
 ) -> list[list[Tensor]]:
     """Return the embeddings of each text by span; see `TextEmbeddings.rows`."""
-    batches = EmbeddingCache(model).encode(texts)
+    batches = encode_batches(model, texts)
     return [spans for batch in batches for spans in batch.rows(part, tokens)]
