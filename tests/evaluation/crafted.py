@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from safegen.core.files import encode_image
 from safegen.core.generation import GenerationConfig, Start
+from safegen.core.png import encode_image
 from safegen.core.registry import ATTACKS, resolve
 from safegen.data.prompts.prompt import seed_for
 from safegen.evaluation.protocol import CONCEPT_METRICS, Protocol

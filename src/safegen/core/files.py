@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
-import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from safegen.core.documents import check_regular, read_text
@@ -25,7 +23,6 @@ from safegen.core.errors import FileError
 
 if TYPE_CHECKING:
     from filelock import FileLock
-    from PIL import Image
 
 HOMES = (Path("/home"), Path("/Users"))
 """Folders of the users' home folders."""
@@ -335,28 +332,3 @@ def display_name(name: str) -> str:
         return name
     path = Path(name)
     return "~" if path == Path.home() or path.parent in HOMES else path.name
-
-
-def encode_image(
-    image: Image.Image,
-    metadata: Mapping[str, Any],
-    parameters: str | None = None,
-    *,
-    compress_level: int = 6,
-) -> bytes:
-    """Return a PNG with metadata under the text key `safegen`. Equal inputs give equal bytes.
-
-    Args:
-        image: the image.
-        metadata: plain values.
-        parameters: text for the key `parameters`, which web UIs read; see `parameters_text`.
-        compress_level: effort of the compression, in [0, 9].
-    """
-    from PIL.PngImagePlugin import PngInfo
-
-    info, buffer = PngInfo(), io.BytesIO()
-    info.add_text("safegen", json.dumps(metadata, sort_keys=True))
-    if parameters is not None:
-        info.add_text("parameters", parameters)
-    image.save(buffer, format="PNG", pnginfo=info, compress_level=compress_level)
-    return buffer.getvalue()

@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 
 from safegen._version import __version__
-from safegen.core.files import atomic_write, encode_image
+from safegen.core.files import atomic_write
 from safegen.core.generation import GenerationConfig, Sample
+from safegen.core.png import encode_image
 from safegen.models.families.pipeline_specs import guidance_option
 from safegen.models.generation import image_size, join_negative, torch_seed
 from safegen.models.model import Model

@@ -8,7 +8,7 @@ from typing import Literal
 from PIL import Image, ImageOps
 
 from safegen.core.errors import ConfigError
-from safegen.core.files import encode_image
+from safegen.core.png import encode_image
 from safegen.serve.gate import Outcome
 from safegen.serve.service import Answer
 

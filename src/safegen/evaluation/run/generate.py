@@ -17,7 +17,8 @@ from typing import Any, Self
 from PIL import Image
 
 from safegen.core.errors import ConfigError, FileError, is_out_of_memory
-from safegen.core.files import atomic_write, encode_image
+from safegen.core.files import atomic_write
+from safegen.core.png import encode_image
 from safegen.evaluation.run.folder import (
     SAMPLES,
     Run,

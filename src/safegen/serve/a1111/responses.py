@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from safegen._version import __version__
-from safegen.core.files import encode_image
+from safegen.core.png import encode_image
 from safegen.serve.a1111.infotext import build_infotext, image_size, used_setting
 from safegen.serve.a1111.running import RunningRequest
 from safegen.serve.errors import outcome_json
