@@ -1,6 +1,7 @@
 """Measure SafeGen's `paper` preset beside the published training step, at equal work.
 
     python benchmarks/training_speed.py --out training_speed.json    # about 4 minutes, one thread
+    python benchmarks/training_speed.py --full-size --out training_speed.json    # 6 minutes, 9 GB
 
 Equal work: the same model (`mini`), triplets, losses, optimizer, clipping and averaging, and
 updates of five micro-steps with one triplet each. The published step is restated from
@@ -52,6 +53,9 @@ MICRO_STEPS = 5
 """Forward passes of an update, with one triplet each."""
 WEIGHTS = {"mosaic": 0.1, "preserve": 0.9}
 RUNS = ("published", "safegen")
+FULL_SIZE = 512
+"""Pixels of an image at full size."""
+FULL_COLUMNS = ("precision", "CPU s per update", "encoding of a triplet, CPU s", "peak, GiB")
 assert Trainer  # imported before the memory is measured
 
 
@@ -164,6 +168,26 @@ def measure(name: str, precision: str, updates: int, warm_up: int) -> dict[str, 
     }
 
 
+def measure_full_size(precision: str) -> list[Any]:
+    """Return the row of one update of one triplet with random weights of the size of SD 1.4."""
+    from plan import full_size
+
+    torch.set_num_threads(1)
+    model, triplets = full_size(torch.float32), Triplets.load("mini:skulls")
+    model.denoiser.register_to_config(sample_size=FULL_SIZE // 8)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    started, times = time.process_time(), list[float]()
+    edit = SafeGen.preset(
+        "paper", training={"updates": 2, "accumulation": 1} | {"precision": precision}
+    )
+    one = Triplets(triplets.folder, triplets.rows[:1])
+    edit.apply(model, one, callback=lambda *_: times.append(time.process_time()))
+    update, first = times[1] - times[0], times[0] - started
+    peak = round(resident("VmHWM") / 1024, 1)
+    return [precision, round(update, 1), round(first - update, 1), peak]
+
+
 def resident(field: str) -> float:
     """Return a figure of this process's memory in MiB: `VmRSS` now, or `VmHWM` at the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -230,25 +254,59 @@ def describe(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def in_own_process(precision: str) -> list[Any]:
+    """Return the row of an update at full size, which has all of the memory to itself."""
+    command = [sys.executable, __file__, "--run", "full-size", "--precision", precision]
+    output = subprocess.run(command, check=True, capture_output=True)
+    row: list[Any] = json.loads(output.stdout.splitlines()[-1])
+    print(row, flush=True)
+    return row
+
+
+def write(out: Path | None, page: dict[str, Any], table: dict[str, Any], place: int) -> None:
+    """Write a page of results with a table at its place."""
+    if out:
+        tables = [*page.get("tables", [])]
+        page["tables"] = [*tables[:place], table, *tables[place + 1 :]]
+        out.write_text(json.dumps(page, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--run", choices=RUNS, help="measure one run in this process")
+    parser.add_argument(
+        "--run", choices=(*RUNS, "full-size"), help="measure one run in this process"
+    )
+    parser.add_argument("--full-size", action="store_true", help="measure SD 1.4's sizes instead")
     parser.add_argument("--precision", default="fp32,bf16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=2)
     arguments = parser.parse_args()
     size = {"updates": arguments.updates, "warm_up": arguments.warm_up}
+    if arguments.run == "full-size":
+        print(json.dumps(measure_full_size(arguments.precision)))
+        return
     if arguments.run:
         print(json.dumps(measure(arguments.run, arguments.precision, **size)))
+        return
+    page = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
+    if arguments.full_size:
+        table = {
+            "title": "At full size",
+            "text": "One update of one triplet, 512 x 512 pixels, random weights held in fp32. The "
+            "peak is of the whole process, the encoding of three images included.",
+            "columns": FULL_COLUMNS,
+            "rows": [in_own_process(each) for each in arguments.precision.split(",")],
+        }
+        write(arguments.out, page, table, 1)
         return
     rows = []
     for precision in arguments.precision.split(","):
         rows.append(summarize(precision, compare(precision, arguments.rounds, **size)))
         print(json.dumps(rows[-1]), flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(describe(rows), indent=1) + "\n")
+    made = describe(rows)
+    write(arguments.out, page | made | {"tables": page.get("tables", [])}, made["tables"][0], 0)
 
 
 if __name__ == "__main__":
