@@ -388,7 +388,8 @@ def write(path: Path, results: dict[str, list[dict[str, Any]]]) -> None:
         "tables": tables,
         "limits": [
             "One CPU. Batches gain more on an accelerator, where a batch of one leaves it idle.",
-            "Ratios are of CPU seconds while other jobs ran; `low` and `high` are quartiles.",
+            "Ratios are of CPU seconds while other jobs ran; `low` and `high` are quartiles over "
+            "rounds, equal to the ratio after one round.",
         ],
         "rows": results,
     }

@@ -36,8 +36,10 @@ A batch of another size is summed in another order. Adam divides a gradient by i
 rounding is seen where a gradient is near zero.
 """
 HALF_TOLERANCE = 0.5
-"""The same in bf16, where the gradients of the first update differ by about 0.2 %. It says that the path
-runs, not that results are equal."""
+"""The same in bf16, where the gradients of the first update differ by about 0.2 %.
+
+It says that bf16 runs, not that results are equal.
+"""
 BRIEF = {"updates": 3, "batch": 3, "accumulation": 2, "lr": 1e-3, "warmup": 0, "ema": 0.9}
 BRIEF |= {"clip": 0.1, "precision": "fp32"}
 """Three updates of three samples, which two processes share as two and one."""
