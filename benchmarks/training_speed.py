@@ -239,7 +239,7 @@ def describe(rows: list[dict[str, Any]]) -> dict[str, Any]:
         f"miniature, {MICRO_STEPS} micro-steps of one triplet per update, one thread.",
         "date": date.today().isoformat(),
         "machine": "CPU, one thread",
-        "command": "`python benchmarks/training_speed.py`",
+        "command": "`python benchmarks/training_speed.py --out FILE`, and with `--full-size`",
         "n": f"{rows[0]['n']} updates per run",
         "tables": [
             {

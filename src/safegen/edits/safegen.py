@@ -72,7 +72,7 @@ class SafeGen(TrainedEdit):
         "`paper`: the released script ran for 12 updates (60 micro-steps) on `mini` in fp32, and "
         "its latents, noises and timesteps were replayed here. The change of the weights differs "
         "by 1.7e-5, cosine 1.000000. "
-        "An update takes 3.2 times less CPU time than the released step in fp32, 5.3 in bf16."
+        "An update takes 3.0 times less CPU time than the released step in fp32, 4.7 in bf16."
     )
     deviations: ClassVar[str] = (
         "`paper` is the released run without flags that have no effect or do not parse. "
